@@ -1,0 +1,1 @@
+"""Perplexity, data and reports."""

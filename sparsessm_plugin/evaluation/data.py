@@ -1,0 +1,139 @@
+"""Text from files or data sets, cut into windows of tokens."""
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sparsessm_plugin.errors import SparseSSMError
+
+JSON_LINES = (".jsonl", ".json")
+
+
+def read_texts(source: str | os.PathLike[str], text_field: str = "text") -> list[str]:
+    """Documents of a text file, a JSON-lines file or a data set.
+
+    :param source: a file: one document, or JSON lines with ``text_field`` where the name ends
+        in .jsonl or .json; otherwise a name for ``datasets``, as ``name[:config][:split]``
+    :param text_field: key of the text
+    :raises SparseSSMError: the source cannot be read or holds no text
+    """
+    path = Path(source)
+    if path.is_dir():
+        raise SparseSSMError(f"{path} is a folder; give a text or JSON-lines file")
+    if not path.exists():
+        if path.suffix or len(path.parts) > 2:
+            raise SparseSSMError(f"{path} does not exist")
+        texts = _read_dataset(str(source), text_field)
+    else:
+        try:
+            if path.suffix in JSON_LINES:
+                texts = list(_read_json_lines(path, text_field))
+            else:
+                texts = [path.read_text(encoding="utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise SparseSSMError(f"cannot read {path} as UTF-8 text: {error}") from error
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise SparseSSMError(f"{source} holds no text")
+    return texts
+
+
+def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise SparseSSMError(f"{path}, line {number} is not JSON: {error.msg}") from error
+            text = record.get(text_field) if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                raise SparseSSMError(f"{path}, line {number} has no text in field {text_field!r}")
+            yield text
+
+
+def _read_dataset(name: str, text_field: str) -> list[str]:
+    from datasets import load_dataset
+
+    dataset, _, rest = name.partition(":")
+    config, _, split = rest.rpartition(":")
+    if not config and rest:  # "name:config"; a lone split would be ambiguous
+        config, split = rest, ""
+    try:
+        rows = load_dataset(dataset, config or None, split=split or "train")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise SparseSSMError(f"{name} is no file, and no data set of that name: {reason}") from error
+    if text_field not in rows.column_names:
+        raise SparseSSMError(f"data set {name} has no column {text_field!r}: {rows.column_names}")
+    return list(rows[text_field])
+
+
+def tokenize(texts: list[str], tokenizer: Any) -> Tensor:
+    """All documents as one stream of token ids, an end-of-text token between two of them.
+
+    :return: (tokens,) int64
+    """
+    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    stream: list[int] = []
+    for number, text in enumerate(texts):
+        if number:
+            stream += separator
+        stream += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return torch.tensor(stream, dtype=torch.int64)
+
+
+def windows(tokens: Tensor, length: int, source: str) -> Tensor:
+    """Cut a stream into non-overlapping windows; a shorter rest is dropped.
+
+    :return: (windows, length)
+    :raises SparseSSMError: not even one window
+    """
+    if length < 2:
+        raise SparseSSMError(f"max_seq_length must be at least 2, got {length}")
+    count = len(tokens) // length
+    if count == 0:
+        raise SparseSSMError(
+            f"{source} holds {len(tokens)} tokens, too few for one window of {length}; "
+            "give more text or a smaller --max-seq-length"
+        )
+    return tokens[: count * length].reshape(count, length)
+
+
+def check_vocabulary(tokens: Tensor, vocab_size: int, source: str) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    :raises SparseSSMError: naming the first such id
+    """
+    high = int(tokens.max())
+    if high >= vocab_size:
+        raise SparseSSMError(
+            f"{source} gives token id {high}; the model's vocabulary has ids 0 to "
+            f"{vocab_size - 1} (is it another model's tokenizer?)"
+        )
+
+
+def calibration_loader(
+    samples: Tensor, num_samples: int, batch_size: int, seed: int = 0
+) -> DataLoader[Any]:
+    """Draw windows without replacement and serve them in batches, always in the same order.
+
+    :param samples: (windows, length) to draw from
+    :param num_samples: how many to draw; all, if there are fewer
+    :param seed: of the draw
+    """
+    chosen = list(range(len(samples)))
+    random.Random(seed).shuffle(chosen)
+    rows = [
+        {"input_ids": samples[i], "attention_mask": torch.ones_like(samples[i])}
+        for i in chosen[:num_samples]
+    ]
+    return DataLoader(rows, batch_size=batch_size, shuffle=False)  # type: ignore[arg-type]

@@ -1,0 +1,161 @@
+"""The layout that Mamba, FalconMamba and Jamba share.
+
+x_proj reads dt, B and C from u; A_log is (D, N); out_proj follows the gate directly.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.mixers.base import (
+    MixerAdapter,
+    MixerQuantities,
+    MixerSizes,
+    TensorAxis,
+    padding_mask,
+)
+
+
+class Mamba1Adapter(MixerAdapter):
+    """Mixers with a (D, N) A_log and dt, B, C from x_proj; one subclass a family."""
+
+    projections = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+    # config fields that carry the sizes of the axes
+    state_size_field: ClassVar[str] = "state_size"
+    expand_field: ClassVar[str] = "expand"
+
+    @property
+    def sizes(self) -> MixerSizes:
+        mixer = self.mixer
+        intermediate_size, state_size = mixer.A_log.shape
+        return MixerSizes(
+            hidden_size=mixer.out_proj.weight.shape[0],
+            intermediate_size=intermediate_size,
+            state_size=state_size,
+            time_step_rank=mixer.dt_proj.weight.shape[1],
+            conv_kernel_size=mixer.conv1d.weight.shape[-1],
+        )
+
+    @property
+    def out_norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.mixer.out_proj.weight.detach().float(), dim=0)
+
+    def normalize(self, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The family's norms on x_proj's three outputs; plain Mamba has none.
+
+        :param dt: (b, L, R) low-rank step size
+        :param B: (b, L, N)
+        :param C: (b, L, N)
+        """
+        return dt, B, C
+
+    def quantities(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None
+    ) -> MixerQuantities:
+        mixer, sizes = self.mixer, self.sizes
+        length = hidden_states.shape[1]
+        mask = padding_mask(attention_mask, length)
+        if mask is not None:
+            hidden_states = hidden_states * mask[..., None].to(hidden_states.dtype)
+
+        conv_input, z = mixer.in_proj(hidden_states).chunk(2, dim=-1)  # (b, L, D) each
+        u = F.conv1d(
+            conv_input.transpose(1, 2),
+            mixer.conv1d.weight,
+            mixer.conv1d.bias,
+            padding=sizes.conv_kernel_size - 1,
+            groups=sizes.intermediate_size,
+        )[..., :length]
+        u = mixer.act(u).transpose(1, 2)  # (b, L, D)
+        if mask is not None:
+            # the convolution's bias and its look-back fill padded positions again
+            u = u * mask[..., None].to(u.dtype)
+
+        R, N = sizes.time_step_rank, sizes.state_size
+        low_rank_dt, B, C = self.normalize(*mixer.x_proj(u).split([R, N, N], dim=-1))
+        dt = F.linear(low_rank_dt, mixer.dt_proj.weight).float()  # (b, L, D)
+        if mixer.dt_proj.bias is not None:
+            dt = dt + mixer.dt_proj.bias.float()
+        return MixerQuantities(
+            u=u.float(),
+            dt=F.softplus(dt),
+            A=-torch.exp(mixer.A_log.float()),
+            B=B.float(),
+            C=C.float(),
+            D=mixer.D.float(),
+            z=z.float(),
+            mask=mask,
+            inputs={
+                "in_proj": hidden_states,
+                "conv1d": conv_input,
+                "x_proj": u,
+                "dt_proj": low_rank_dt,
+            },
+        )
+
+    def output(self, quantities: MixerQuantities, y: Tensor) -> Tensor:
+        dtype = quantities.inputs["in_proj"].dtype
+        return self.mixer.out_proj((y * quantities.gate).to(dtype))
+
+    def axes(self, axis: str) -> list[TensorAxis]:
+        sizes = self.sizes
+        R, N, D = sizes.time_step_rank, sizes.state_size, sizes.intermediate_size
+        if axis == "state":
+            ranges = [
+                TensorAxis("A_log", 1),
+                TensorAxis("x_proj.weight", 0, R),
+                TensorAxis("x_proj.weight", 0, R + N),
+                TensorAxis("b_layernorm.weight", 0),
+                TensorAxis("c_layernorm.weight", 0),
+            ]
+        elif axis == "channels":
+            ranges = [
+                TensorAxis("in_proj.weight", 0),
+                TensorAxis("in_proj.weight", 0, D),
+                TensorAxis("in_proj.bias", 0),
+                TensorAxis("in_proj.bias", 0, D),
+                TensorAxis("conv1d.weight", 0),
+                TensorAxis("conv1d.bias", 0),
+                TensorAxis("x_proj.weight", 1),
+                TensorAxis("dt_proj.weight", 0),
+                TensorAxis("dt_proj.bias", 0),
+                TensorAxis("A_log", 0),
+                TensorAxis("D", 0),
+                TensorAxis("out_proj.weight", 1),
+            ]
+        else:
+            raise SparseSSMError(f"{self.family} has no axis {axis!r}; allowed: state, channels")
+        return [r for r in ranges if _get(self.mixer, r.tensor) is not None]
+
+    def set_size(self, axis: str, size: int) -> dict[str, Any]:
+        mixer = self.mixer
+        if axis == "state":
+            mixer.ssm_state_size = size
+            return {self.state_size_field: size}
+        if axis == "channels":
+            mixer.intermediate_size = size
+            mixer.in_proj.out_features = 2 * size
+            mixer.conv1d.in_channels = mixer.conv1d.out_channels = mixer.conv1d.groups = size
+            mixer.x_proj.in_features = mixer.out_proj.in_features = size
+            mixer.dt_proj.out_features = size
+            return {self.expand_field: size / self.sizes.hidden_size}
+        raise SparseSSMError(f"{self.family} has no axis {axis!r}; allowed: state, channels")
+
+
+class NormedMamba1Adapter(Mamba1Adapter):
+    """Mamba-1 mixers that normalise dt, B and C after x_proj."""
+
+    def normalize(self, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mixer = self.mixer
+        return mixer.dt_layernorm(dt), mixer.b_layernorm(B), mixer.c_layernorm(C)
+
+
+def _get(module: Any, name: str) -> Any:
+    for part in name.split("."):
+        module = getattr(module, part, None)
+        if module is None:
+            return None
+    return module

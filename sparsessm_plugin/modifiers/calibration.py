@@ -1,0 +1,215 @@
+"""The part of the LLM Compressor lifecycle that every modifier of mixers shares."""
+
+import math
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from compressed_tensors.utils.match import match_named_modules
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
+from pydantic import Field, PrivateAttr, field_validator
+from torch import Tensor, nn
+
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.mixers import MixerAdapter, find_mixers, get_adapter, is_mixer
+from sparsessm_plugin.mixers.base import padding_mask
+from sparsessm_plugin.scan.fast_forward import fast_forward
+
+
+class MixerModifier(Modifier):
+    """A modifier that looks at what enters each state-space mixer during calibration.
+
+    Subclasses implement :meth:`observe`, called once a mixer and batch, and
+    :meth:`compress`, called for each mixer once it has seen all the data.
+
+    Lifecycle:
+
+    - on_initialize: find the mixers, check them and the data
+    - on_calibration_start: hook the mixers and make their forward fast
+    - hooks: :meth:`observe`
+    - on_sequential_epoch_end: :meth:`compress` what has been observed
+    - on_calibration_end: compress what is left, remove the hooks
+    - on_finalize: restore the mixers
+
+    :param targets: mixers to treat, by name, class name or ``re:`` pattern; default all
+    :param ignore: mixers to leave alone, likewise
+    """
+
+    targets: list[str] = Field(default_factory=list)
+    ignore: list[str] = Field(default_factory=list)
+
+    _pending: dict[str, MixerAdapter] = PrivateAttr(default_factory=dict)
+    _vocab_size: int = PrivateAttr(default=0)
+    _restore: ExitStack = PrivateAttr(default_factory=ExitStack)
+
+    @field_validator("targets", "ignore", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    # -- for subclasses --------------------------------------------------------------
+
+    def check_mixer(self, adapter: MixerAdapter) -> None:
+        """Refuse a mixer that the settings do not fit, by its sizes alone.
+
+        :raises SparseSSMError: naming the field, the mixer and what is allowed
+        """
+
+    def observe(
+        self, adapter: MixerAdapter, hidden_states: Tensor, attention_mask: Tensor | None
+    ) -> None:
+        """Take in what entered a mixer in one batch."""
+        raise NotImplementedError
+
+    def compress(self, adapter: MixerAdapter) -> None:
+        """Change the mixer, which has now seen all the data."""
+        raise NotImplementedError
+
+    # -- before calibration ----------------------------------------------------------
+
+    def matching_mixers(self, model: nn.Module) -> list[MixerAdapter]:
+        """The mixers that ``targets`` and ``ignore`` leave, checked against the settings.
+
+        Looks at names and shapes only, so a model on the meta device will do.
+
+        :raises SparseSSMError: no mixer, an unknown one, a target without a mixer, or
+            settings that do not fit a mixer
+        """
+        who = type(self).__name__
+        if not self.targets:
+            find_mixers(model)  # its errors say what is wrong with the model as a whole
+        names: set[str] = set()
+        for target in self.targets or [None]:
+            found = {
+                name
+                for name, module in (
+                    model.named_modules()
+                    if target is None
+                    else match_named_modules(model, [target])
+                )
+                if is_mixer(module)
+            }
+            if not found:
+                raise SparseSSMError(
+                    f"{who}.targets: {target!r} matches no state-space mixer; the model's "
+                    f"mixers are {_listed([a.name for a in find_mixers(model)])}"
+                )
+            names |= found
+        names -= {name for name, _ in match_named_modules(model, self.ignore)}
+        adapters = [
+            get_adapter(module, name) for name, module in model.named_modules() if name in names
+        ]
+        if not adapters:
+            raise SparseSSMError(f"{who}.ignore: {self.ignore} leaves no state-space mixer")
+        for adapter in adapters:
+            self.check_mixer(adapter)
+        return adapters
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        adapters = self.matching_mixers(state.model)
+        for adapter in adapters:
+            for name, parameter in adapter.mixer.named_parameters():
+                if not _is_finite(parameter):
+                    raise SparseSSMError(
+                        f"{adapter.name}.{name} holds NaN or infinite values; nothing was pruned"
+                    )
+        if self.requires_calibration_data:
+            self._check_data(state.data.calib if state.data is not None else None)
+        self._pending = {adapter.name: adapter for adapter in adapters}
+        embeddings = state.model.get_input_embeddings()
+        self._vocab_size = getattr(embeddings, "num_embeddings", 0)
+        return True
+
+    def _check_data(self, dataloader: Any) -> None:
+        who = type(self).__name__
+        if dataloader is None:
+            raise SparseSSMError(f"{who} needs calibration data: give oneshot() a dataset")
+        if hasattr(dataloader, "__len__") and len(dataloader) == 0:
+            raise SparseSSMError(f"{who} needs calibration data, and the dataset is empty")
+
+    # -- calibration -----------------------------------------------------------------
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        if not self.requires_calibration_data:
+            return
+        self._restore.enter_context(fast_forward(state.model))
+        embeddings = state.model.get_input_embeddings()
+        if isinstance(embeddings, nn.Embedding):
+            self.register_hook(embeddings, self._check_tokens, "forward_pre")
+        for adapter in self._pending.values():
+            hook = partial(self._observe_hook, adapter)
+            self.register_hook(adapter.mixer, hook, "forward_pre", with_kwargs=True)
+
+    def _check_tokens(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        token_ids = args[0]
+        low, high = int(token_ids.min()), int(token_ids.max())
+        if low < 0 or high >= self._vocab_size:
+            raise SparseSSMError(
+                f"calibration data holds token id {low if low < 0 else high}; the model's "
+                f"vocabulary has ids 0 to {self._vocab_size - 1} (is it another model's tokenizer?)"
+            )
+
+    def _observe_hook(
+        self,
+        adapter: MixerAdapter,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        if adapter.name not in self._pending:
+            return
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        attention_mask = kwargs.get("attention_mask")
+        if not _is_finite(hidden_states):
+            raise SparseSSMError(
+                f"{adapter.name}: its input holds NaN or infinite values during calibration; "
+                "this layer was not pruned"
+            )
+        with torch.no_grad():
+            self.observe(adapter, hidden_states, attention_mask)
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[nn.Module] | None = None, **kwargs: Any
+    ) -> None:
+        done = {id(module) for module in modules or ()}
+        for adapter in [a for a in self._pending.values() if id(a.mixer) in done]:
+            self._compress(adapter)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        for adapter in list(self._pending.values()):
+            self._compress(adapter)
+        self._release()
+
+    def _compress(self, adapter: MixerAdapter) -> None:
+        with torch.no_grad():
+            self.compress(adapter)
+        del self._pending[adapter.name]
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        self._release()
+        return True
+
+    def _release(self) -> None:
+        self.remove_hooks()
+        self._restore.close()
+
+
+def count_tokens(hidden_states: Tensor, attention_mask: Tensor | None) -> int:
+    """How many positions of a (b, L, ...) batch are not padding."""
+    batch, length = hidden_states.shape[:2]
+    mask = padding_mask(attention_mask, length)
+    return batch * length if mask is None else int(mask.sum())
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_meta:
+        return True
+    # the sum of finite numbers is finite in float64; one pass without a mask in memory
+    return math.isfinite(float(tensor.detach().sum(dtype=torch.float64)))
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,118 @@
+"""Which entries are pruned, given their scores: exact counts, ties broken by position."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsessm_plugin.errors import SparseSSMError
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """The lowest ``round(sparsity * D * N)`` entries of a layer."""
+
+    sparsity: float
+
+    def check(self, rows: int, columns: int) -> None:
+        """Every shape will do."""
+
+    def count(self, rows: int, columns: int) -> int:
+        """How many entries of a (rows, columns) matrix are selected."""
+        return round(self.sparsity * rows * columns)
+
+    def lowest(self, scores: Tensor) -> Tensor:
+        """Bool mask of the lowest entries of each matrix; at equal score the first ones.
+
+        :param scores: (T, D, N)
+        :return: (T, D, N) bool
+        """
+        steps, rows, columns = scores.shape
+        count = self.count(rows, columns)
+        flat = scores.reshape(steps, -1)
+        if count == 0:
+            return torch.zeros_like(scores, dtype=torch.bool)
+        threshold = flat.kthvalue(count, dim=1, keepdim=True).values
+        below = flat < threshold
+        ties = flat == threshold
+        free = count - below.sum(dim=1, keepdim=True)  # places left for the ties
+        chosen = below | (ties & (ties.cumsum(dim=1) <= free))
+        return chosen.reshape(scores.shape)
+
+
+@dataclass(frozen=True)
+class SemiStructured:
+    """N pruned entries in every M consecutive states of a channel.
+
+    LLM Compressor's meaning of ``mask_structure: "N:M"``; for 2:4 and 4:8 it is the same as
+    NVIDIA's, which counts the entries that stay.
+    """
+
+    n: int
+    m: int
+
+    @classmethod
+    def parse(cls, text: str) -> "SemiStructured":
+        """Read ``"N:M"``.
+
+        :raises SparseSSMError: not of that form, or not 0 < N < M
+        """
+        match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+        if not match or not 0 < int(match[1]) < int(match[2]):
+            raise SparseSSMError(
+                f'mask_structure must be "N:M" with whole numbers 0 < N < M, got {text!r}'
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    def check(self, rows: int, columns: int) -> None:
+        """Refuse a state size that M does not divide.
+
+        :raises SparseSSMError: M does not divide the number of columns
+        """
+        if columns % self.m:
+            raise SparseSSMError(
+                f'mask_structure "{self.n}:{self.m}" needs a state size divisible by {self.m}, '
+                f"got {columns}"
+            )
+
+    def count(self, rows: int, columns: int) -> int:
+        """How many entries of a (rows, columns) matrix are selected."""
+        return rows * columns // self.m * self.n
+
+    def lowest(self, scores: Tensor) -> Tensor:
+        """Bool mask of the lowest N of every M; at equal score the first ones.
+
+        :param scores: (T, D, N)
+        :return: (T, D, N) bool
+        """
+        groups = scores.reshape(-1, self.m)
+        order = groups.argsort(dim=1, stable=True)[:, : self.n]
+        chosen = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
+        return chosen.reshape(scores.shape)
+
+
+Pattern = Unstructured | SemiStructured
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Scores of a layer; lower is pruned first.
+
+    :param score: (D, N)
+    :param tie_break: (D, N) decides between equal scores, the lower one first; entries that
+        are equal in both go in the order of their position
+    """
+
+    score: Tensor
+    tie_break: Tensor | None = None
+
+    def select(self, pattern: Pattern) -> Tensor:
+        """(D, N) bool mask of the entries to prune."""
+        if self.tie_break is None:
+            return pattern.lowest(self.score[None])[0]
+        by_tie_break = self.tie_break.flatten().argsort(stable=True)
+        order = by_tie_break[self.score.flatten()[by_tie_break].argsort(stable=True)]
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(order.numel(), device=order.device)
+        return pattern.lowest(rank.reshape(1, *self.score.shape))[0]

@@ -1,0 +1,38 @@
+"""The selective scan that also accumulates statistics: one interface, several backends."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+from torch import Tensor
+
+from sparsessm_plugin.mixers.base import MixerQuantities
+from sparsessm_plugin.scan.statistics import PrunedValue, ScanStatistics, StatisticsRequest
+
+__all__ = ["BACKENDS", "PrunedValue", "ScanStatistics", "StatisticsRequest", "scan"]
+
+Backend = Callable[[MixerQuantities, ScanStatistics | None], Tensor]
+
+# One implementation a device type; a module has one function, `scan`. Devices that are
+# not named here use the reference, which is plain torch.
+BACKENDS = {"cpu": "sparsessm_plugin.scan.cpu"}
+REFERENCE = "sparsessm_plugin.scan.reference"
+
+
+def scan(
+    quantities: MixerQuantities,
+    statistics: ScanStatistics | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Run the selective recurrence from a zero state and accumulate statistics on the way.
+
+    Memory is bounded by (b, D, N): no tensor with both a batch and a time axis has a state
+    axis. Differentiable only through the reference backend.
+
+    :param quantities: the recurrence's inputs
+    :param statistics: accumulators to add this batch to, or None
+    :param backend: module to use instead of the device's own, e.g. :data:`REFERENCE`
+    :return: y (b, L, D) float32, skip connection included, before the gate
+    """
+    name = backend or BACKENDS.get(quantities.u.device.type, REFERENCE)
+    implementation: Backend = import_module(name).scan
+    return implementation(quantities, statistics)
