@@ -26,12 +26,9 @@ from sparsessm_plugin.saliency import (
     Unstructured,
     aggregate,
 )
+from sparsessm_plugin.saliency.values import PRUNED_VALUES
 from sparsessm_plugin.scan import PrunedValue, ScanStatistics, scan
 from sparsessm_plugin.scan.fast_forward import offer
-
-# What a pruned entry of A_log is set to. exp(dt * -exp(38)) underflows to zero for every
-# dt above 3e-15, so any runtime computes a state that forgets everything at every step.
-PRUNED_VALUES: dict[str, float] = {"zero": 0.0, "memoryless": 38.0}
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 

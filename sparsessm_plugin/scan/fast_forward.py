@@ -7,6 +7,7 @@ device without a fast backend, nothing is replaced.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -33,17 +34,16 @@ def fast_forward(model: nn.Module) -> Iterator[None]:
 
     :param model: any model
     """
-    replaced: list[Any] = []
+    replaced: list[_Forward] = []
     try:
         for name, mixer in iter_mixers(model):
-            # one that is replaced already, by us or by somebody else, stays as it is
-            if type(mixer).__name__ in known_mixers() and "forward" not in vars(mixer):
-                mixer.forward = _Forward(get_adapter(mixer, name))
-                replaced.append(mixer)
+            if type(mixer).__name__ in known_mixers():
+                replaced.append(_Forward(get_adapter(mixer, name)))
+                replaced[-1].attach()
         yield
     finally:
-        for mixer in replaced:
-            vars(mixer).pop("forward", None)
+        for forward in reversed(replaced):
+            forward.detach()
 
 
 def offer(
@@ -57,34 +57,54 @@ def offer(
 
     For forward pre-hooks; without :func:`fast_forward` nothing happens.
     """
-    forward = vars(mixer).get("forward")
+    forward = getattr(vars(mixer).get("forward"), "__func__", None)
     if isinstance(forward, _Forward):
         forward.offered = (hidden_states, attention_mask, quantities, y)
 
 
 class _Forward:
-    """Stands in for the bound ``forward`` of a mixer."""
+    """Stands in for the ``forward`` of a mixer, as a method bound to it.
+
+    A ``forward`` that somebody else has put on the instance (compressed-tensors does, to
+    move inputs to the device of offloaded weights) is called as before and comes back on exit.
+    """
 
     def __init__(self, adapter: MixerAdapter):
         self.adapter = adapter
-        self.original = adapter.mixer.forward
+        self.active = False
+        self.earlier = vars(adapter.mixer).get("forward")
+        self.own_forward = adapter.mixer.forward
         self.offered: tuple[Tensor, Tensor | None, MixerQuantities, Tensor] | None = None
+
+    def attach(self) -> None:
+        self.active = True
+        self.adapter.mixer.forward = MethodType(self, self.adapter.mixer)
+
+    def detach(self) -> None:
+        self.active = False  # whoever has wrapped us meanwhile calls through from now on
+        self.offered = None
+        attributes = vars(self.adapter.mixer)
+        if getattr(attributes.get("forward"), "__func__", None) is self:
+            del attributes["forward"]
+            if self.earlier is not None:
+                self.adapter.mixer.forward = self.earlier
 
     def __call__(
         self,
+        mixer: nn.Module,
         hidden_states: Tensor,
         cache_params: Any = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         offered, self.offered = self.offered, None
-        own = (
-            cache_params is not None
+        if (
+            not self.active
+            or cache_params is not None
             or torch.is_grad_enabled()
             or hidden_states.device.type not in BACKENDS
-        )
-        if own:
-            return self.original(
+        ):
+            return self.own_forward(
                 hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
             )
         if offered and offered[0] is hidden_states and offered[1] is attention_mask:

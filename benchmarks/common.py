@@ -1,0 +1,40 @@
+"""What the benchmarks share: assets, versions, result files."""
+
+import os
+import platform
+from pathlib import Path
+
+from sparsessm_plugin.files import write_json
+from sparsessm_plugin.pruning import versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def assets() -> Path:
+    """Checkpoints and texts, from the environment variable SPARSESSM_ASSETS."""
+    root = Path(os.environ.get("SPARSESSM_ASSETS", Path(__file__).parents[2] / "shared"))
+    if not (root / "models").is_dir():
+        raise SystemExit(f"{root} holds no models; set SPARSESSM_ASSETS")
+    return root
+
+
+def cpu_name() -> str:
+    """The processor as Linux names it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def save(name: str, markdown: str, numbers: dict[str, object]) -> None:
+    """Write ``results/<name>.md`` and ``.json`` with the versions, and print the former."""
+    found = {**versions(), "cpu": f"{cpu_name()}, {os.cpu_count()} cores"}
+    lines = [markdown.rstrip(), "", "Made with " + ", ".join(f"{k} {v}" for k, v in found.items())]
+    text = "\n".join(lines) + "\n"
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    write_json(RESULTS / f"{name}.json", {**numbers, "versions": found})
+    print(text)

@@ -1,0 +1,106 @@
+"""What a model is made of: parameters and zeros by component."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsessm_plugin.mixers import MixerAdapter, find_mixers
+from sparsessm_plugin.saliency.values import MEMORYLESS
+
+
+@dataclass
+class Component:
+    """Parameters of one kind, over one layer or the whole model.
+
+    :param parameters: how many
+    :param zeros: how many of them are 0
+    :param memoryless: for A_log: entries so large that their state forgets at every step
+    """
+
+    parameters: int = 0
+    zeros: int = 0
+    memoryless: int = 0
+
+    def add(self, tensor: Tensor, is_A_log: bool = False) -> None:
+        """Count a tensor in."""
+        self.parameters += tensor.numel()
+        if not tensor.is_meta:
+            self.zeros += int((tensor == 0).sum())
+            if is_A_log:
+                self.memoryless += int((tensor >= MEMORYLESS).sum())
+
+
+@dataclass
+class Inventory:
+    """All parameters of a model, each counted once.
+
+    :param mixers: the state-space mixers
+    :param components: A_log, each projection, the rest of the mixers, everything else
+    :param layers: the same, one mixer at a time
+    """
+
+    mixers: list[MixerAdapter]
+    components: dict[str, Component] = field(default_factory=dict)
+    layers: dict[str, dict[str, Component]] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model."""
+        return sum(component.parameters for component in self.components.values())
+
+    @property
+    def zeros(self) -> int:
+        """How many of them are 0."""
+        return sum(component.zeros for component in self.components.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for a report."""
+        return {
+            "parameters": self.parameters,
+            "zeros": self.zeros,
+            "components": {
+                kind: {
+                    "parameters": component.parameters,
+                    "share": component.parameters / self.parameters,
+                    "zeros": component.zeros,
+                    **({"memoryless": component.memoryless} if kind == "A_log" else {}),
+                }
+                for kind, component in self.components.items()
+            },
+        }
+
+
+def take_inventory(model: nn.Module) -> Inventory:
+    """Count the parameters of a model by component.
+
+    :raises SparseSSMError: the model has no state-space mixer, or an unknown one
+    """
+    mixers = find_mixers(model)
+    inventory = Inventory(mixers)
+    for kind in _kinds(mixers):
+        inventory.components[kind] = Component()
+    seen: set[int] = set()
+    for adapter in mixers:
+        layer = inventory.layers[adapter.name] = {}
+        for name, parameter in adapter.mixer.named_parameters():
+            seen.add(id(parameter))
+            first = name.split(".")[0]
+            kind = first if first in adapter.projections or first == "A_log" else "other in mixer"
+            for component in (
+                inventory.components[kind],
+                layer.setdefault(kind, Component()),
+            ):
+                component.add(parameter.detach(), is_A_log=kind == "A_log")
+    for parameter in model.parameters():  # a tied tensor comes once
+        if id(parameter) not in seen:
+            inventory.components["outside mixers"].add(parameter.detach())
+    return inventory
+
+
+def _kinds(mixers: Iterable[MixerAdapter]) -> list[str]:
+    kinds = ["A_log"]
+    for adapter in mixers:
+        kinds += [kind for kind in adapter.projections if kind not in kinds]
+    return [*kinds, "other in mixer", "outside mixers"]

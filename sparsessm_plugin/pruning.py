@@ -1,0 +1,187 @@
+"""From a model and a checked recipe to a pruned model and its report."""
+
+import os
+import platform
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.recipes import CheckedRecipe
+
+DEMO_MODEL = "mamba-demo-0.7m"
+_ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    :param name: a folder, a name on the hub, or the demo checkpoint that is packaged here
+    :param trust_remote_code: let the model's own code run
+    :param dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``
+    :param device: ``auto``, ``cpu`` or ``cuda``
+    """
+
+    name: str
+    trust_remote_code: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+
+    @property
+    def path(self) -> str:
+        """What to give to ``from_pretrained``."""
+        if self.name == DEMO_MODEL and not Path(self.name).exists():
+            return str(_ASSETS / DEMO_MODEL)
+        return self.name
+
+    def load_skeleton(self) -> nn.Module:
+        """The model without weights, on the meta device, to check things against.
+
+        :raises SparseSSMError: no such model, or not one that transformers knows
+        """
+        with _model_errors(self.name):
+            config = AutoConfig.from_pretrained(
+                self.path, trust_remote_code=self.trust_remote_code
+            )
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=self.trust_remote_code
+                )
+
+    def load_tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        :raises SparseSSMError: there is none
+        """
+        with _model_errors(self.name, "tokenizer of "):
+            return AutoTokenizer.from_pretrained(
+                self.path, trust_remote_code=self.trust_remote_code
+            )
+
+    def load(self) -> Any:
+        """The model with its weights, from safetensors only.
+
+        :raises SparseSSMError: it cannot be loaded
+        """
+        with _model_errors(self.name):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self.path,
+                dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
+                use_safetensors=True,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+            )
+        if info["missing_keys"]:
+            raise SparseSSMError(
+                f"the checkpoint {self.name} lacks {len(info['missing_keys'])} tensors of the "
+                f"model, {sorted(info['missing_keys'])[0]} among them"
+            )
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return model.to(device).eval()
+
+
+class _model_errors:
+    """Turns what transformers raises for a bad path or file into one line."""
+
+    def __init__(self, name: str, what: str = ""):
+        self.subject = f"{what}model {name}"
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not isinstance(error, Exception) or isinstance(error, SparseSSMError):
+            return
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise SparseSSMError(
+            f"cannot load {self.subject}: {lines[0] if lines else type(error).__name__}"
+        ) from error
+
+
+@dataclass
+class PruningResult:
+    """What a recipe did.
+
+    :param model: the pruned model, its ``save_pretrained`` wrapped by LLM Compressor
+    :param reports: one report for each modifier of this package
+    :param seconds: of the whole ``oneshot`` call
+    """
+
+    model: Any
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def prune(
+    model: Any,
+    recipe: CheckedRecipe,
+    loader: DataLoader[Any] | None,
+    tokenizer: Any,
+    pipeline: str = "independent",
+) -> PruningResult:
+    """Run LLM Compressor's ``oneshot`` with a checked recipe and collect the reports.
+
+    :param model: transformers model, changed in place
+    :param recipe: from :func:`sparsessm_plugin.recipes.load_recipe`
+    :param loader: calibration batches, None for recipes that need none
+    :param tokenizer: the model's tokenizer
+    :param pipeline: LLM Compressor's calibration pipeline
+    :raises SparseSSMError: the recipe needs data and got none, or a modifier's own complaint
+    """
+    # upstream warns when it has to set this itself
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from llmcompressor import active_session, oneshot
+
+    if loader is None:
+        for modifier in recipe.modifiers:
+            if modifier.requires_calibration_data:
+                raise SparseSSMError(
+                    f"{recipe.name}: {type(modifier).__name__} needs calibration data; "
+                    "give --calibration"
+                )
+    started = time.perf_counter()
+    try:
+        oneshot(
+            model=model,
+            # the text and not the modifiers: what is saved is then what the user wrote
+            recipe=recipe.text,
+            dataset=loader,
+            processor=tokenizer,
+            pipeline=pipeline,
+        )
+    finally:
+        modifiers = active_session().lifecycle.recipe.modifiers
+    return PruningResult(
+        model=model,
+        reports=[m.report() for m in modifiers if hasattr(m, "report")],
+        seconds=time.perf_counter() - started,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on, and the machine."""
+    packages = ("sparsessm-plugin", "torch", "transformers", "llmcompressor", "compressed-tensors")
+    found = {name: _version(name) for name in packages}
+    found["python"] = platform.python_version()
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+    else:
+        found["device"] = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return found
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except Exception:
+        return "not installed"
