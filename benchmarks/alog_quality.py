@@ -1,7 +1,7 @@
 """Perplexity after pruning half of A_log, by every criterion and both meanings of "pruned".
 
-    python benchmarks/alog_quality.py            # mamba-25m, 64 x 2048 tokens
-    python benchmarks/alog_quality.py --quick    # mamba-6m, 16 x 1024 tokens, for a CPU
+python benchmarks/alog_quality.py            # mamba-25m, 64 x 2048 tokens
+python benchmarks/alog_quality.py --quick    # mamba-6m, 16 x 1024 tokens, for a CPU
 """
 
 import argparse
@@ -114,11 +114,12 @@ def main() -> None:
             print(rows[-1], flush=True)
 
     short = os.path.basename(model_name)
+    sizes = ", ".join(f"{len(s)} x {length} tokens of {t}" for t, s in texts.items())
     title = (
         f"# {options.sparsity:.0%} of A_log of {short} pruned: perplexity\n\n"
         f"{min(num_samples, len(calibration))} x {length} calibration tokens of wikitext2 "
-        f"validation (raw). Evaluated on {', '.join(f'{len(s)} x {length} tokens of {t}' for t, s in texts.items())}; "
-        "in brackets the ratio to dense. Seconds are those of the whole oneshot() call.\n"
+        f"validation (raw). Evaluated on {sizes}; in brackets "
+        " the ratio to dense. Seconds are those of the whole oneshot() call.\n"
     )
     save(
         options.name or f"alog_quality_{short}",

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sparsessm_plugin import __version__
 from sparsessm_plugin.errors import SparseSSMError
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
+# piped output is for programs and files: its tables are not squeezed into 80 columns
+out = Console(width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True)
 
 ModelArgument = Annotated[
@@ -226,10 +227,22 @@ def main() -> None:
         app(standalone_mode=True)
     except SparseSSMError as error:
         _fail(str(error), 1)
+    except Exception as error:
+        cause = _our_error(error)
+        if cause is None:
+            raise
+        _fail(str(cause), 1)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written", 130)
     except _Terminated:
         _fail("terminated; nothing was written", 143)
+
+
+def _our_error(error: BaseException | None) -> SparseSSMError | None:
+    """Our own error where LLM Compressor has wrapped it in one that quotes source code."""
+    while error is not None and not isinstance(error, SparseSSMError):
+        error = error.__cause__
+    return error
 
 
 class _Terminated(BaseException):
@@ -254,6 +267,7 @@ def _quiet(verbose: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
 
 
 def _choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -364,14 +378,13 @@ def _print_inventory(name: str, inventory: "Inventory") -> None:
                 f"{component.memoryless / component.parameters:.2%}" if kind == "A_log" else "",
             )
     out.print(table)
-    table = Table("mixer", "D", "N", "R", "K", "A_log zeros", "memoryless", "projections", box=None)
+    kinds = [kind for kind in inventory.components if kind in mixers[0].projections]
+    table = Table("mixer", "D", "N", "R", "K", "A_log", "memoryless", *kinds, box=None)
+    table.title = "zeros by mixer (D channels, N states, R rank of dt, K convolution)"
+    table.title_justify = "left"
     for adapter in mixers:
         layer, sizes = inventory.layers[adapter.name], adapter.sizes
         A_log = layer["A_log"]
-        projections = ", ".join(
-            f"{kind} {layer[kind].zeros / layer[kind].parameters:.0%}"
-            for kind in adapter.projections
-        )
         table.add_row(
             adapter.name,
             str(sizes.intermediate_size),
@@ -380,7 +393,7 @@ def _print_inventory(name: str, inventory: "Inventory") -> None:
             str(sizes.conv_kernel_size),
             f"{A_log.zeros / A_log.parameters:.1%}",
             f"{A_log.memoryless / A_log.parameters:.1%}",
-            projections,
+            *(f"{layer[kind].zeros / layer[kind].parameters:.1%}" for kind in kinds),
         )
     out.print(table)
 

@@ -2,12 +2,16 @@
 
 The checkpoint was trained on the documentation topics that come with Python
 (``pydoc_data.topics``) and on prose. Calibration text is taken from the topics of the running
-interpreter, evaluation text from those that were kept from training.
+interpreter, evaluation text from those that were kept from training, and, since the checkpoint
+knows the other topics by heart and recites when it meets their style, from docstrings of the
+standard library as well.
 """
 
 import hashlib
+import inspect
 import time
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +23,26 @@ from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
 from sparsessm_plugin.pruning import DEMO_MODEL, ModelSource, prune
 from sparsessm_plugin.recipes import parse_recipe
 from sparsessm_plugin.saliency.values import PRUNED_VALUES
+
+DOCUMENTED = (
+    "argparse",
+    "collections",
+    "configparser",
+    "difflib",
+    "fractions",
+    "ipaddress",
+    "logging",
+    "optparse",
+    "statistics",
+    "string",
+    "subprocess",
+    "tarfile",
+    "textwrap",
+    "threading",
+    "unittest",
+    "uuid",
+    "zipfile",
+)
 
 RECIPE = """\
 prune_stage:
@@ -40,8 +64,8 @@ class Row:
 
 ROWS = (
     Row("magnitude", "magnitude"),
-    Row("paper (hessian, frequency)", "hessian"),
-    Row("published code (transition, time-weighted)", "transition"),
+    Row("paper", "hessian"),
+    Row("published code", "transition"),
     Row("output_error", "output_error"),
 )
 
@@ -56,13 +80,28 @@ def split_topics(topics: dict[str, str]) -> tuple[list[str], list[str]]:
     return training, [topics[k] for k in sorted(held_out)]
 
 
-def run_demo(console: Console, num_samples: int = 64, max_seq_length: int = 512) -> list[Any]:
+def standard_library_docstrings() -> list[str]:
+    """Documentation of some modules of the running interpreter, a document each."""
+    documents = []
+    for name in DOCUMENTED:
+        module = import_module(name)
+        parts = [module.__doc__]
+        for _, member in sorted(vars(module).items()):
+            if getattr(member, "__module__", None) == name:
+                parts.append(inspect.getdoc(member))
+        documents.append("\n\n".join(part for part in parts if part))
+    return documents
+
+
+def run_demo(
+    console: Console, num_samples: int = 64, max_seq_length: int = 512
+) -> list[dict[str, Any]]:
     """Prune half of A_log by each criterion, for both meanings of "pruned", and print a table.
 
     :param console: where to print
     :param num_samples: calibration windows
     :param max_seq_length: tokens a window, for calibration and evaluation
-    :return: the rows as printed: name, then perplexity and seconds for each meaning
+    :return: a dictionary a row: criterion, then for each meaning the perplexities and seconds
     """
     from pydoc_data.topics import topics
 
@@ -70,47 +109,60 @@ def run_demo(console: Console, num_samples: int = 64, max_seq_length: int = 512)
     tokenizer = source.load_tokenizer()
     training, held_out = split_topics(topics)
     samples = windows(tokenize(training, tokenizer), max_seq_length, "pydoc_data.topics")
-    evaluation = windows(tokenize(held_out, tokenizer), max_seq_length, "held-out topics")
+    texts = {
+        "topics": windows(tokenize(held_out, tokenizer), max_seq_length, "held-out topics"),
+        "docstrings": windows(
+            tokenize(standard_library_docstrings(), tokenizer), max_seq_length, "docstrings"
+        ),
+    }
 
-    dense = evaluate_perplexity(source.load(), evaluation, batch_size=4)
-    rows: list[Any] = [("dense", dense.perplexity)]
-    # compiles or loads the scan, so that the first criterion does not pay for it
-    _prune(source, "output_error", "zero", samples[:1], 1, tokenizer)
+    def measure(model: Any) -> dict[str, float]:
+        return {
+            name: evaluate_perplexity(model, text, batch_size=8).perplexity
+            for name, text in texts.items()
+        }
+
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("pruning", total=len(ROWS) * len(PRUNED_VALUES))
+        task = progress.add_task("pruning", total=len(ROWS) * len(PRUNED_VALUES) + 1)
+        dense = measure(source.load())
+        # loads or compiles the scan, so that the first criterion does not pay for it
+        _prune(source, "output_error", "zero", samples[:1], 1, tokenizer)
+        progress.advance(task)
+        rows: list[dict[str, Any]] = [{"criterion": "dense", **dense}]
         for row in ROWS:
-            cells: list[Any] = [row.name]
+            cells: dict[str, Any] = {"criterion": row.name}
             for pruned_value in PRUNED_VALUES:
                 model, seconds = _prune(
                     source, row.saliency, pruned_value, samples, num_samples, tokenizer
                 )
-                cells += [evaluate_perplexity(model, evaluation, 4).perplexity, seconds]
+                cells[pruned_value] = {**measure(model), "seconds": seconds}
                 progress.advance(task)
-            rows.append(tuple(cells))
-
-    table = Table(
-        "criterion",
-        "zero (A = -1)",
-        "seconds",
-        "memoryless",
-        "seconds",
-        title=f"{DEMO_MODEL}, 50 % of A_log pruned: perplexity on {dense.windows} x "
-        f"{max_seq_length} held-out tokens ({min(num_samples, len(samples))} x {max_seq_length} "
-        "calibration tokens)",
+            rows.append(cells)
+    console.print(_table(rows))
+    sizes = ", ".join(f"{len(text)} x {max_seq_length} of {name}" for name, text in texts.items())
+    console.print(
+        f"{DEMO_MODEL}, half of A_log pruned; {min(num_samples, len(samples))} x "
+        f"{max_seq_length} calibration tokens; perplexity on {sizes}.\n"
+        "topics: held out of training. The checkpoint knows the other topics by heart and recites "
+        "them\nhere, so losing memory can even help. docstrings: plain prose of the standard "
+        "library."
     )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    table.add_row("dense", f"{dense.perplexity:.3f}", "", f"{dense.perplexity:.3f}", "")
-    for name, zero, zero_seconds, memoryless, memoryless_seconds in rows[1:]:
-        table.add_row(
-            name,
-            f"{zero:.3f}",
-            f"{zero_seconds:.1f}",
-            f"{memoryless:.3f}",
-            f"{memoryless_seconds:.1f}",
-        )
-    console.print(table)
     return rows
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("criterion")
+    for pruned_value in PRUNED_VALUES:
+        for column in (f"{pruned_value}:\ntopics", "\ndocstrings", "\nseconds"):
+            table.add_column(column, justify="right")
+    for row in rows:
+        cells = [row["criterion"]]
+        for pruned_value in PRUNED_VALUES:
+            measured = row.get(pruned_value, row)
+            seconds = f"{measured['seconds']:.1f}" if "seconds" in measured else ""
+            cells += [f"{measured['topics']:.1f}", f"{measured['docstrings']:.2f}", seconds]
+        table.add_row(*cells)
+    return table
 
 
 def _prune(

@@ -80,6 +80,8 @@ def output_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         os.chmod(partial, 0o777 & ~_umask())
         yield partial
+        for file in partial.rglob("*"):  # safetensors writes for the owner's eyes only
+            os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~_umask())
         check_output_directory(target)  # somebody else may have come first
         _move_into_place(partial, target)
     except OSError as error:

@@ -48,9 +48,7 @@ class ModelSource:
         :raises SparseSSMError: no such model, or not one that transformers knows
         """
         with _model_errors(self.name):
-            config = AutoConfig.from_pretrained(
-                self.path, trust_remote_code=self.trust_remote_code
-            )
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(
                     config, trust_remote_code=self.trust_remote_code

@@ -71,7 +71,9 @@ def _read_dataset(name: str, text_field: str) -> list[str]:
         rows = load_dataset(dataset, config or None, split=split or "train")
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise SparseSSMError(f"{name} is no file, and no data set of that name: {reason}") from error
+        raise SparseSSMError(
+            f"{name} is no file, and no data set of that name: {reason}"
+        ) from error
     if text_field not in rows.column_names:
         raise SparseSSMError(f"data set {name} has no column {text_field!r}: {rows.column_names}")
     return list(rows[text_field])

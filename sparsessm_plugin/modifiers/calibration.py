@@ -1,6 +1,8 @@
 """The part of the LLM Compressor lifecycle that every modifier of mixers shares."""
 
 import math
+import re
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -13,8 +15,7 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor, nn
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import MixerAdapter, find_mixers, get_adapter, is_mixer
-from sparsessm_plugin.mixers.base import padding_mask
+from sparsessm_plugin.mixers import MixerAdapter, find_mixers, get_adapter, is_mixer, iter_mixers
 from sparsessm_plugin.scan.fast_forward import fast_forward
 
 
@@ -41,13 +42,23 @@ class MixerModifier(Modifier):
     ignore: list[str] = Field(default_factory=list)
 
     _pending: dict[str, MixerAdapter] = PrivateAttr(default_factory=dict)
-    _vocab_size: int = PrivateAttr(default=0)
     _restore: ExitStack = PrivateAttr(default_factory=ExitStack)
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _check_patterns(cls, value: list[str]) -> list[str]:
+        for target in value:
+            if target.startswith("re:"):
+                try:
+                    re.compile(target[3:])
+                except re.error as error:
+                    raise ValueError(f"{target!r} is no regular expression: {error}") from error
+        return value
 
     # -- for subclasses --------------------------------------------------------------
 
@@ -78,18 +89,12 @@ class MixerModifier(Modifier):
             settings that do not fit a mixer
         """
         who = type(self).__name__
-        if not self.targets:
-            find_mixers(model)  # its errors say what is wrong with the model as a whole
-        names: set[str] = set()
-        for target in self.targets or [None]:
+        names = set() if self.targets else {name for name, _ in iter_mixers(model)}
+        if not self.targets and not names:
+            find_mixers(model)  # raises, and says which mixers are known
+        for target in self.targets:
             found = {
-                name
-                for name, module in (
-                    model.named_modules()
-                    if target is None
-                    else match_named_modules(model, [target])
-                )
-                if is_mixer(module)
+                name for name, module in match_named_modules(model, [target]) if is_mixer(module)
             }
             if not found:
                 raise SparseSSMError(
@@ -118,8 +123,6 @@ class MixerModifier(Modifier):
         if self.requires_calibration_data:
             self._check_data(state.data.calib if state.data is not None else None)
         self._pending = {adapter.name: adapter for adapter in adapters}
-        embeddings = state.model.get_input_embeddings()
-        self._vocab_size = getattr(embeddings, "num_embeddings", 0)
         return True
 
     def _check_data(self, dataloader: Any) -> None:
@@ -134,22 +137,11 @@ class MixerModifier(Modifier):
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         if not self.requires_calibration_data:
             return
+        _check_token_ids(state.data.calib, state.model.get_input_embeddings())
         self._restore.enter_context(fast_forward(state.model))
-        embeddings = state.model.get_input_embeddings()
-        if isinstance(embeddings, nn.Embedding):
-            self.register_hook(embeddings, self._check_tokens, "forward_pre")
         for adapter in self._pending.values():
             hook = partial(self._observe_hook, adapter)
             self.register_hook(adapter.mixer, hook, "forward_pre", with_kwargs=True)
-
-    def _check_tokens(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        token_ids = args[0]
-        low, high = int(token_ids.min()), int(token_ids.max())
-        if low < 0 or high >= self._vocab_size:
-            raise SparseSSMError(
-                f"calibration data holds token id {low if low < 0 else high}; the model's "
-                f"vocabulary has ids 0 to {self._vocab_size - 1} (is it another model's tokenizer?)"
-            )
 
     def _observe_hook(
         self,
@@ -196,11 +188,26 @@ class MixerModifier(Modifier):
         self._restore.close()
 
 
-def count_tokens(hidden_states: Tensor, attention_mask: Tensor | None) -> int:
-    """How many positions of a (b, L, ...) batch are not padding."""
-    batch, length = hidden_states.shape[:2]
-    mask = padding_mask(attention_mask, length)
-    return batch * length if mask is None else int(mask.sum())
+def _check_token_ids(dataloader: Any, embeddings: Any) -> None:
+    """Refuse token ids without an embedding.
+
+    Left alone they are an IndexError deep inside the model, or on a GPU an assertion after
+    which nothing on the device works any more.
+    """
+    vocab_size = getattr(embeddings, "num_embeddings", None)
+    if vocab_size is None or not hasattr(dataloader, "__len__"):
+        return
+    with torch.random.fork_rng(devices=[]):  # a shuffled loader keeps its order for later
+        for batch in dataloader:
+            ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+            if ids is None or ids.numel() == 0:
+                continue
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= vocab_size:
+                raise SparseSSMError(
+                    f"calibration data holds token id {low if low < 0 else high}; the model's "
+                    f"vocabulary has ids 0 to {vocab_size - 1} (is it another model's tokenizer?)"
+                )
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -198,19 +198,20 @@ class SparseSSMModifier(MixerModifier):
             decay=Decay(self.decay, self.decay_power, self.decay_gamma, self.decay_window),
         )
         pruned = ranking.select(self.pattern)
+        was_zero = A_log == 0  # before A_log is overwritten in place
         value = torch.tensor(PRUNED_VALUES[self.pruned_value], dtype=A_log.dtype)
         update_offload_parameter(
             adapter.mixer, "A_log", torch.where(pruned, value.to(A_log.device), A_log)
         )
         seconds = self._seconds.pop(adapter.name, 0.0) + time.perf_counter() - started
-        self._record(adapter, A_log, pruned, ranking.score, statistics, seconds)
+        self._record(adapter, was_zero, pruned, ranking.score, statistics, seconds)
 
     # -- report ----------------------------------------------------------------------
 
     def _record(
         self,
         adapter: MixerAdapter,
-        A_log: Tensor,
+        was_zero: Tensor,
         pruned: Tensor,
         score: Tensor,
         statistics: ScanStatistics | None,
@@ -228,8 +229,8 @@ class SparseSSMModifier(MixerModifier):
                 "entries": pruned.numel(),
                 "pruned": count,
                 "sparsity": count / pruned.numel(),
-                "zero_before": int((A_log == 0).sum()),
-                "zero_before_and_pruned": int(((A_log == 0) & pruned).sum()),
+                "zero_before": int(was_zero.sum()),
+                "zero_before_and_pruned": int((was_zero & pruned).sum()),
                 "saliency_quantiles": {
                     str(q): float(v) for q, v in zip(_QUANTILES, quantiles, strict=True)
                 },

@@ -159,7 +159,9 @@ def _make_modifier(kind: Any, fields: Any, name: str) -> Any:
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
         raise SparseSSMError(f"{name}: unknown modifier {kind!r}; {hint}")
     try:
-        return ModifierFactory.create(kind, allow_registered=True, allow_experimental=True, **fields)
+        return ModifierFactory.create(
+            kind, allow_registered=True, allow_experimental=True, **fields
+        )
     except ValidationError as error:
         raise SparseSSMError(f"{name}: {_first_problem(error, kind, known[kind])}") from error
     except Exception as error:

@@ -133,5 +133,3 @@ SALIENCIES: dict[str, Saliency] = {
         source="this package",
     ),
 }
-
-

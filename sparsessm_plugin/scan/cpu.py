@@ -79,7 +79,7 @@ def _views(accumulator: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
 
 
 @njit(inline="always", fastmath=_MATH)
-def _exp(x):  # type: ignore[no-untyped-def]
+def _exp(x):
     """exp(x) for x <= 0 in float32, relative error below 1e-7, in vector instructions.
 
     The Cephes polynomial on [-log(2)/2, log(2)/2]; 2^k is written into the exponent bits.
@@ -106,7 +106,7 @@ def _exp(x):  # type: ignore[no-untyped-def]
 
 
 @njit(parallel=True, fastmath=_MATH, cache=True, boundscheck=False)
-def _scan(  # type: ignore[no-untyped-def]  # noqa: PLR0913
+def _scan(
     u,
     dt,
     A,

@@ -1,0 +1,126 @@
+"""Tiny random models of every family, calibration batches, and where assets lie."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
+
+import sparsessm_plugin
+
+VOCAB = 96
+FAMILIES = ("mamba", "falcon_mamba", "jamba")
+DEMO = Path(sparsessm_plugin.__file__).parent / "assets" / "mamba-demo-0.7m"
+
+
+def tiny_model(family: str, seed: int = 0, **changes):
+    """A random two- or three-layer model whose mixers are not at their initial values."""
+    torch.manual_seed(seed)
+    if family == "jamba":
+        settings = {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "mamba_d_state": 8,
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "mamba_dt_rank": 4,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "num_experts": 1,
+            "pad_token_id": 0,
+            "use_mamba_kernels": False,
+        }
+        model = JambaForCausalLM(JambaConfig(**{**settings, **changes}))
+    else:
+        config, cls = {
+            "mamba": (MambaConfig, MambaForCausalLM),
+            "falcon_mamba": (FalconMambaConfig, FalconMambaForCausalLM),
+        }[family]
+        settings = {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "state_size": 8,
+            "num_hidden_layers": 2,
+            "time_step_rank": 4,
+            "conv_kernel": 4,
+            "expand": 2,
+        }
+        model = cls(config(**{**settings, **changes}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("A_log", ".D", "dt_proj.bias", "layernorm.weight")):
+                parameter += 0.3 * torch.randn_like(parameter)
+            elif parameter.ndim > 1:
+                parameter += 0.2 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
+    # oneshot() reads the config once more from where the model claims to come from
+    folder = tempfile.mkdtemp(prefix=f"tiny-{family}-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    model.config.save_pretrained(folder)
+    model.config._name_or_path = model.name_or_path = folder
+    return model.eval()
+
+
+def batches(count: int = 3, batch: int = 2, length: int = 24, seed: int = 1, padded: bool = False):
+    """Calibration batches; padded ones have real tokens first and padding after."""
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for _ in range(count):
+        ids = torch.randint(1, VOCAB, (batch, length), generator=generator)
+        mask = torch.ones_like(ids)
+        if padded:
+            for row in range(batch):
+                cut = int(torch.randint(length // 2, length, (1,), generator=generator))
+                mask[row, cut:] = 0
+                ids[row, cut:] = 0
+        result.append({"input_ids": ids, "attention_mask": mask})
+    return result
+
+
+class Loader(torch.utils.data.DataLoader):
+    """Serves ready-made batches to oneshot."""
+
+    def __init__(self, ready):
+        super().__init__(ready, batch_size=None)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def assets():
+    """The folder with trained checkpoints and texts, or a skip."""
+    root = Path(os.environ.get("SPARSESSM_ASSETS", Path(__file__).parents[2] / "shared"))
+    if not (root / "models").is_dir():
+        pytest.skip(f"no checkpoints in {root}; set SPARSESSM_ASSETS to run this test")
+    return root
+
+
+@pytest.fixture(scope="session")
+def topics():
+    """Documentation topics of the running interpreter: text that is always there."""
+    from pydoc_data.topics import topics
+
+    return topics

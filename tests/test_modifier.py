@@ -1,0 +1,428 @@
+"""SparseSSMModifier through llmcompressor's own oneshot()."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DEMO, Loader, batches, tiny_model
+from llmcompressor import oneshot
+from pydantic import ValidationError
+from torch import nn
+
+from sparsessm_plugin import SparseSSMModifier
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.mixers import find_mixers
+from sparsessm_plugin.saliency import SALIENCIES, SaliencyInputs, Unstructured, aggregate
+from sparsessm_plugin.saliency.values import PRUNED_VALUES
+from sparsessm_plugin.scan import REFERENCE, ScanStatistics, StatisticsRequest, scan
+
+COMBINATIONS = [
+    (saliency, aggregation, pruned_value)
+    for saliency, entry in SALIENCIES.items()
+    for aggregation in (entry.aggregations or (None,))
+    for pruned_value in PRUNED_VALUES
+]
+
+
+def run(model, modifier, ready=None, **kwargs):
+    dataset = Loader(ready if ready is not None else batches())
+    kwargs.setdefault("processor", tokenizer())
+    return oneshot(model=model, recipe=modifier, dataset=dataset, **kwargs)
+
+
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(DEMO)
+
+
+def all_A_log(model):
+    return [adapter.A_log.detach().clone() for adapter in find_mixers(model)]
+
+
+@pytest.mark.parametrize(("saliency", "aggregation", "pruned_value"), COMBINATIONS)
+def test_every_combination_prunes_exactly(saliency, aggregation, pruned_value):
+    model = tiny_model("mamba")
+    before = all_A_log(model)
+    modifier = SparseSSMModifier(
+        sparsity=0.3, saliency=saliency, aggregation=aggregation, pruned_value=pruned_value
+    )
+    run(model, modifier)
+    for old, new in zip(before, all_A_log(model), strict=True):
+        changed = old != new
+        assert (new[changed] == PRUNED_VALUES[pruned_value]).all()
+        assert changed.sum() == round(0.3 * old.numel())
+
+
+@pytest.mark.parametrize("pipeline", ["independent", "sequential", "basic"])
+def test_every_family_and_pipeline(family, pipeline):
+    model = tiny_model(family)
+    before = all_A_log(model)
+    others = {k: v.clone() for k, v in model.state_dict().items() if not k.endswith("A_log")}
+    run(model, SparseSSMModifier(sparsity=0.5), batches(padded=True), pipeline=pipeline)
+    for old, new in zip(before, all_A_log(model), strict=True):
+        assert ((new == 0) & (old != 0)).sum() == round(0.5 * old.numel())
+    for name, value in others.items():
+        assert torch.equal(model.state_dict()[name], value), name
+    for adapter in find_mixers(model):  # nothing of ours stays behind
+        assert not adapter.mixer._forward_pre_hooks
+        forward = vars(adapter.mixer).get("forward")
+        assert "sparsessm" not in type(getattr(forward, "__func__", None)).__module__
+
+
+@pytest.mark.parametrize("saliency", ["hessian", "transition", "output_error"])
+def test_sequential_selection_is_that_of_the_reference(saliency):
+    """An oracle without the framework: prune layer by layer with the reference scan."""
+    model, oracle = tiny_model("mamba"), tiny_model("mamba")
+    ready = batches(padded=True)
+    run(model, SparseSSMModifier(sparsity=0.5, saliency=saliency), ready)
+    entry = SALIENCIES[saliency]
+    aggregation = entry.aggregations[0]
+    with torch.no_grad():
+        streams = [oracle.get_input_embeddings()(b["input_ids"]) for b in ready]
+        for layer, adapter in zip(oracle.backbone.layers, find_mixers(oracle), strict=True):
+            statistics = ScanStatistics(entry.request(aggregation, "zero"), *adapter.A_log.shape)
+            for stream, batch in zip(streams, ready, strict=True):
+                quantities = adapter.quantities(layer.norm(stream), batch["attention_mask"])
+                scan(quantities, statistics, REFERENCE)
+            inputs = SaliencyInputs(
+                adapter.A_log,
+                adapter.out_norm,
+                statistics.state_energy,
+                statistics.transition,
+                statistics.output_error,
+            )
+            pattern = Unstructured(0.5)
+            ranking = aggregate(entry, aggregation, inputs, statistics.steps, pattern)
+            adapter.A_log[ranking.select(pattern)] = 0
+            streams = [
+                layer(s, attention_mask=b["attention_mask"])
+                for s, b in zip(streams, ready, strict=True)
+            ]
+    for ours, expected in zip(all_A_log(model), all_A_log(oracle), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_basic_pipeline_looks_at_the_dense_model():
+    """Every layer is judged on dense activations, so the layers before it do not matter."""
+    both, last = tiny_model("mamba"), tiny_model("mamba")
+    run(both, SparseSSMModifier(sparsity=0.5), pipeline="basic")
+    run(last, SparseSSMModifier(sparsity=0.5, targets="backbone.layers.1.mixer"), pipeline="basic")
+    assert torch.equal(all_A_log(both)[1], all_A_log(last)[1])
+    assert torch.equal(all_A_log(tiny_model("mamba"))[0], all_A_log(last)[0])
+
+
+def test_two_runs_are_bit_identical(family):
+    results = []
+    for _ in range(2):
+        model = tiny_model(family)
+        run(model, SparseSSMModifier(sparsity=0.4))
+        results.append(all_A_log(model))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_batch_size_and_padding_do_not_change_the_choice():
+    """The same tokens one by one, in batches, and with padding around them."""
+    rows = [b["input_ids"][i : i + 1] for b in batches() for i in range(2)]
+    single = [{"input_ids": r, "attention_mask": torch.ones_like(r)} for r in rows]
+    padded = [
+        {
+            "input_ids": torch.nn.functional.pad(r, (0, 9)),
+            "attention_mask": torch.nn.functional.pad(torch.ones_like(r), (0, 9)),
+        }
+        for r in rows
+    ]
+    together = [{"input_ids": torch.cat(rows), "attention_mask": torch.ones(6, 24).long()}]
+    unmasked = [{"input_ids": r} for r in rows]
+    results = []
+    for ready in (single, padded, together, unmasked):
+        model = tiny_model("mamba")
+        run(model, SparseSSMModifier(sparsity=0.5), ready, pipeline="basic")
+        results.append(all_A_log(model))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_bfloat16_model():
+    model = tiny_model("mamba").bfloat16()
+    run(model, SparseSSMModifier(sparsity=0.5, pruned_value="memoryless"))
+    for A_log in all_A_log(model):
+        assert A_log.dtype == torch.bfloat16
+        assert (A_log == 38).sum() == A_log.numel() // 2
+
+
+def test_semi_structured():
+    model = tiny_model("mamba")
+    run(model, SparseSSMModifier(mask_structure="2:4"))
+    for A_log in all_A_log(model):
+        assert ((A_log == 0).reshape(-1, 4).sum(1) == 2).all()
+
+
+def test_entries_that_are_zero_already_count_only_if_chosen():
+    model = tiny_model("mamba")
+    with torch.no_grad():
+        for adapter in find_mixers(model):
+            adapter.A_log[:, 0] = 0  # as mamba's initialisation has it
+    modifier = SparseSSMModifier(sparsity=0.25)
+    run(model, modifier)
+    for A_log, layer in zip(all_A_log(model), modifier.report()["layers"], strict=True):
+        # pruning a zero to zero costs nothing, so all of the first column is chosen
+        assert layer["pruned"] == round(0.25 * A_log.numel())
+        assert layer["zero_before"] == layer["zero_before_and_pruned"] == A_log.shape[0]
+        assert (A_log == 0).sum() == layer["pruned"]
+    model = tiny_model("mamba")
+    with torch.no_grad():
+        for adapter in find_mixers(model):
+            adapter.A_log[:, 0] = 0
+    modifier = SparseSSMModifier(sparsity=0.25, pruned_value="memoryless")
+    run(model, modifier)
+    for A_log, layer in zip(all_A_log(model), modifier.report()["layers"], strict=True):
+        assert (A_log == 38).sum() == layer["pruned"] == round(0.25 * A_log.numel())
+        assert (A_log == 0).sum() == layer["zero_before"] - layer["zero_before_and_pruned"]
+
+
+def test_memoryless_entries_forget():
+    """exp(dt A) of a pruned entry is exactly zero, however small dt is in practice."""
+    model = tiny_model("mamba")
+    run(model, SparseSSMModifier(sparsity=0.5, pruned_value="memoryless"))
+    adapter = find_mixers(model)[0]
+    pruned = adapter.A_log == 38
+    with torch.no_grad():
+        adapter.mixer.dt_proj.bias -= 25  # dt about 1e-11
+        q = adapter.quantities(torch.randn(1, 5, 32))
+    assert q.dt.min() < 1e-10
+    assert (torch.exp(q.dt[0, 0, :, None] * q.A)[pruned] == 0).all()
+
+
+def test_targets_and_ignore():
+    for settings, treated in (
+        ({"targets": ["re:.*layers\\.0.*"]}, [0]),
+        ({"targets": "MambaMixer", "ignore": ["backbone.layers.0.mixer"]}, [1]),
+        ({"ignore": "re:.*\\.1\\.mixer"}, [0]),
+    ):
+        model = tiny_model("mamba")
+        before = all_A_log(model)
+        run(model, SparseSSMModifier(sparsity=0.5, **settings))
+        changed = [
+            i
+            for i, (a, b) in enumerate(zip(before, all_A_log(model), strict=True))
+            if not torch.equal(a, b)
+        ]
+        assert changed == treated
+
+
+def test_magnitude_needs_no_data():
+    model = tiny_model("mamba")
+    oneshot(model=model, recipe=SparseSSMModifier(sparsity=0.5, saliency="magnitude"))
+    for old, new in zip(all_A_log(tiny_model("mamba")), all_A_log(model), strict=True):
+        cut = old.abs().flatten().sort().values[old.numel() // 2 - 1]
+        assert torch.equal(new, torch.where(old.abs() <= cut, 0.0, old))
+
+
+def test_report_file(tmp_path):
+    path = tmp_path / "report.json"
+    run(tiny_model("mamba"), SparseSSMModifier(sparsity=0.5, report_path=str(path)))
+    report = json.loads(path.read_text())
+    assert report["settings"]["saliency"] == "output_error"
+    assert "requires_calibration_data" not in report["settings"]
+    assert report["total"]["sparsity"] == 0.5
+    assert [layer["name"] for layer in report["layers"]] == [
+        "backbone.layers.0.mixer",
+        "backbone.layers.1.mixer",
+    ]
+    layer = report["layers"][0]
+    assert layer["tokens"] == 3 * 2 * 24
+    assert layer["highest_pruned"] <= layer["lowest_kept"]
+    quantiles = list(layer["saliency_quantiles"].values())
+    assert quantiles == sorted(quantiles)
+
+
+def test_saved_checkpoint_reloads_in_a_process_without_the_package(tmp_path, family):
+    model = tiny_model(family)
+    run(model, SparseSSMModifier(sparsity=0.5), output_dir=str(tmp_path / "out"))
+    ids = torch.randint(1, 96, (2, 15))
+    with torch.no_grad():
+        torch.save((ids, model(ids).logits), tmp_path / "expected.pt")
+    script = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+ids, expected = torch.load(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    logits = model(ids).logits
+assert torch.equal(logits, expected), (logits - expected).abs().max()
+new = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+full = [model(new[:, :n], use_cache=False).logits[:, -1].argmax(-1) for n in range(15, 19)]
+assert torch.equal(torch.stack(full, 1), new[:, 15:])
+assert "sparsessm_plugin.modifiers" not in sys.modules
+"""
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "out"), str(tmp_path / "expected.pt")],
+        check=True,
+        env={**_environment(), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+    )
+    assert (tmp_path / "out" / "recipe.yaml").is_file()
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def _environment():
+    import os
+
+    return dict(os.environ)
+
+
+# -- what is refused ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sparsity": 0.0}, "between 0 and 1, both excluded, got 0.0"),
+        ({"sparsity": 1.0}, "got 1.0"),
+        ({"sparsity": 1.5}, "got 1.5"),
+        ({"sparsity": float("nan")}, "got nan"),
+        ({"sparsity": True}, "got 1.0"),
+        ({}, "give either sparsity or mask_structure, got neither"),
+        ({"sparsity": 0.5, "mask_structure": "2:4"}, "got both"),
+        ({"mask_structure": "4:2"}, "0 < N < M, got '4:2'"),
+        ({"sparsity": 0.5, "saliency": "fisher"}, "'magnitude', 'hessian'"),
+        ({"sparsity": 0.5, "saliency": "magnitude", "aggregation": "mean"}, "no time axis"),
+        ({"sparsity": 0.5, "decay_gamma": 0.0}, "greater than 0"),
+        ({"sparsity": 0.5, "decay_window": 2}, "less than or equal to 1"),
+        ({"sparsity": 0.5, "decay_power": float("inf")}, "finite"),
+        ({"sparsity": 0.5, "pruned_value": "one"}, "'zero' or 'memoryless'"),
+        ({"sparsity": 0.5, "report_path": "report.txt"}, "must end with .json, got 'report.txt'"),
+        ({"sparsity": 0.5, "report_path": "/no/such/r.json"}, "does not exist"),
+        ({"sparsity": 0.5, "targets": "re:["}, "'re:[' is no regular expression"),
+        ({"sparsity": 0.5, "sparsty": 0.5}, "Extra inputs"),
+    ],
+)
+def test_bad_settings(fields, message):
+    with pytest.raises(ValidationError) as error:
+        SparseSSMModifier(**fields)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": "re:nothing"}, "targets: 're:nothing' matches no state-space mixer"),
+        ({"targets": "Linear"}, "targets: 'Linear' matches no state-space mixer"),
+        ({"ignore": "MambaMixer"}, "leaves no state-space mixer"),
+        ({"sparsity": None, "mask_structure": "1:3"}, "divisible by 3, got 8 in backbone.layers.0"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(settings, message):
+    model = tiny_model("mamba")
+    before = all_A_log(model)
+    with pytest.raises(SparseSSMError) as error:
+        run(model, SparseSSMModifier(**{"sparsity": 0.5, **settings}))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(a, b) for a, b in zip(before, all_A_log(model), strict=True))
+
+
+def test_no_data_and_empty_data():
+    with pytest.raises(SparseSSMError, match="needs calibration data"):
+        oneshot(model=tiny_model("mamba"), recipe=SparseSSMModifier(sparsity=0.5))
+    with pytest.raises(SparseSSMError, match="empty"):
+        run(tiny_model("mamba"), SparseSSMModifier(sparsity=0.5), [])
+
+
+@pytest.mark.parametrize("pipeline", ["sequential", "basic"])
+def test_sequences_of_one_token(pipeline):
+    ready = [{"input_ids": torch.tensor([[5]]), "attention_mask": torch.tensor([[1]])}]
+    with pytest.raises(SparseSSMError, match="at least 2"):
+        run(tiny_model("mamba"), SparseSSMModifier(sparsity=0.5), ready, pipeline=pipeline)
+
+
+@pytest.mark.parametrize("pipeline", ["sequential", "basic"])
+def test_nothing_but_padding(pipeline):
+    ready = batches(1)
+    ready[0]["attention_mask"] = torch.zeros_like(ready[0]["attention_mask"])
+    with pytest.raises(SparseSSMError, match="no calibration tokens"):
+        run(tiny_model("mamba"), SparseSSMModifier(sparsity=0.5), ready, pipeline=pipeline)
+
+
+@pytest.mark.parametrize("pipeline", ["sequential", "basic"])
+def test_token_outside_the_vocabulary(pipeline):
+    ready = batches(2)
+    ready[1]["input_ids"][0, 3] = 96
+    with pytest.raises(SparseSSMError, match="token id 96; the model's vocabulary has ids 0 to 95"):
+        run(tiny_model("mamba"), SparseSSMModifier(sparsity=0.5), ready, pipeline=pipeline)
+
+
+def test_nan_in_a_weight():
+    model = tiny_model("mamba")
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.dt_proj.weight[0, 0] = float("nan")
+    with pytest.raises(SparseSSMError, match=r"backbone\.layers\.1\.mixer\.dt_proj\.weight holds"):
+        run(model, SparseSSMModifier(sparsity=0.5))
+
+
+def test_nan_in_an_activation():
+    model = tiny_model("mamba")
+    with torch.no_grad():
+        model.backbone.layers[0].norm.weight[3] = float("inf")
+    with pytest.raises(SparseSSMError, match=r"backbone\.layers\.0\.mixer: its input holds NaN"):
+        run(model, SparseSSMModifier(sparsity=0.5))
+
+
+def test_overflow_inside_the_recurrence():
+    model = tiny_model("mamba")
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.x_proj.weight.mul_(1e36)
+    with pytest.raises(SparseSSMError, match=r"backbone\.layers\.1\.mixer: NaN or infinite"):
+        run(model, SparseSSMModifier(sparsity=0.5))
+
+
+def test_a_failed_run_leaves_the_mixers_usable():
+    model = tiny_model("mamba")
+    ready = batches(2)
+    ready[1]["input_ids"][0, 3] = 96
+    with pytest.raises(SparseSSMError):
+        run(model, SparseSSMModifier(sparsity=0.5), ready)
+    ids = torch.randint(1, 96, (1, 8))
+    with torch.no_grad():
+        assert torch.isfinite(model(ids).logits).all()
+    run(model, SparseSSMModifier(sparsity=0.5))  # and a second try works
+    assert all((A == 0).sum() == A.numel() // 2 for A in all_A_log(model))
+
+
+def test_model_without_mixers(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config)
+    config.save_pretrained(tmp_path)
+    config._name_or_path = str(tmp_path)
+    with pytest.raises(SparseSSMError, match="LlamaForCausalLM has no state-space mixer"):
+        run(model, SparseSSMModifier(sparsity=0.5))
+
+
+def test_unknown_mixer_beside_a_known_one():
+    model = tiny_model("mamba")
+
+    class OtherMixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.A_log = nn.Parameter(torch.zeros(2, 2))
+
+    model.other = OtherMixer()
+    with pytest.raises(SparseSSMError, match="OtherMixer, which is not a known"):
+        run(model, SparseSSMModifier(sparsity=0.5))
+    run(model, SparseSSMModifier(sparsity=0.5, targets="MambaMixer"))  # named, it works
+
+
+def test_request_is_documented_for_every_saliency():
+    assert all(entry.source for entry in SALIENCIES.values())
+    assert StatisticsRequest().needs_scan is False

@@ -1,0 +1,307 @@
+"""The scan backends against each other, and the statistics against their definitions."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sparsessm_plugin.scan.cpu as cpu
+from sparsessm_plugin import fast_forward
+from sparsessm_plugin.mixers import MixerQuantities, find_mixers
+from sparsessm_plugin.scan import REFERENCE, ScanStatistics, StatisticsRequest, scan
+
+STATISTICS = ("state_energy", "transition", "output_error")
+
+
+def random_quantities(batch, length, channels, states, seed=0, masked=False):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
+    mask = None
+    u = normal(batch, length, channels)
+    if masked:
+        mask = torch.rand(batch, length, generator=g) > 0.3
+        mask[0, 0] = False  # never all real
+        u = u * mask[..., None]
+    return MixerQuantities(
+        u=u,
+        dt=normal(batch, length, channels).exp() * 0.1,
+        A=-normal(channels, states).exp() * 2,
+        B=normal(batch, length, states),
+        C=normal(batch, length, states),
+        D=normal(channels),
+        z=normal(batch, length, channels),
+        mask=mask,
+    )
+
+
+def collect(quantities, request, backend=None, split=None):
+    channels, states = quantities.A.shape
+    statistics = ScanStatistics(request, channels, states)
+    y = scan(quantities, statistics, backend)
+    return y, statistics
+
+
+def relative(a, b):
+    return float(torch.linalg.norm((a - b).double()) / torch.linalg.norm(b.double()))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(1, 20),
+    channels=st.sampled_from([1, 3, 63, 64, 65, 130]),
+    states=st.integers(1, 9),
+    masked=st.booleans(),
+    per_step=st.booleans(),
+    pruned_value=st.sampled_from(["zero", "memoryless"]),
+    seed=st.integers(0, 1000),
+)
+def test_cpu_agrees_with_the_reference(
+    batch, length, channels, states, masked, per_step, pruned_value, seed
+):
+    q = random_quantities(batch, length, channels, states, seed, masked)
+    request = StatisticsRequest(True, True, pruned_value, per_step)
+    y, fast = collect(q, request)
+    expected, slow = collect(q, request, REFERENCE)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert fast.tokens == slow.tokens
+    for name in STATISTICS:
+        a, b = getattr(fast, name), getattr(slow, name)
+        assert a.shape == b.shape == ((length,) if per_step else ()) + (channels, states)
+        assert torch.linalg.norm((a - b).double()) <= 1e-4 * torch.linalg.norm(b.double())
+
+
+def test_statistics_are_their_definitions():
+    """Against a float64 loop over single entries, written from the formulas alone."""
+    q = random_quantities(2, 7, 3, 2, seed=5, masked=True)
+    gate = torch.nn.functional.silu(q.z).double()
+    for pruned_value in ("zero", "memoryless"):
+        _, statistics = collect(q, StatisticsRequest(True, True, pruned_value, per_step=True))
+        expected = {name: torch.zeros(7, 3, 2, dtype=torch.float64) for name in STATISTICS}
+        for b in range(2):
+            for d in range(3):
+                for n in range(2):
+                    h = pruned = 0.0
+                    for t in range(7):
+                        dt = float(q.dt[b, t, d])
+                        decay = np.exp(dt * float(q.A[d, n]))
+                        drive = dt * float(q.B[b, t, n]) * float(q.u[b, t, d])
+                        before = h
+                        h = decay * h + drive
+                        pruned = (np.exp(-dt) if pruned_value == "zero" else 0.0) * pruned + drive
+                        if not q.mask[b, t]:
+                            continue
+                        expected["state_energy"][t, d, n] += before**2
+                        expected["transition"][t, d, n] += decay
+                        error = float(q.C[b, t, n]) * (pruned - h) * float(gate[b, t, d])
+                        expected["output_error"][t, d, n] += error**2
+        for name in STATISTICS:
+            assert relative(getattr(statistics, name), expected[name]) < 1e-5
+
+
+def test_output_error_is_what_pruning_one_entry_does():
+    """The score of an entry equals the squared change of the gated output, by running both."""
+    q = random_quantities(2, 12, 4, 3, seed=2)
+    for pruned_value, value in (("zero", 0.0), ("memoryless", 38.0)):
+        _, statistics = collect(q, StatisticsRequest(output_error=pruned_value))
+        y = scan(q) * q.gate
+        for d, n in ((0, 0), (1, 2), (3, 1)):
+            A = q.A.clone()
+            A[d, n] = -np.exp(value)
+            changed = scan(MixerQuantities(**{**vars(q), "A": A})) * q.gate
+            error = (changed - y).double().square().sum()
+            assert statistics.output_error[d, n] == pytest.approx(float(error), rel=1e-3)
+
+
+def test_sums_are_the_sum_of_the_steps():
+    q = random_quantities(2, 9, 5, 4, masked=True)
+    _, steps = collect(q, StatisticsRequest(True, True, "zero", per_step=True))
+    _, sums = collect(q, StatisticsRequest(True, True, "zero", per_step=False))
+    for name in STATISTICS:
+        assert relative(getattr(steps, name).sum(0), getattr(sums, name)) < 1e-5
+
+
+@pytest.mark.parametrize("backend", [None, REFERENCE])
+@pytest.mark.parametrize("per_step", [False, True])
+def test_batches_of_different_length_add_up(backend, per_step):
+    request = StatisticsRequest(True, True, "zero", per_step)
+    together = ScanStatistics(request, 5, 3)
+    parts = []
+    for length, seed in ((4, 1), (9, 2), (6, 3)):
+        q = random_quantities(2, length, 5, 3, seed)
+        scan(q, together, backend)
+        parts.append(collect(q, request, backend)[1])
+    assert together.tokens == 2 * (4 + 9 + 6)
+    assert together.steps == 9
+    for name in STATISTICS:
+        expected = torch.zeros_like(getattr(together, name))
+        for part in parts:
+            value = getattr(part, name)
+            if per_step:
+                expected[: len(value)] += value
+            else:
+                expected += value
+        assert relative(getattr(together, name), expected) < 1e-6
+
+
+def test_padding_adds_nothing_to_the_statistics():
+    """A padded batch and its rows without padding give the same statistics."""
+    q = random_quantities(2, 10, 6, 3)
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    mask[0, 6:] = False
+    padded = MixerQuantities(**{**vars(q), "mask": mask, "u": q.u * mask[..., None]})
+    request = StatisticsRequest(True, True, "zero")
+    _, statistics = collect(padded, request)
+    separate = ScanStatistics(request, 6, 3)
+    for row, length in ((0, 6), (1, 10)):
+        cut = {k: getattr(q, k)[row : row + 1, :length] for k in ("u", "dt", "B", "C", "z")}
+        scan(MixerQuantities(**cut, A=q.A, D=q.D), separate)
+    assert statistics.tokens == separate.tokens == 16
+    for name in STATISTICS:
+        assert relative(getattr(statistics, name), getattr(separate, name)) < 1e-6
+
+
+def test_result_does_not_depend_on_the_number_of_threads():
+    q = random_quantities(3, 30, 150, 4)
+    request = StatisticsRequest(True, True, "zero")
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            y, statistics = collect(q, request)
+            results.append([y] + [getattr(statistics, name) for name in STATISTICS])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_exponential_is_accurate():
+    x = -np.concatenate([np.geomspace(1e-8, 87, 5000), [0.0, 1e3, 1e30]]).astype(np.float32)
+    result = np.array([_exp_compiled(v) for v in x])
+    expected = np.exp(x.astype(np.float64))
+    normal = expected > 1e-37
+    assert np.max(np.abs(result[normal] / expected[normal] - 1)) < 2e-7
+    assert np.all(result[~normal] < 1.1e-37)
+    assert np.isnan(_exp_compiled(np.float32("nan")))
+
+
+def test_nan_shows_up_in_the_statistics():
+    q = random_quantities(1, 6, 3, 2)
+    q.dt[0, 2, 1] = float("nan")
+    for backend in (None, REFERENCE):
+        for per_step in (False, True):
+            request = StatisticsRequest(True, True, "zero", per_step)
+            y, statistics = collect(q, request, backend)
+            assert not statistics.is_finite()
+            assert torch.isnan(y).any()
+
+
+def test_memory_has_no_batch_axis():
+    request = StatisticsRequest(True, True, "zero", per_step=True)
+    sizes = []
+    for batch in (1, 8):
+        _, statistics = collect(random_quantities(batch, 5, 4, 3), request)
+        sizes.append(sum(getattr(statistics, name).numel() for name in STATISTICS))
+    assert sizes[0] == sizes[1] == 3 * 5 * 4 * 3
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_fast_forward_gives_the_models_own_logits(family, padded):
+    model = tiny_model(family)
+    ids = torch.randint(1, 96, (2, 21))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, 15:] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        with fast_forward(model):
+            result = model(ids, attention_mask=mask, use_cache=False).logits
+    real = mask.bool()
+    assert relative(result[real], expected[real]) < 1e-4
+
+
+def test_fast_forward_always_restores():
+    model = tiny_model("mamba")
+    mixer = model.backbone.layers[0].mixer
+    before = mixer.forward
+
+    def fail():
+        with fast_forward(model):
+            assert "forward" in vars(mixer)
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail()
+    assert "forward" not in vars(mixer)
+    assert mixer.forward == before
+
+
+def test_fast_forward_keeps_what_others_put_on_the_instance():
+    model = tiny_model("mamba")
+    mixer = model.backbone.layers[0].mixer
+    mixer.forward = type(mixer).forward.__get__(mixer)
+    wrapper = mixer.forward
+    with fast_forward(model), fast_forward(model):
+        assert mixer.forward is not wrapper
+    assert mixer.forward is wrapper
+
+
+def test_fast_forward_leaves_generation_and_training_alone():
+    model = tiny_model("mamba")
+    ids = torch.randint(1, 96, (1, 7))
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    gradient = model.backbone.layers[0].mixer.A_log.grad.clone()
+    model.zero_grad()
+    with fast_forward(model):
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    assert torch.equal(model.backbone.layers[0].mixer.A_log.grad, gradient)
+
+
+def test_fast_forward_ignores_models_without_known_mixers():
+    with fast_forward(torch.nn.Linear(2, 2)):
+        pass
+
+
+def test_offered_scan_is_used_once():
+    from sparsessm_plugin.scan.fast_forward import offer
+
+    model = tiny_model("mamba")
+    adapter = find_mixers(model)[0]
+    hidden_states = torch.randn(1, 5, 32)
+    with torch.no_grad(), fast_forward(model):
+        expected = adapter.mixer(hidden_states)
+        q = adapter.quantities(hidden_states)
+        offer(adapter.mixer, hidden_states, None, q, torch.zeros_like(q.u))
+        assert (adapter.mixer(hidden_states) == 0).all()  # taken at its word
+        assert torch.equal(adapter.mixer(hidden_states), expected)
+        offer(adapter.mixer, hidden_states, None, q, torch.zeros_like(q.u))
+        other = hidden_states.clone()  # not the very input: the offer does not count
+        assert torch.equal(adapter.mixer(other), expected)
+
+
+def _exp_compiled(x):
+    return _evaluate(np.float32(x))
+
+
+def _make_evaluate():
+    from numba import njit
+
+    inner = cpu._exp
+
+    @njit
+    def evaluate(x):
+        return inner(x)
+
+    return evaluate
+
+
+_evaluate = _make_evaluate()
