@@ -5,10 +5,10 @@ and imports neither torch nor LLM Compressor: the public names below are loaded 
 use, and the modifiers when LLM Compressor first asks for one.
 """
 
+import sys
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from sparsessm_plugin import registration
 
 if TYPE_CHECKING:
     from sparsessm_plugin.errors import SparseSSMError
@@ -50,4 +50,19 @@ def __dir__() -> list[str]:
     return __all__
 
 
-registration.install()
+def _autoload() -> None:
+    """What torch calls at the end of its import (entry-point group ``torch.backends``).
+
+    Importing this package has already done the work. It must never raise: torch could not
+    be imported any more.
+    """
+
+
+try:
+    import_module("sparsessm_plugin.registration").install()
+except Exception as _error:
+    _message = f"sparsessm_plugin could not make its modifiers known to llmcompressor: {_error!r}"
+    try:
+        warnings.warn(_message, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:  # warnings are errors here, but torch must still be importable
+        print(f"RuntimeWarning: {_message}", file=sys.stderr)

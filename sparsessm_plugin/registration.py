@@ -5,8 +5,9 @@ module watches for the import of ``llmcompressor.modifiers.factory`` and teaches
 ``ModifierFactory`` found there to load the group, this package's modifiers and anybody
 else's, when it is first asked for a modifier.
 
-Nothing here may raise or import anything heavy: :func:`autoload` runs inside every
-``import torch`` of an environment that has this package installed.
+Nothing here may raise or import anything heavy: :func:`install` runs inside every
+``import torch`` of an environment that has this package installed, because torch imports the
+packages of the entry-point group ``torch.backends``.
 """
 
 import importlib.abc
@@ -20,14 +21,7 @@ ENTRY_POINT_GROUP = "llmcompressor.modifiers"
 FACTORY_MODULE = "llmcompressor.modifiers.factory"
 
 _loaded: set[tuple[str, str]] = set()
-
-
-def autoload() -> None:
-    """Torch's autoload hook (entry-point group ``torch.backends``).
-
-    Importing this module has already imported the package, which calls
-    :func:`install`; there is nothing left to do.
-    """
+_warned: set[str] = set()
 
 
 def install() -> None:
@@ -52,11 +46,16 @@ def load_modifiers() -> None:
     An entry point that cannot be loaded, or that is no modifier, costs one warning and
     harms nobody else. Each entry point is tried once in a process.
     """
-    from importlib.metadata import entry_points
+    try:
+        from importlib.metadata import entry_points
 
+        found = entry_points(group=ENTRY_POINT_GROUP)
+    except Exception as error:
+        _warn(f"the entry points of {ENTRY_POINT_GROUP} could not be read: {error!r}")
+        return
     from llmcompressor.modifiers.factory import ModifierFactory
 
-    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+    for entry_point in found:
         key = (entry_point.name, entry_point.value)
         if key in _loaded:
             continue
@@ -124,10 +123,7 @@ def _extend_factory(factory_module: Any) -> None:
 def _loading_entry_points(original: Any) -> Any:
     @wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        try:
-            load_modifiers()
-        except Exception as error:
-            _warn(f"the entry points of {ENTRY_POINT_GROUP} could not be read: {error!r}")
+        load_modifiers()
         return original(*args, **kwargs)
 
     wrapper._loads_entry_points = True  # type: ignore[attr-defined]
@@ -135,7 +131,11 @@ def _loading_entry_points(original: Any) -> Any:
 
 
 def _warn(message: str) -> None:
+    """Warn once a process; never raise, not even where warnings are errors."""
+    if message in _warned:
+        return
+    _warned.add(message)
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
-    except Exception:  # warnings turned into errors must not break `import torch`
-        sys.stderr.write(f"RuntimeWarning: {message}\n")
+    except RuntimeWarning:
+        print(f"RuntimeWarning: {message}", file=sys.stderr)

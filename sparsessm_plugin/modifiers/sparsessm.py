@@ -99,10 +99,14 @@ class SparseSSMModifier(MixerModifier):
             raise ValueError(f"must be between 0 and 1, both excluded, got {value}")
         return value
 
-    @field_validator("mask_structure")
+    @field_validator("mask_structure", mode="before")
     @classmethod
-    def _check_mask_structure(cls, value: str | None) -> str | None:
-        if value is not None:
+    def _check_mask_structure(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            raise ValueError(
+                f'must be quoted, as in "2:4"; YAML reads it as the number {value} otherwise'
+            )
+        if isinstance(value, str):
             SemiStructured.parse(value)
         return value
 

@@ -1,0 +1,140 @@
+"""Recipes are checked before any model is loaded; each mistake is one line."""
+
+import pytest
+import torch
+from conftest import tiny_model
+from transformers import AutoModelForCausalLM, MambaConfig
+
+from sparsessm_plugin import recipe_path
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.recipes import describe_recipe, load_recipe, parse_recipe, recipe_names
+
+GOOD = """
+prune_stage:
+  prune_modifiers:
+    SparseSSMModifier:
+      sparsity: 0.5
+"""
+
+
+def with_fields(fields):
+    return GOOD.replace("sparsity: 0.5", fields)
+
+
+def test_built_in_recipes_are_valid():
+    names = recipe_names()
+    assert {"alog-50", "alog-50-memoryless", "alog-2of4", "alog-paper"} <= set(names)
+    for name in names:
+        assert load_recipe(name).modifiers
+        assert load_recipe(recipe_path(name)).text == load_recipe(name).text
+        assert describe_recipe(name)
+
+
+def test_what_the_built_in_recipes_say():
+    assert load_recipe("alog-50").modifiers[0].saliency == "output_error"
+    assert load_recipe("alog-50-memoryless").modifiers[0].pruned_value == "memoryless"
+    assert load_recipe("alog-2of4").modifiers[0].mask_structure == "2:4"
+    paper = load_recipe("alog-paper").modifiers[0]
+    assert (paper.saliency, paper.aggregation, paper.pruned_value) == (
+        "hessian",
+        "frequency",
+        "zero",
+    )
+
+
+def test_recipes_with_other_peoples_modifiers():
+    recipe = parse_recipe(
+        GOOD
+        + """
+quant_stage:
+  quant_modifiers:
+    QuantizationModifier:
+      targets: [Linear]
+      scheme: FP8_DYNAMIC
+      ignore: [lm_head]
+"""
+    )
+    kinds = [type(m).__name__ for m in recipe.modifiers]
+    assert kinds == ["SparseSSMModifier", "QuantizationModifier"]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ["must be a mapping", "got nothing"]),
+        ("- a\n- b\n", ["must be a mapping", "got a list"]),
+        ("a: [1\n", ["not valid YAML", "line 2"]),
+        ("prune:\n  prune_modifiers:\n    X: {}\n", ["'prune' would be ignored", "'_stage'"]),
+        ("prune_stage:\n  mods:\n    X: {}\n", ["'mods' would be ignored", "'_modifiers'"]),
+        ("prune_stage:\n  prune_modifiers:\n", ["prune_stage.prune_modifiers", "got nothing"]),
+        ("args: {}\n", ["holds no modifier"]),
+        (
+            GOOD.replace("SparseSSMModifier", "SparseSMModifier"),
+            ["unknown modifier 'SparseSMModifier'", "did you mean SparseSSMModifier?"],
+        ),
+        (GOOD.replace("SparseSSMModifier", "Zzz"), ["unknown modifier 'Zzz'", "known: "]),
+        (
+            with_fields("sparsty: 0.5"),
+            ["unknown field SparseSSMModifier.sparsty", "did you mean sparsity?", "allowed: "],
+        ),
+        (with_fields("sparsity: 1.5"), ["SparseSSMModifier.sparsity", "between 0 and 1", "1.5"]),
+        (with_fields("sparsity: 0"), ["SparseSSMModifier.sparsity", "got 0.0"]),
+        (with_fields("sparsity: half"), ["SparseSSMModifier.sparsity", "number", "'half'"]),
+        (with_fields('mask_structure: "4:2"'), ["mask_structure", "0 < N < M", "'4:2'"]),
+        (
+            with_fields("mask_structure: 2:4"),
+            ["SparseSSMModifier.mask_structure", "must be quoted", "124"],
+        ),
+        (
+            with_fields("sparsity: 0.5\n      saliency: fisher"),
+            ["SparseSSMModifier.saliency", "'output_error'", "'fisher'"],
+        ),
+        (
+            with_fields("sparsity: 0.5\n      sparsity: 0.6"),
+            ["key 'sparsity' is given twice", "line 6"],
+        ),
+        (with_fields("- 1"), ["SparseSSMModifier must be a mapping", "got a list"]),
+        (with_fields("{}"), ["give either sparsity or mask_structure"]),
+        (
+            with_fields("sparsity: !!python/object/apply:os.system ['true']"),
+            ["not valid YAML", "python/object"],
+        ),
+    ],
+)
+def test_mistakes_are_one_line(text, parts):
+    with pytest.raises(SparseSSMError) as error:
+        parse_recipe(text, "my.yaml")
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith("my.yaml")
+    for part in parts:
+        assert part in message
+
+
+def test_recipe_that_is_not_there(tmp_path):
+    with pytest.raises(SparseSSMError, match="built in: alog-2of4"):
+        load_recipe("alog-51")
+    with pytest.raises(SparseSSMError, match="does not exist"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(SparseSSMError, match="cannot read recipe"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+def test_a_recipe_is_checked_against_a_model_without_weights():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            MambaConfig(vocab_size=32, hidden_size=16, state_size=6, num_hidden_layers=1)
+        )
+    load_recipe("alog-50").check_model(model)
+    with pytest.raises(SparseSSMError, match="needs a state size divisible by 4, got 6"):
+        load_recipe("alog-2of4").check_model(model)
+    recipe = parse_recipe(with_fields("sparsity: 0.5\n      targets: re:nothing"))
+    with pytest.raises(SparseSSMError, match="matches no state-space mixer"):
+        recipe.check_model(model)
+
+
+def test_built_in_recipes_fit_every_family(family):
+    model = tiny_model(family)
+    for name in recipe_names():
+        load_recipe(name).check_model(model)
