@@ -34,6 +34,8 @@ app = typer.Typer(
 out = Console(width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True)
 
+_INTERRUPTED = 130
+
 ModelArgument = Annotated[
     str, typer.Argument(help="Folder, hub name, or mamba-demo-0.7m (comes with the package).")
 ]
@@ -224,18 +226,20 @@ def main() -> None:
     # a terminated run tidies up like an interrupted one
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        app(standalone_mode=True)
-    except SparseSSMError as error:
+        app()
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # typer has turned the KeyboardInterrupt into this
+            _fail("interrupted; nothing was written", _INTERRUPTED)
+        raise
+    except _Terminated:
+        _fail("terminated; nothing was written", 143)
+    except OSError as error:
         _fail(str(error), 1)
     except Exception as error:
         cause = _our_error(error)
         if cause is None:
             raise
         _fail(str(cause), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", 130)
-    except _Terminated:
-        _fail("terminated; nothing was written", 143)
 
 
 def _our_error(error: BaseException | None) -> SparseSSMError | None:

@@ -1,5 +1,8 @@
 """The scan backends against each other, and the statistics against their definitions."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -179,6 +182,16 @@ def test_result_does_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_no_place_for_compiled_code():
+    """A read-only installation compiles in every process instead of failing."""
+    script = """
+import numba.core.caching
+numba.core.caching.CacheImpl._locator_classes = []
+import sparsessm_plugin.scan.cpu
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_exponential_is_accurate():

@@ -6,6 +6,8 @@ sequence. A block's accumulators belong to one thread, which makes the result in
 of the number of threads to the last bit.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numba import get_num_threads, njit, prange, set_num_threads
@@ -105,7 +107,16 @@ def _exp(x):
     return p * np.int32(k).view(np.float32)
 
 
-@njit(parallel=True, fastmath=_MATH, cache=True, boundscheck=False)
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile for parallel loops, once for all processes where a cache can be written."""
+    options = {"parallel": True, "fastmath": _MATH, "boundscheck": False}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder for the cache: a read-only installation without a home
+        return njit(**options)(function)
+
+
+@_compiled
 def _scan(
     u,
     dt,

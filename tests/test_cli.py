@@ -1,0 +1,392 @@
+"""The command as a user runs it: what it writes, and what it says about bad input."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import DEMO, VOCAB, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparsessm_plugin import cli
+from sparsessm_plugin.evaluation.data import read_texts, tokenize, windows
+from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
+
+
+@pytest.fixture(scope="session")
+def text_file(topics, tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    path.write_text("\n\n".join(topics[key] for key in sorted(topics)[:12]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def sparsessm(monkeypatch, capsys):
+    """Run the command in this process; returns exit code, stdout and stderr."""
+    # an earlier modification of the environment must not leak into other tests
+    monkeypatch.setattr(os, "environ", os.environ)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sparsessm", *map(str, arguments)])
+        code = 0
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            cli.main()
+        except SystemExit as error:
+            code = error.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+SHORT = ("--num-samples", 6, "--max-seq-length", 64)
+
+
+def test_prune_writes_everything_a_user_needs(sparsessm, text_file, tmp_path):
+    out = tmp_path / "out"
+    code, stdout, _ = sparsessm(
+        *("prune", DEMO, "--recipe", "alog-50", "--calibration", text_file),
+        *("--output", out, "--text", text_file, *SHORT),
+    )
+    assert code == 0
+    assert "8,192 of 16,384 entries (50.00%)" in stdout
+    assert os.listdir(tmp_path) == ["out"]
+    names = set(os.listdir(out))
+    assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.yaml"} <= names
+
+    report = json.loads((out / "sparsessm_report.json").read_text())
+    assert report["model"] == str(DEMO)
+    assert report["recipe"]["name"] == "alog-50"
+    assert report["calibration"]["samples"] == 6
+    assert [layer["pruned"] for layer in report["modifiers"][0]["layers"]] == [2048] * 4
+    before, after = report["before"], report["after"]
+    assert after["parameters"] == before["parameters"] == 728704
+    assert after["zeros"] - before["zeros"] == 8192 == after["components"]["A_log"]["zeros"]
+
+    # the perplexities are those of the dense and of the saved model
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    samples = windows(tokenize(read_texts(text_file), tokenizer), 64, "text")
+    for folder, when in ((DEMO, "before"), (out, "after")):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        expected = evaluate_perplexity(model, samples).perplexity
+        assert report["perplexity"][when]["perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_prune_with_a_recipe_file_and_evaluate(sparsessm, text_file, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "a_stage:\n  a_modifiers:\n    SparseSSMModifier:\n      mask_structure: '2:4'\n"
+        "      saliency: magnitude\n      pruned_value: memoryless\n"
+    )
+    # magnitude needs no calibration data
+    code, _, _ = sparsessm("prune", DEMO, "--recipe", recipe, "--output", tmp_path / "out")
+    assert code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for layer in model.backbone.layers:
+        assert ((layer.mixer.A_log == 38).reshape(-1, 4).sum(1) == 2).all()
+    code, stdout, _ = sparsessm(
+        *("evaluate", tmp_path / "out", "--text", text_file),
+        *("--num-samples", 3, "--max-seq-length", 64),
+    )
+    assert code == 0
+    assert "3 windows of 64" in stdout
+    code, stdout, _ = sparsessm("inspect", tmp_path / "out")
+    assert code == 0
+    assert "backbone.layers.3.mixer" in stdout
+    assert "50.0%" in stdout
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dtype(sparsessm, tmp_path, dtype):
+    recipe = tmp_path / "m.yaml"
+    recipe.write_text(
+        "a_stage: {a_modifiers: {SparseSSMModifier: {sparsity: 0.5, saliency: magnitude}}}"
+    )
+    options = ("--recipe", recipe, "--output", tmp_path / "out", "--dtype", dtype)
+    assert sparsessm("prune", DEMO, *options)[0] == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype == getattr(torch, dtype)
+
+
+def test_two_runs_write_the_same_weights(sparsessm, text_file, tmp_path):
+    for name in ("a", "b"):
+        code, _, _ = sparsessm(
+            *("prune", DEMO, "--recipe", "alog-50", "--calibration", text_file),
+            *("--output", tmp_path / name, *SHORT),
+        )
+        assert code == 0
+    a, b = (((tmp_path / name) / "model.safetensors").read_bytes() for name in ("a", "b"))
+    assert a == b
+
+
+def test_earlier_result_is_replaced(sparsessm, tmp_path):
+    recipe = tmp_path / "m.yaml"
+    zeros = []
+    for sparsity in (0.25, 0.5):
+        recipe.write_text(
+            "a_stage: {a_modifiers: {SparseSSMModifier: "
+            f"{{sparsity: {sparsity}, saliency: magnitude}}}}}}"
+        )
+        options = ("--recipe", recipe, "--output", tmp_path / "out")
+        assert sparsessm("prune", DEMO, *options)[0] == 0
+        report = json.loads((tmp_path / "out" / "sparsessm_report.json").read_text())
+        zeros.append(report["after"]["zeros"])
+    assert zeros == [4096, 8192]
+
+
+def test_recipes_are_listed_and_printed(sparsessm):
+    code, stdout, _ = sparsessm("recipes")
+    assert code == 0
+    assert "alog-2of4" in stdout
+    code, stdout, _ = sparsessm("recipes", "alog-2of4")
+    assert 'mask_structure: "2:4"' in stdout
+
+
+def test_demo_by_name_from_any_folder(sparsessm, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, stdout, _ = sparsessm("inspect", "mamba-demo-0.7m")
+    assert code == 0
+    assert "4 state-space mixers (mamba), 728,704 parameters" in stdout
+
+
+def test_demo_table(topics):
+    from rich.console import Console
+
+    from sparsessm_plugin.demo import run_demo, split_topics
+
+    training, held_out = split_topics(topics)
+    assert len(training) + len(held_out) == len(topics)
+    assert held_out
+    with open(os.devnull, "w") as nowhere:
+        rows = run_demo(Console(file=nowhere), num_samples=4, max_seq_length=256)
+    assert [row["criterion"] for row in rows] == [
+        "dense",
+        "magnitude",
+        "paper",
+        "published code",
+        "output_error",
+    ]
+    for pruned_value in ("zero", "memoryless"):
+        measured = {row["criterion"]: row[pruned_value]["docstrings"] for row in rows[1:]}
+        assert min(measured, key=measured.get) == "output_error"
+
+
+# -- bad input: one line, non-zero exit, nothing written -----------------------------------
+
+
+@pytest.fixture
+def refused(sparsessm, tmp_path):
+    """Run the command, check that it fails as it should, return its message."""
+
+    def run(*arguments):
+        before = sorted(os.listdir(tmp_path))
+        code, stdout, stderr = sparsessm(*arguments)
+        assert code not in (0, None)
+        assert stdout == ""
+        assert sorted(os.listdir(tmp_path)) == before
+        lines = [line for line in stderr.splitlines() if line.strip()]
+        assert len(lines) == 1, stderr
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return run
+
+
+def saved_tiny_model(folder, family="mamba", **changes):
+    """A random model on disk, with the demo's tokenizer, whose vocabulary is larger."""
+    model = tiny_model(family, **changes)
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / file, folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--recipe", "alog-51"), "built in: alog-2of4"),
+        (("--recipe", "none.yaml"), "does not exist"),
+        (("--recipe", "alog-50", "--calibration", "none.txt"), "none.txt does not exist"),
+        (("--recipe", "alog-50"), "give --calibration"),
+        (("--recipe", "alog-50", "--pipeline", "fast"), "independent, sequential"),
+        (("--recipe", "alog-50", "--dtype", "int8"), "got 'int8'"),
+        (("--recipe", "alog-50", "--device", "tpu"), "got 'tpu'"),
+    ],
+)
+def test_bad_arguments(refused, tmp_path, arguments, message):
+    assert message in refused("prune", DEMO, "--output", tmp_path / "out", *arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda_device(refused):
+    assert "no CUDA device" in refused("evaluate", DEMO, "--text", "x.txt", "--device", "cuda")
+
+
+def test_too_little_and_empty_calibration_text(refused, tmp_path):
+    text = tmp_path / "short.txt"
+    options = ("--recipe", "alog-50", "--output", tmp_path / "out", "--calibration", text)
+    text.write_text("too short")
+    message = refused("prune", DEMO, *options)
+    assert "too few for one window of 2048" in message
+    text.write_text("")
+    assert "holds no text" in refused("prune", DEMO, *options)
+
+
+def test_models_that_cannot_be_used(refused, tmp_path, text_file):
+    from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM
+
+    llama = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
+    mamba2 = Mamba2Config(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_heads=4,
+        head_dim=8,
+        state_size=8,
+    )
+    Mamba2ForCausalLM(mamba2).save_pretrained(tmp_path / "mamba2")
+    (tmp_path / "empty").mkdir()
+    pickled = tmp_path / "pickled"
+    shutil.copytree(DEMO, pickled)
+    (pickled / "model.safetensors").unlink()
+    torch.save({}, pickled / "pytorch_model.bin")
+    lacking = tmp_path / "lacking"
+    saved_tiny_model(lacking)
+    config = json.loads((lacking / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    (lacking / "config.json").write_text(json.dumps(config))
+
+    options = ("--recipe", "alog-50", "--calibration", text_file, "--output", tmp_path / "out")
+    for name, message in (
+        ("llama", "LlamaForCausalLM has no state-space mixer"),
+        ("mamba2", "Mamba2Mixer, which is not a known"),
+        ("empty", "cannot load model"),
+        ("none", "cannot load model"),
+    ):
+        assert message in refused("prune", tmp_path / name, *options)
+        if name != "none":
+            refused("inspect", tmp_path / name)
+    assert "safetensors" in refused("prune", pickled, *options, *SHORT)
+    assert "lacks" in refused("inspect", lacking)
+
+
+def test_tokenizer_of_another_model(refused, tmp_path, text_file):
+    saved_tiny_model(tmp_path / "model")
+    message = refused(
+        *("prune", tmp_path / "model", "--recipe", "alog-50", "--calibration", text_file),
+        *("--output", tmp_path / "out", *SHORT),
+    )
+    assert "the model's vocabulary has ids 0 to 95" in message
+
+
+def test_nan_is_named_with_its_layer(refused, tmp_path, text_file):
+    shutil.copytree(DEMO, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    options = ("--recipe", "alog-50", "--calibration", text_file, "--output", tmp_path / "out")
+    with torch.no_grad():
+        model.backbone.layers[2].mixer.A_log[0, 0] = float("nan")
+        model.save_pretrained(tmp_path / "model")
+    message = refused("prune", tmp_path / "model", *options, *SHORT)
+    assert "backbone.layers.2.mixer.A_log holds NaN" in message
+    with torch.no_grad():
+        model.backbone.layers[2].mixer.A_log[0, 0] = 0
+        model.backbone.layers[1].norm.weight[0] = float("inf")
+        model.save_pretrained(tmp_path / "model")
+    message = refused("prune", tmp_path / "model", *options, *SHORT)
+    assert "backbone.layers.1.mixer: its input holds NaN" in message
+
+
+def test_output_that_is_not_ours(refused, tmp_path, text_file):
+    out = tmp_path / "precious"
+    out.mkdir()
+    (out / "thesis.tex").write_text("x")
+    options = ("--recipe", "alog-50", "--calibration", text_file)
+    message = refused("prune", DEMO, *options, "--output", out)
+    assert "holds no sparsessm_report.json" in message
+    assert (out / "thesis.tex").read_text() == "x"
+
+
+def test_remote_code_is_not_run_unless_asked_for(refused, tmp_path):
+    model = tmp_path / "remote"
+    shutil.copytree(DEMO, model)
+    config = json.loads((model / "config.json").read_text())
+    config["model_type"] = "custom_mamba"
+    config["auto_map"] = {"AutoConfig": "custom.CustomConfig"}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "custom.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    refused("inspect", model)
+    assert not (tmp_path / "ran").exists()
+
+
+COMMAND = [sys.executable, "-m", "sparsessm_plugin.cli"]
+
+
+def long_run(text_file, out):
+    """Arguments of a run that takes a while after it has begun to write."""
+    return [
+        *(*COMMAND, "prune", str(DEMO), "--recipe", "alog-50", "--calibration", str(text_file)),
+        *("--text", str(text_file), "--output", str(out), "--max-seq-length", "64"),
+    ]
+
+
+def partial_directories(folder):
+    return [name for name in os.listdir(folder) if name.endswith(".partial")]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_run_leaves_the_old_result(tmp_path, text_file, number, code):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "sparsessm_report.json").write_text("{}")
+    (out / "old").write_text("old")
+    process = subprocess.Popen(long_run(text_file, out), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not partial_directories(tmp_path):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert "nothing was written" in stderr
+    assert "Traceback" not in stderr
+    assert os.listdir(tmp_path) == ["out"]
+    assert sorted(os.listdir(out)) == ["old", "sparsessm_report.json"]
+
+
+def test_full_disk(tmp_path, text_file):
+    """A limit on the size of files stops the writer in the middle, as a full disk does."""
+    out = tmp_path / "out"
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    arguments = [*long_run(text_file, out), "--num-samples", "2"]
+    done = subprocess.run(
+        arguments,
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,92 @@
+"""What can only be seen on a GPU; skipped without one."""
+
+import pytest
+import torch
+from conftest import DEMO, FAMILIES, Loader, batches, tiny_model
+from test_scan import STATISTICS, random_quantities, relative
+
+from sparsessm_plugin.mixers import MixerQuantities, find_mixers
+from sparsessm_plugin.scan import ScanStatistics, StatisticsRequest, scan
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+@pytest.mark.parametrize("pruned_value", ["zero", "memoryless"])
+def test_scan_agrees_with_the_cpu(per_step, pruned_value):
+    q = random_quantities(3, 50, 130, 16, masked=True)
+    on_gpu = {k: v.cuda() for k, v in vars(q).items() if isinstance(v, torch.Tensor)}
+    request = StatisticsRequest(True, True, pruned_value, per_step)
+    expected, result = ScanStatistics(request, 130, 16), ScanStatistics(request, 130, 16, "cuda")
+    y = scan(q, expected)
+    assert relative(scan(MixerQuantities(**on_gpu), result).cpu(), y) < 1e-5
+    for name in STATISTICS:
+        assert relative(getattr(result, name).cpu(), getattr(expected, name)) < 1e-5
+
+
+@pytest.mark.parametrize("saliency", ["hessian", "transition", "output_error", "magnitude"])
+@pytest.mark.parametrize("pipeline", ["sequential", "basic"])
+def test_oneshot_chooses_what_it_chooses_on_the_cpu(saliency, pipeline):
+    from llmcompressor import oneshot
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sparsessm_plugin import SparseSSMModifier
+
+    chosen = {}
+    for device in ("cpu", "cuda"):
+        model = AutoModelForCausalLM.from_pretrained(DEMO).to(device)
+        ready = [{k: v % 2048 for k, v in b.items()} for b in batches(4, 2, 100, padded=True)]
+        if pipeline == "basic" or device == "cuda":
+            ready = [{k: v.to(device) for k, v in b.items()} for b in ready]
+        oneshot(
+            model=model,
+            recipe=SparseSSMModifier(sparsity=0.5, saliency=saliency),
+            dataset=Loader(ready),
+            processor=AutoTokenizer.from_pretrained(DEMO),
+            pipeline=pipeline,
+        )
+        chosen[device] = [(a.A_log == 0).cpu() for a in find_mixers(model)]
+    for a, b in zip(chosen["cpu"], chosen["cuda"], strict=True):
+        assert a.sum() == b.sum() == a.numel() // 2
+        # rounding may swap a few entries whose scores are almost equal
+        assert (a == b).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("pruned_value", ["zero", "memoryless"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_checkpoint_computes_the_same_with_cuda_kernels(family, pruned_value, tmp_path):
+    """Saved on the CPU, loaded by stock transformers on the GPU, prefill and decoding."""
+    from llmcompressor import oneshot
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sparsessm_plugin import SparseSSMModifier
+
+    model = tiny_model(family)
+    oneshot(
+        model=model,
+        recipe=SparseSSMModifier(sparsity=0.5, pruned_value=pruned_value),
+        dataset=Loader(batches()),
+        processor=AutoTokenizer.from_pretrained(DEMO),
+        output_dir=str(tmp_path),
+    )
+    ids = torch.randint(1, 96, (2, 40))
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = pruned(ids, use_cache=False).logits
+        tokens = pruned.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        pruned.cuda()
+        result = pruned(ids.cuda(), use_cache=False).logits.cpu()
+        generated = pruned.generate(ids.cuda(), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert relative(result, expected) < 1e-3
+    assert (generated.cpu() == tokens).double().mean() > 0.9
+
+
+def test_evaluation_agrees_with_the_cpu():
+    from transformers import AutoModelForCausalLM
+
+    from sparsessm_plugin import evaluate_perplexity
+
+    samples = torch.randint(0, 2048, (4, 64))
+    model = AutoModelForCausalLM.from_pretrained(DEMO)
+    expected = evaluate_perplexity(model, samples).nll
+    assert evaluate_perplexity(model.cuda(), samples).nll == pytest.approx(expected, rel=1e-4)
