@@ -26,6 +26,8 @@ from transformers import (
 import sparsessm_plugin
 
 VOCAB = 96
+# Where transformers' own forward runs: with CUDA kernels installed it refuses tensors on the CPU.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES = ("mamba", "falcon_mamba", "jamba")
 DEMO = Path(sparsessm_plugin.__file__).parent / "assets" / "mamba-demo-0.7m"
 

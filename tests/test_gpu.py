@@ -5,6 +5,7 @@ import torch
 from conftest import DEMO, FAMILIES, Loader, batches, tiny_model
 from test_scan import STATISTICS, random_quantities, relative
 
+from sparsessm_plugin import fast_forward
 from sparsessm_plugin.mixers import MixerQuantities, find_mixers
 from sparsessm_plugin.scan import ScanStatistics, StatisticsRequest, scan
 
@@ -24,8 +25,17 @@ def test_scan_agrees_with_the_cpu(per_step, pruned_value):
         assert relative(getattr(result, name).cpu(), getattr(expected, name)) < 1e-5
 
 
-@pytest.mark.parametrize("saliency", ["hessian", "transition", "output_error", "magnitude"])
-@pytest.mark.parametrize("pipeline", ["sequential", "basic"])
+@pytest.mark.parametrize(
+    ("saliency", "pipeline"),
+    [
+        ("magnitude", "independent"),
+        *(
+            (s, p)
+            for s in ("hessian", "transition", "output_error")
+            for p in ("sequential", "basic")
+        ),
+    ],
+)
 def test_oneshot_chooses_what_it_chooses_on_the_cpu(saliency, pipeline):
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -72,13 +82,18 @@ def test_pruned_checkpoint_computes_the_same_with_cuda_kernels(family, pruned_va
     ids = torch.randint(1, 96, (2, 40))
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        expected = pruned(ids, use_cache=False).logits
-        tokens = pruned.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        with fast_forward(pruned):  # transformers' own forward refuses the CPU here
+            expected = pruned(ids, use_cache=False).logits
         pruned.cuda()
         result = pruned(ids.cuda(), use_cache=False).logits.cpu()
-        generated = pruned.generate(ids.cuda(), max_new_tokens=8, do_sample=False, pad_token_id=0)
-    assert relative(result, expected) < 1e-3
-    assert (generated.cpu() == tokens).double().mean() > 0.9
+        assert relative(result, expected) < 1e-3
+        # decoding from the cache continues what the whole sequence would give
+        new = pruned.generate(ids.cuda(), max_new_tokens=6, do_sample=False, pad_token_id=0)
+        for n in range(40, 46):
+            logits = pruned(new[:, :n], use_cache=False).logits[:, -1]
+            best = logits.gather(1, new[:, n : n + 1])[:, 0]
+            ended = (new[:, 40:n] == pruned.config.eos_token_id).any(-1)  # padding follows
+            assert (ended | (logits.amax(-1) - best < 1e-3 * logits.abs().amax())).all()
 
 
 def test_evaluation_agrees_with_the_cpu():

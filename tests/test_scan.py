@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import DEVICE, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -232,7 +232,10 @@ def test_fast_forward_gives_the_models_own_logits(family, padded):
     if padded:
         mask[0, 15:] = 0
     with torch.no_grad():
-        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        model.to(DEVICE)
+        expected = model(ids.to(DEVICE), attention_mask=mask.to(DEVICE), use_cache=False).logits
+        expected = expected.cpu()
+        model.cpu()
         with fast_forward(model):
             result = model(ids, attention_mask=mask, use_cache=False).logits
     real = mask.bool()
@@ -266,8 +269,8 @@ def test_fast_forward_keeps_what_others_put_on_the_instance():
 
 
 def test_fast_forward_leaves_generation_and_training_alone():
-    model = tiny_model("mamba")
-    ids = torch.randint(1, 96, (1, 7))
+    model = tiny_model("mamba").to(DEVICE)
+    ids = torch.randint(1, 96, (1, 7), device=DEVICE)
     expected = model.generate(ids, max_new_tokens=5, do_sample=False)
     loss = model(ids, labels=ids, use_cache=False).loss
     loss.backward()
