@@ -47,6 +47,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder of the checkpoint")
     parser.add_argument("--quick", action="store_true", help="mamba-6m and less data")
+    parser.add_argument(
+        "--calibration",
+        default="wikitext2/valid.raw.txt",
+        help="calibration text, inside the assets' data folder",
+    )
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--name", help="name of the result files")
@@ -65,7 +70,7 @@ def main() -> None:
         return samples[:32] if options.quick else samples
 
     calibration = windows(
-        tokenize(read_texts(data / "wikitext2/valid.raw.txt"), tokenizer), length, "calibration"
+        tokenize(read_texts(data / options.calibration), tokenizer), length, options.calibration
     )
     texts = {
         "wikitext2 test": cut("wikitext2/test.raw.txt"),
@@ -117,9 +122,9 @@ def main() -> None:
     sizes = ", ".join(f"{len(s)} x {length} tokens of {t}" for t, s in texts.items())
     title = (
         f"# {options.sparsity:.0%} of A_log of {short} pruned: perplexity\n\n"
-        f"{min(num_samples, len(calibration))} x {length} calibration tokens of wikitext2 "
-        f"validation (raw). Evaluated on {sizes}; in brackets "
-        " the ratio to dense. Seconds are those of the whole oneshot() call.\n"
+        f"{min(num_samples, len(calibration))} x {length} calibration tokens of "
+        f"{options.calibration}. Evaluated on {sizes}; in brackets "
+        "the ratio to dense. Seconds are those of the whole oneshot() call.\n"
     )
     save(
         options.name or f"alog_quality_{short}",

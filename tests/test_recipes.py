@@ -1,5 +1,7 @@
 """Recipes are checked before any model is loaded; each mistake is one line."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -8,6 +10,8 @@ from transformers import AutoModelForCausalLM, MambaConfig
 from sparsessm_plugin import recipe_path
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.recipes import describe_recipe, load_recipe, parse_recipe, recipe_names
+
+ROOT = Path(__file__).parents[1]
 
 GOOD = """
 prune_stage:
@@ -138,3 +142,8 @@ def test_built_in_recipes_fit_every_family(family):
     model = tiny_model(family)
     for name in recipe_names():
         load_recipe(name).check_model(model)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_pipelines_for_published_checkpoints_are_valid(path):
+    assert load_recipe(path).modifiers

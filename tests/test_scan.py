@@ -279,7 +279,8 @@ def test_fast_forward_leaves_generation_and_training_alone():
     with fast_forward(model):
         assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
         model(ids, labels=ids, use_cache=False).loss.backward()
-    assert torch.equal(model.backbone.layers[0].mixer.A_log.grad, gradient)
+    # CUDA kernels sum gradients in no fixed order
+    assert relative(model.backbone.layers[0].mixer.A_log.grad, gradient) < 1e-5
 
 
 def test_fast_forward_ignores_models_without_known_mixers():
