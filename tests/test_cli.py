@@ -356,7 +356,13 @@ def test_interrupted_run_leaves_the_old_result(tmp_path, text_file, number, code
     out.mkdir()
     (out / "sparsessm_report.json").write_text("{}")
     (out / "old").write_text("old")
-    process = subprocess.Popen(long_run(text_file, out), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        long_run(text_file, out),
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run in the background hands an ignored SIGINT on to its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 120
     while not partial_directories(tmp_path):
         assert process.poll() is None, process.stderr.read()
