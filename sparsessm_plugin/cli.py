@@ -51,10 +51,12 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Windows a forward pass.")]
 def prune(
     model: ModelArgument,
     recipe: Annotated[str, typer.Option(help="YAML file, or a name from `sparsessm recipes`.")],
-    output: Annotated[Path, typer.Option(help="Folder for the result; must not exist.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder for the result; only an earlier result is replaced.")
+    ],
     calibration: Annotated[
         str | None,
-        typer.Option(help="Text file, JSON lines with `text`, or name[:config][:split]."),
+        typer.Option(help="Text file, JSON lines with `text`, or name[:config[:split]]."),
     ] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 64,
     max_seq_length: SeqLength = 2048,
@@ -81,6 +83,7 @@ def prune(
     from sparsessm_plugin.files import (
         REPORT_NAME,
         check_output_directory,
+        list_files,
         output_directory,
         write_json,
     )
@@ -90,6 +93,8 @@ def prune(
 
     # everything that can be wrong is looked at before the weights are
     check_output_directory(output)
+    if output.resolve() in (Path(model).resolve(), *Path(model).resolve().parents):
+        raise SparseSSMError(f"--output {output} is or holds the model that is to be pruned")
     checked = load_recipe(recipe)
     if any(m.requires_calibration_data for m in checked.modifiers) and calibration is None:
         raise SparseSSMError(f"recipe {recipe} needs calibration data: give --calibration")
@@ -144,6 +149,7 @@ def prune(
                 "save": round(time.perf_counter() - started, 3),
             },
             "versions": versions(),
+            "files": list_files(folder),
         }
         write_json(folder / REPORT_NAME, report)
     _print_pruned(report, output)
@@ -152,7 +158,7 @@ def prune(
 @app.command()
 def evaluate(
     model: ModelArgument,
-    text: Annotated[str, typer.Option(help="Text file, JSON lines, or name[:config][:split].")],
+    text: Annotated[str, typer.Option(help="Text file, JSON lines, or name[:config[:split]].")],
     max_seq_length: SeqLength = 2048,
     num_samples: Annotated[
         int | None, typer.Option(min=1, help="Windows to evaluate; default all.")

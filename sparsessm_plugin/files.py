@@ -3,7 +3,9 @@
 import ctypes
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,16 +46,37 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 def check_output_directory(path: str | os.PathLike[str]) -> None:
     """Refuse an output directory that holds anything this package did not write.
 
-    :raises SparseSSMError: the path is a file, or a directory without our report
+    :raises SparseSSMError: the path is a file, or a directory that is neither empty nor holds
+        exactly the files that our report in it names
     """
     target = Path(path)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise SparseSSMError(f"output {target} exists and is not a directory")
-    if target.is_dir() and any(target.iterdir()) and not (target / REPORT_NAME).is_file():
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    try:
+        report = json.loads((target / REPORT_NAME).read_text(encoding="utf-8"))
+        written = {REPORT_NAME, *report["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
         raise SparseSSMError(
-            f"output directory {target} exists and holds no {REPORT_NAME}; "
+            f"output directory {target} exists and holds no {REPORT_NAME} of ours; "
             "only results of this command are replaced, choose another directory"
+        ) from None
+    foreign = sorted(set(list_files(target)) - written)
+    if foreign:
+        raise SparseSSMError(
+            f"output directory {target} holds {foreign[0]}, which this command did not write; "
+            "choose another directory"
         )
+
+
+def list_files(folder: Path) -> list[str]:
+    """Everything in a folder but directories, relative to it."""
+    return sorted(
+        str(file.relative_to(folder))
+        for file in folder.rglob("*")
+        if file.is_symlink() or not file.is_dir()
+    )
 
 
 @contextmanager
@@ -72,20 +95,23 @@ def output_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(
             tempfile.mkdtemp(
-                dir=target.parent, prefix=f".{target.name}.{os.getpid()}.", suffix=".partial"
+                dir=target.parent,
+                prefix=f".{target.name}.{_host()}.{os.getpid()}.",
+                suffix=".partial",
             )
         )
     except OSError as error:
         raise SparseSSMError(f"cannot write {target}: {error.strerror or error}") from error
     try:
-        os.chmod(partial, 0o777 & ~_umask())
         yield partial
-        for file in partial.rglob("*"):  # safetensors writes for the owner's eyes only
-            os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~_umask())
-        check_output_directory(target)  # somebody else may have come first
-        _move_into_place(partial, target)
-    except OSError as error:
-        raise SparseSSMError(f"cannot write {target}: {error.strerror or error}") from error
+        try:
+            os.chmod(partial, 0o777 & ~_umask())
+            for file in partial.rglob("*"):  # safetensors writes for the owner's eyes only
+                os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~_umask())
+            check_output_directory(target)  # somebody else may have come first
+            _move_into_place(partial, target)
+        except OSError as error:
+            raise SparseSSMError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -119,11 +145,18 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _remove_left_over(target: Path) -> None:
-    """Remove partial directories of processes that were killed before they could."""
-    for left_over in target.parent.glob(f".{target.name}.*.partial"):
-        pid = left_over.name.removeprefix(f".{target.name}.").split(".")[0]
-        if pid.isdigit() and left_over.is_dir() and not Path(f"/proc/{pid}").exists():
+    """Remove partial directories of processes on this machine that were killed."""
+    if not target.parent.is_dir() or not Path("/proc/self").exists():
+        return
+    mine = re.compile(rf"\.{re.escape(target.name)}\.{re.escape(_host())}\.(\d+)\.[^.]+\.partial")
+    for left_over in target.parent.iterdir():
+        match = mine.fullmatch(left_over.name)
+        if match and left_over.is_dir() and not Path(f"/proc/{match[1]}").exists():
             shutil.rmtree(left_over, ignore_errors=True)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
 
 
 def _umask() -> int:

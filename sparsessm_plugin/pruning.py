@@ -157,8 +157,12 @@ def prune(
             processor=tokenizer,
             pipeline=pipeline,
         )
-    finally:
-        modifiers = active_session().lifecycle.recipe.modifiers
+    except BaseException:
+        for modifier in active_session().lifecycle.recipe.modifiers:
+            if hasattr(modifier, "release"):
+                modifier.release()
+        raise
+    modifiers = active_session().lifecycle.recipe.modifiers
     return PruningResult(
         model=model,
         reports=[m.report() for m in modifiers if hasattr(m, "report")],

@@ -323,6 +323,17 @@ def test_output_that_is_not_ours(refused, tmp_path, text_file):
     assert (out / "thesis.tex").read_text() == "x"
 
 
+def test_output_over_the_model_itself(refused, sparsessm, tmp_path):
+    recipe = tmp_path / "m.yaml"
+    recipe.write_text(
+        "a_stage: {a_modifiers: {SparseSSMModifier: {sparsity: 0.5, saliency: magnitude}}}"
+    )
+    out = tmp_path / "out"
+    assert sparsessm("prune", DEMO, "--recipe", recipe, "--output", out)[0] == 0
+    message = refused("prune", out, "--recipe", recipe, "--output", out)
+    assert "is or holds the model" in message
+
+
 def test_remote_code_is_not_run_unless_asked_for(refused, tmp_path):
     model = tmp_path / "remote"
     shutil.copytree(DEMO, model)
@@ -354,14 +365,16 @@ def partial_directories(folder):
 def test_interrupted_run_leaves_the_old_result(tmp_path, text_file, number, code):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "sparsessm_report.json").write_text("{}")
+    (out / "sparsessm_report.json").write_text('{"files": ["old"]}')
     (out / "old").write_text("old")
     process = subprocess.Popen(
         long_run(text_file, out),
         stderr=subprocess.PIPE,
         text=True,
         # a test run in the background hands an ignored SIGINT on to its children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: signal.signal(  # noqa: PLW1509
+            signal.SIGINT, signal.default_int_handler
+        ),
     )
     deadline = time.monotonic() + 120
     while not partial_directories(tmp_path):

@@ -41,6 +41,7 @@ def test_texts_of_files(tmp_path):
         ("a.jsonl", b'{"txt": "a"}\n', "line 1 has no text in field 'text'"),
         ("a.jsonl", b'{"text": 5}\n', "line 1 has no text"),
         ("a.jsonl", b'["a"]\n', "line 1 has no text"),
+        ("a.jsonl", b'{"text": "abc \\ud800"}\n', "text 1 is not valid Unicode"),
     ],
 )
 def test_texts_that_cannot_be_read(tmp_path, name, content, message):
@@ -58,6 +59,30 @@ def test_sources_that_are_not_there(tmp_path):
     with pytest.raises(SparseSSMError, match="is no file, and no data set of that name") as error:
         read_texts("no-such-data-set-anywhere")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        ("wikitext", ("wikitext", None, "train")),
+        ("wikitext:raw", ("wikitext", "raw", "train")),
+        ("org/name:en.noblocklist:train[:10%]", ("org/name", "en.noblocklist", "train[:10%]")),
+        ("wikitext::test", ("wikitext", None, "test")),
+    ],
+)
+def test_data_sets_by_name(monkeypatch, name, called):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": ["a", None, "b"]})
+    calls = []
+
+    def load_dataset(dataset, config, split):
+        calls.append((dataset, config, split))
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_texts(name) == ["a", "b"]
+    assert calls == [called]
 
 
 def test_documents_are_joined_by_the_end_of_text_token():

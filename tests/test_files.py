@@ -11,8 +11,8 @@ from sparsessm_plugin.files import REPORT_NAME, output_directory, write_json
 
 
 def write_result(folder, content):
-    (folder / REPORT_NAME).write_text("{}")
     (folder / "content").write_text(content)
+    (folder / REPORT_NAME).write_text(json.dumps({"files": ["content"]}))
 
 
 def test_directory_appears_only_when_complete(tmp_path):
@@ -116,14 +116,50 @@ def test_unwritable_parent(tmp_path):
 
 
 def test_left_overs_of_killed_processes_are_removed(tmp_path):
-    dead = tmp_path / ".out.999999999.abc.partial"
-    alive = tmp_path / f".out.{os.getpid()}.abc.partial"
-    dead.mkdir()
-    alive.mkdir()
+    host = files._host()
+    dead = tmp_path / f".out.{host}.999999999.abc.partial"
+    kept = [
+        tmp_path / f".out.{host}.{os.getpid()}.abc.partial",  # alive
+        tmp_path / ".out.elsewhere.999999999.abc.partial",  # another machine's
+        tmp_path / f".out.{host}.9.{host}.999999999.abc.partial",  # of the target `out.<host>.9`
+    ]
+    for folder in (dead, *kept):
+        folder.mkdir()
     with output_directory(tmp_path / "out") as folder:
         write_result(folder, "new")
     assert not dead.exists()
-    assert alive.exists()
+    assert all(folder.exists() for folder in kept)
+
+
+def test_names_that_begin_alike_do_not_disturb_each_other(tmp_path):
+    with output_directory(tmp_path / "m-0.9999999") as outer:
+        write_result(outer, "outer")
+        with output_directory(tmp_path / "m-0") as inner:
+            write_result(inner, "inner")
+    assert sorted(os.listdir(tmp_path)) == ["m-0", "m-0.9999999"]
+
+
+def test_a_result_with_files_of_others_in_it_is_not_replaced(tmp_path):
+    target = tmp_path / "out"
+    with output_directory(target) as folder:
+        write_result(folder, "old")
+    (target / "deep").mkdir()
+    (target / "deep" / "notes.txt").write_text("mine")
+    with (
+        pytest.raises(SparseSSMError, match=r"holds deep/notes\.txt, which this command did not"),
+        output_directory(target),
+    ):
+        pass
+    assert (target / "deep" / "notes.txt").read_text() == "mine"
+    assert (target / "content").read_text() == "old"
+
+
+def test_errors_of_the_caller_stay_what_they_are(tmp_path):
+    with (
+        pytest.raises(FileNotFoundError, match="elsewhere"),
+        output_directory(tmp_path / "out"),
+    ):
+        (tmp_path / "elsewhere" / "file").read_text()
 
 
 def test_permissions_follow_the_umask(tmp_path):

@@ -311,6 +311,9 @@ def test_bad_settings(fields, message):
         ({"targets": "re:nothing"}, "targets: 're:nothing' matches no state-space mixer"),
         ({"targets": "Linear"}, "targets: 'Linear' matches no state-space mixer"),
         ({"ignore": "MambaMixer"}, "leaves no state-space mixer"),
+        ({"ignore": "backbone.layers.0"}, "ignore: 'backbone.layers.0' matches no state-space"),
+        ({"sparsity": 1e-6}, "rounds to 0 of the 64 x 8 entries in backbone.layers.0.mixer"),
+        ({"sparsity": 0.99999}, "rounds to 512 of the 64 x 8 entries"),
         ({"sparsity": None, "mask_structure": "1:3"}, "divisible by 3, got 8 in backbone.layers.0"),
     ],
 )
@@ -376,6 +379,53 @@ def test_overflow_inside_the_recurrence():
         model.backbone.layers[1].mixer.x_proj.weight.mul_(1e36)
     with pytest.raises(SparseSSMError, match=r"backbone\.layers\.1\.mixer: NaN or infinite"):
         run(model, SparseSSMModifier(sparsity=0.5))
+
+
+def nothing_left_behind(model):
+    for adapter in find_mixers(model):
+        assert not adapter.mixer._forward_pre_hooks
+        forward = getattr(vars(adapter.mixer).get("forward"), "__func__", None)
+        assert "sparsessm" not in type(forward).__module__
+    return True
+
+
+@pytest.mark.parametrize("pipeline", ["sequential", "basic"])
+def test_a_failure_in_the_middle_takes_everything_off_the_model(pipeline):
+    model = tiny_model("mamba")
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.x_proj.weight.mul_(1e36)
+    with pytest.raises(SparseSSMError):
+        run(model, SparseSSMModifier(sparsity=0.5), pipeline=pipeline)
+    assert nothing_left_behind(model)
+
+
+@pytest.mark.parametrize("pipeline", ["independent", "sequential", "basic"])
+def test_two_stages_on_different_layers(pipeline):
+    model = tiny_model("mamba")
+    modifiers = [
+        SparseSSMModifier(sparsity=0.25, targets="backbone.layers.0.mixer"),
+        SparseSSMModifier(sparsity=0.5, targets="backbone.layers.1.mixer"),
+    ]
+    run(model, modifiers, pipeline=pipeline)
+    assert [int((A == 0).sum()) for A in all_A_log(model)] == [128, 256]
+    assert nothing_left_behind(model)
+
+
+def test_long_padding_on_the_left_with_frequency():
+    """Whole chunks of steps without any state: they have no vote, and no crash."""
+    ready = batches(2, 2, 160)
+    for batch in ready:
+        batch["attention_mask"][:, :80] = 0
+    model = tiny_model("mamba")
+    run(model, SparseSSMModifier(sparsity=0.5, saliency="hessian"), ready)
+    assert all((A == 0).sum() == A.numel() // 2 for A in all_A_log(model))
+
+
+def test_report_path_of_somebody_else(tmp_path):
+    path = tmp_path / "package.json"
+    path.write_text('{"name": "mine"}')
+    with pytest.raises(ValidationError, match="exists and is no report"):
+        SparseSSMModifier(sparsity=0.5, report_path=str(path))
 
 
 def test_a_failed_run_leaves_the_mixers_usable():

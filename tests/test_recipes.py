@@ -97,6 +97,14 @@ quant_stage:
             with_fields("sparsity: 0.5\n      sparsity: 0.6"),
             ["key 'sparsity' is given twice", "line 6"],
         ),
+        (with_fields("sparsity: 2024-13-45"), ["not valid YAML", "month"]),
+        (with_fields("sparsity: !!int foo"), ["not valid YAML", "foo"]),
+        ("[" * 3000, ["not valid YAML"]),
+        (
+            with_fields("sparsity: 0.5\n      report_path: r.json")
+            + with_fields("sparsity: 0.5\n      report_path: r.json").replace("prune", "again"),
+            ["two modifiers have the report_path 'r.json'"],
+        ),
         (with_fields("- 1"), ["SparseSSMModifier must be a mapping", "got a list"]),
         (with_fields("{}"), ["give either sparsity or mask_structure"]),
         (
@@ -113,6 +121,20 @@ def test_mistakes_are_one_line(text, parts):
     assert message.startswith("my.yaml")
     for part in parts:
         assert part in message
+
+
+def test_merge_keys_are_plain_yaml():
+    recipe = parse_recipe(
+        """
+args:
+  common: &common {sparsity: 0.25, pruned_value: memoryless}
+prune_stage:
+  prune_modifiers:
+    SparseSSMModifier:
+      <<: *common
+"""
+    )
+    assert recipe.modifiers[0].sparsity == 0.25
 
 
 def test_recipe_that_is_not_there(tmp_path):

@@ -20,7 +20,8 @@ def read_texts(source: str | os.PathLike[str], text_field: str = "text") -> list
     """Documents of a text file, a JSON-lines file or a data set.
 
     :param source: a file: one document, or JSON lines with ``text_field`` where the name ends
-        in .jsonl or .json; otherwise a name for ``datasets``, as ``name[:config][:split]``
+        in .jsonl or .json; otherwise a name for ``datasets``, as ``name[:config[:split]]``,
+        where the config may be empty and the split is ``train`` by default
     :param text_field: key of the text
     :raises SparseSSMError: the source cannot be read or holds no text
     """
@@ -28,7 +29,7 @@ def read_texts(source: str | os.PathLike[str], text_field: str = "text") -> list
     if path.is_dir():
         raise SparseSSMError(f"{path} is a folder; give a text or JSON-lines file")
     if not path.exists():
-        if path.suffix or len(path.parts) > 2:
+        if Path(str(source).split(":")[0]).suffix or len(path.parts) > 2:
             raise SparseSSMError(f"{path} does not exist")
         texts = _read_dataset(str(source), text_field)
     else:
@@ -39,6 +40,11 @@ def read_texts(source: str | os.PathLike[str], text_field: str = "text") -> list
                 texts = [path.read_text(encoding="utf-8")]
         except (OSError, UnicodeDecodeError) as error:
             raise SparseSSMError(f"cannot read {path} as UTF-8 text: {error}") from error
+    for number, text in enumerate(texts, start=1):
+        try:
+            text.encode("utf-8")
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise SparseSSMError(f"{source}: text {number} is not valid Unicode text") from error
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise SparseSSMError(f"{source} holds no text")
@@ -63,10 +69,7 @@ def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
 def _read_dataset(name: str, text_field: str) -> list[str]:
     from datasets import load_dataset
 
-    dataset, _, rest = name.partition(":")
-    config, _, split = rest.rpartition(":")
-    if not config and rest:  # "name:config"; a lone split would be ambiguous
-        config, split = rest, ""
+    dataset, config, split = (*name.split(":", 2), "", "")[:3]
     try:
         rows = load_dataset(dataset, config or None, split=split or "train")
     except Exception as error:
@@ -76,7 +79,7 @@ def _read_dataset(name: str, text_field: str) -> list[str]:
         ) from error
     if text_field not in rows.column_names:
         raise SparseSSMError(f"data set {name} has no column {text_field!r}: {rows.column_names}")
-    return list(rows[text_field])
+    return [text for text in rows[text_field] if text is not None]
 
 
 def tokenize(texts: list[str], tokenizer: Any) -> Tensor:

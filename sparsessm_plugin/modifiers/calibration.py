@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -102,7 +102,11 @@ class MixerModifier(Modifier):
                     f"mixers are {_listed([a.name for a in find_mixers(model)])}"
                 )
             names |= found
-        names -= {name for name, _ in match_named_modules(model, self.ignore)}
+        for pattern in self.ignore:
+            ignored = {n for n, m in match_named_modules(model, [pattern]) if is_mixer(m)}
+            if not ignored:
+                raise SparseSSMError(f"{who}.ignore: {pattern!r} matches no state-space mixer")
+            names -= ignored
         adapters = [
             get_adapter(module, name) for name, module in model.named_modules() if name in names
         ]
@@ -155,11 +159,12 @@ class MixerModifier(Modifier):
         hidden_states = args[0] if args else kwargs["hidden_states"]
         attention_mask = kwargs.get("attention_mask")
         if not _is_finite(hidden_states):
+            self.release()
             raise SparseSSMError(
                 f"{adapter.name}: its input holds NaN or infinite values during calibration; "
                 "this layer was not pruned"
             )
-        with torch.no_grad():
+        with torch.no_grad(), self._released_on_error():
             self.observe(adapter, hidden_states, attention_mask)
 
     def on_sequential_epoch_end(
@@ -172,20 +177,32 @@ class MixerModifier(Modifier):
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         for adapter in list(self._pending.values()):
             self._compress(adapter)
-        self._release()
+        self.release()
 
     def _compress(self, adapter: MixerAdapter) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), self._released_on_error():
             self.compress(adapter)
         del self._pending[adapter.name]
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        self._release()
+        self.release()
         return True
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Take everything off the model again; safe to call at any time.
+
+        LLM Compressor tells its modifiers nothing when a run fails.
+        """
         self.remove_hooks()
         self._restore.close()
+
+    @contextmanager
+    def _released_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
 
 
 def _check_token_ids(dataloader: Any, embeddings: Any) -> None:

@@ -1,5 +1,6 @@
 """Prune A_log, the state transition of a selective state-space mixer."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -117,6 +118,8 @@ class SparseSSMModifier(MixerModifier):
             raise ValueError(f"must end with .json, got {value!r}")
         if value is not None and not Path(value).absolute().parent.is_dir():
             raise ValueError(f"the folder of {value!r} does not exist")
+        if value is not None and Path(value).exists() and not _is_report(Path(value)):
+            raise ValueError(f"{value!r} exists and is no report of a modifier")
         return value
 
     @model_validator(mode="after")
@@ -272,3 +275,10 @@ class SparseSSMModifier(MixerModifier):
         if self.report_path is not None:
             write_json(self.report_path, self.report())
         return True
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return "modifier" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False

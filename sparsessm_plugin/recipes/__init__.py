@@ -97,7 +97,7 @@ def parse_recipe(text: str, name: str = "recipe") -> CheckedRecipe:
     """
     try:
         stages = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise SparseSSMError(f"{name} is not valid YAML: {_yaml_problem(error)}") from error
     modifiers: list[Any] = []
     for stage, groups in _mapping(stages, name).items():
@@ -110,6 +110,10 @@ def parse_recipe(text: str, name: str = "recipe") -> CheckedRecipe:
                 modifiers.append(_make_modifier(kind, fields, name))
     if not modifiers:
         raise SparseSSMError(f"{name} holds no modifier")
+    reports = [path for m in modifiers if (path := getattr(m, "report_path", None)) is not None]
+    for path in reports:
+        if reports.count(path) > 1:
+            raise SparseSSMError(f"{name}: two modifiers have the report_path {path!r}")
     return CheckedRecipe(name=name, text=text, modifiers=tuple(modifiers))
 
 
@@ -118,7 +122,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
+        if not isinstance(node, yaml.MappingNode):
+            return super().construct_mapping(node, deep=deep)  # raises
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -128,8 +136,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    problem = getattr(error, "problem", None) or "cannot be parsed"
+def _yaml_problem(error: Exception) -> str:
+    problem = getattr(error, "problem", None) or str(error) or "cannot be parsed"
     mark = getattr(error, "problem_mark", None)
     return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else str(problem)
 

@@ -16,7 +16,15 @@ class Unstructured:
     sparsity: float
 
     def check(self, rows: int, columns: int) -> None:
-        """Every shape will do."""
+        """Refuse a sparsity that prunes nothing, or everything, of a matrix of this size.
+
+        :raises SparseSSMError: the count rounds to 0 or to all entries
+        """
+        count = self.count(rows, columns)
+        if not 0 < count < rows * columns:
+            raise SparseSSMError(
+                f"sparsity {self.sparsity} rounds to {count} of the {rows} x {columns} entries"
+            )
 
     def count(self, rows: int, columns: int) -> int:
         """How many entries of a (rows, columns) matrix are selected."""
@@ -28,10 +36,10 @@ class Unstructured:
         :param scores: (T, D, N)
         :return: (T, D, N) bool
         """
-        steps, rows, columns = scores.shape
+        _, rows, columns = scores.shape
         count = self.count(rows, columns)
-        flat = scores.reshape(steps, -1)
-        if count == 0:
+        flat = scores.flatten(1)
+        if count == 0 or scores.numel() == 0:
             return torch.zeros_like(scores, dtype=torch.bool)
         threshold = flat.kthvalue(count, dim=1, keepdim=True).values
         below = flat < threshold

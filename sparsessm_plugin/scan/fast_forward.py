@@ -86,8 +86,14 @@ class _Forward:
         attributes = vars(self.adapter.mixer)
         if getattr(attributes.get("forward"), "__func__", None) is self:
             del attributes["forward"]
-            if self.earlier is not None:
-                self.adapter.mixer.forward = self.earlier
+            earlier = self.earlier
+            # contexts may end in any order: one that has ended already must not come back
+            while isinstance(own := getattr(earlier, "__func__", None), _Forward):
+                if own.active:
+                    break
+                earlier = own.earlier
+            if earlier is not None:
+                self.adapter.mixer.forward = earlier
 
     def __call__(
         self,
