@@ -96,8 +96,7 @@ def prune(
     if output.resolve() in (Path(model).resolve(), *Path(model).resolve().parents):
         raise SparseSSMError(f"--output {output} is or holds the model that is to be pruned")
     checked = load_recipe(recipe)
-    if any(m.requires_calibration_data for m in checked.modifiers) and calibration is None:
-        raise SparseSSMError(f"recipe {recipe} needs calibration data: give --calibration")
+    checked.check_data(calibration)
     skeleton = source.load_skeleton()
     checked.check_model(skeleton)
     vocab_size = _vocab_size(skeleton)
@@ -305,11 +304,12 @@ def _vocab_size(skeleton: Any) -> int:
 def _windows(
     source: str, tokenizer: Any, length: int, vocab_size: int, text_field: str
 ) -> "Tensor":
-    from sparsessm_plugin.evaluation.data import check_vocabulary, read_texts, tokenize, windows
+    from sparsessm_plugin.evaluation.data import read_texts, tokenize, windows
+    from sparsessm_plugin.vocabulary import check_token_ids
 
     tokens = tokenize(read_texts(source, text_field), tokenizer)
     samples = windows(tokens, length, source)
-    check_vocabulary(samples, vocab_size, source)
+    check_token_ids(samples, vocab_size, source)
     return samples
 
 

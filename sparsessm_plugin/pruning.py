@@ -140,13 +140,7 @@ def prune(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from llmcompressor import active_session, oneshot
 
-    if loader is None:
-        for modifier in recipe.modifiers:
-            if modifier.requires_calibration_data:
-                raise SparseSSMError(
-                    f"{recipe.name}: {type(modifier).__name__} needs calibration data; "
-                    "give --calibration"
-                )
+    recipe.check_data(loader)
     started = time.perf_counter()
     try:
         oneshot(

@@ -29,8 +29,6 @@ def text_file(topics, tmp_path_factory):
 @pytest.fixture
 def sparsessm(monkeypatch, capsys):
     """Run the command in this process; returns exit code, stdout and stderr."""
-    # an earlier modification of the environment must not leak into other tests
-    monkeypatch.setattr(os, "environ", os.environ)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["sparsessm", *map(str, arguments)])

@@ -13,11 +13,11 @@ from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.evaluation.components import take_inventory
 from sparsessm_plugin.evaluation.data import (
     calibration_loader,
-    check_vocabulary,
     read_texts,
     tokenize,
     windows,
 )
+from sparsessm_plugin.vocabulary import check_token_ids
 
 
 def test_texts_of_files(tmp_path):
@@ -102,9 +102,11 @@ def test_windows_do_not_overlap():
 
 
 def test_vocabulary():
-    check_vocabulary(torch.tensor([[0, 95]]), 96, "text")
+    check_token_ids(torch.tensor([[0, 95]]), 96, "text")
+    with pytest.raises(SparseSSMError, match="token id -1;"):
+        check_token_ids(torch.tensor([[-1, 3]]), 96, "text")
     with pytest.raises(SparseSSMError, match="token id 96; the model's vocabulary has ids 0 to 95"):
-        check_vocabulary(torch.tensor([[0, 96]]), 96, "text")
+        check_token_ids(torch.tensor([[0, 96]]), 96, "text")
 
 
 def test_calibration_draw_is_reproducible():

@@ -133,13 +133,11 @@ def narrow(mixer, ranges, keep):
     by_tensor = {}
     for axis in ranges:
         by_tensor.setdefault((axis.tensor, axis.dim), []).append(axis.start)
-    size = {}
+    length = mixer.A_log.shape[keep["dim"]]  # before A_log itself is narrowed
     for (tensor, dim), starts in by_tensor.items():
         owner, _, name = tensor.rpartition(".")
         module = mixer.get_submodule(owner) if owner else mixer
         value = getattr(module, name)
-        length = size.setdefault("axis", None) or mixer.A_log.shape[keep["dim"]]
-        size["axis"] = length
         dropped = {s + i for s in starts for i in range(length) if i not in keep["indices"]}
         index = torch.tensor([i for i in range(value.shape[dim]) if i not in dropped])
         narrowed = value.detach().index_select(dim, index)

@@ -1,6 +1,7 @@
 """SparseSSMModifier through llmcompressor's own oneshot()."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -42,6 +43,14 @@ def all_A_log(model):
     return [adapter.A_log.detach().clone() for adapter in find_mixers(model)]
 
 
+def nothing_left_behind(model):
+    for adapter in find_mixers(model):
+        assert not adapter.mixer._forward_pre_hooks
+        forward = getattr(vars(adapter.mixer).get("forward"), "__func__", None)
+        assert "sparsessm" not in type(forward).__module__
+    return True
+
+
 @pytest.mark.parametrize(("saliency", "aggregation", "pruned_value"), COMBINATIONS)
 def test_every_combination_prunes_exactly(saliency, aggregation, pruned_value):
     model = tiny_model("mamba")
@@ -66,10 +75,7 @@ def test_every_family_and_pipeline(family, pipeline):
         assert ((new == 0) & (old != 0)).sum() == round(0.5 * old.numel())
     for name, value in others.items():
         assert torch.equal(model.state_dict()[name], value), name
-    for adapter in find_mixers(model):  # nothing of ours stays behind
-        assert not adapter.mixer._forward_pre_hooks
-        forward = vars(adapter.mixer).get("forward")
-        assert "sparsessm" not in type(getattr(forward, "__func__", None)).__module__
+    assert nothing_left_behind(model)
 
 
 @pytest.mark.parametrize("saliency", ["hessian", "transition", "output_error"])
@@ -261,16 +267,10 @@ assert "sparsessm_plugin.modifiers" not in sys.modules
     subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "out"), str(tmp_path / "expected.pt")],
         check=True,
-        env={**_environment(), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
     )
     assert (tmp_path / "out" / "recipe.yaml").is_file()
     assert not list((tmp_path / "out").glob("*.bin"))
-
-
-def _environment():
-    import os
-
-    return dict(os.environ)
 
 
 # -- what is refused ---------------------------------------------------------------------
@@ -379,14 +379,6 @@ def test_overflow_inside_the_recurrence():
         model.backbone.layers[1].mixer.x_proj.weight.mul_(1e36)
     with pytest.raises(SparseSSMError, match=r"backbone\.layers\.1\.mixer: NaN or infinite"):
         run(model, SparseSSMModifier(sparsity=0.5))
-
-
-def nothing_left_behind(model):
-    for adapter in find_mixers(model):
-        assert not adapter.mixer._forward_pre_hooks
-        forward = getattr(vars(adapter.mixer).get("forward"), "__func__", None)
-        assert "sparsessm" not in type(forward).__module__
-    return True
 
 
 @pytest.mark.parametrize("pipeline", ["sequential", "basic"])

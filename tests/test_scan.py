@@ -9,11 +9,12 @@ import torch
 from conftest import DEVICE, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
-import sparsessm_plugin.scan.cpu as cpu
 from sparsessm_plugin import fast_forward
 from sparsessm_plugin.mixers import MixerQuantities, find_mixers
 from sparsessm_plugin.scan import REFERENCE, ScanStatistics, StatisticsRequest, scan
+from sparsessm_plugin.scan.cpu import _exp
 
 STATISTICS = ("state_energy", "transition", "output_error")
 
@@ -42,11 +43,16 @@ def random_quantities(batch, length, channels, states, seed=0, masked=False):
     )
 
 
-def collect(quantities, request, backend=None, split=None):
+def collect(quantities, request, backend=None):
     channels, states = quantities.A.shape
     statistics = ScanStatistics(request, channels, states)
     y = scan(quantities, statistics, backend)
     return y, statistics
+
+
+@njit
+def exp_compiled(x):
+    return _exp(x)
 
 
 def relative(a, b):
@@ -196,12 +202,12 @@ import sparsessm_plugin.scan.cpu
 
 def test_exponential_is_accurate():
     x = -np.concatenate([np.geomspace(1e-8, 87, 5000), [0.0, 1e3, 1e30]]).astype(np.float32)
-    result = np.array([_exp_compiled(v) for v in x])
+    result = np.array([exp_compiled(v) for v in x])
     expected = np.exp(x.astype(np.float64))
     normal = expected > 1e-37
     assert np.max(np.abs(result[normal] / expected[normal] - 1)) < 2e-7
     assert np.all(result[~normal] < 1.1e-37)
-    assert np.isnan(_exp_compiled(np.float32("nan")))
+    assert np.isnan(exp_compiled(np.float32("nan")))
 
 
 def test_nan_shows_up_in_the_statistics():
@@ -303,22 +309,3 @@ def test_offered_scan_is_used_once():
         offer(adapter.mixer, hidden_states, None, q, torch.zeros_like(q.u))
         other = hidden_states.clone()  # not the very input: the offer does not count
         assert torch.equal(adapter.mixer(other), expected)
-
-
-def _exp_compiled(x):
-    return _evaluate(np.float32(x))
-
-
-def _make_evaluate():
-    from numba import njit
-
-    inner = cpu._exp
-
-    @njit
-    def evaluate(x):
-        return inner(x)
-
-    return evaluate
-
-
-_evaluate = _make_evaluate()

@@ -113,19 +113,6 @@ def windows(tokens: Tensor, length: int, source: str) -> Tensor:
     return tokens[: count * length].reshape(count, length)
 
 
-def check_vocabulary(tokens: Tensor, vocab_size: int, source: str) -> None:
-    """Refuse token ids that the model has no embedding for.
-
-    :raises SparseSSMError: naming the first such id
-    """
-    high = int(tokens.max())
-    if high >= vocab_size:
-        raise SparseSSMError(
-            f"{source} gives token id {high}; the model's vocabulary has ids 0 to "
-            f"{vocab_size - 1} (is it another model's tokenizer?)"
-        )
-
-
 def calibration_loader(
     samples: Tensor, num_samples: int, batch_size: int, seed: int = 0
 ) -> DataLoader[Any]:

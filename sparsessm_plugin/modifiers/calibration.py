@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import MixerAdapter, find_mixers, get_adapter, is_mixer, iter_mixers
 from sparsessm_plugin.scan.fast_forward import fast_forward
+from sparsessm_plugin.vocabulary import check_token_ids
 
 
 class MixerModifier(Modifier):
@@ -141,7 +142,7 @@ class MixerModifier(Modifier):
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         if not self.requires_calibration_data:
             return
-        _check_token_ids(state.data.calib, state.model.get_input_embeddings())
+        _check_vocabulary(state.data.calib, state.model.get_input_embeddings())
         self._restore.enter_context(fast_forward(state.model))
         for adapter in self._pending.values():
             hook = partial(self._observe_hook, adapter)
@@ -158,13 +159,12 @@ class MixerModifier(Modifier):
             return
         hidden_states = args[0] if args else kwargs["hidden_states"]
         attention_mask = kwargs.get("attention_mask")
-        if not _is_finite(hidden_states):
-            self.release()
-            raise SparseSSMError(
-                f"{adapter.name}: its input holds NaN or infinite values during calibration; "
-                "this layer was not pruned"
-            )
         with torch.no_grad(), self._released_on_error():
+            if not _is_finite(hidden_states):
+                raise SparseSSMError(
+                    f"{adapter.name}: its input holds NaN or infinite values during "
+                    "calibration; this layer was not pruned"
+                )
             self.observe(adapter, hidden_states, attention_mask)
 
     def on_sequential_epoch_end(
@@ -205,26 +205,16 @@ class MixerModifier(Modifier):
             raise
 
 
-def _check_token_ids(dataloader: Any, embeddings: Any) -> None:
-    """Refuse token ids without an embedding.
-
-    Left alone they are an IndexError deep inside the model, or on a GPU an assertion after
-    which nothing on the device works any more.
-    """
+def _check_vocabulary(dataloader: Any, embeddings: Any) -> None:
+    """Look at every batch before the first forward pass, if batches can be had twice."""
     vocab_size = getattr(embeddings, "num_embeddings", None)
     if vocab_size is None or not hasattr(dataloader, "__len__"):
         return
     with torch.random.fork_rng(devices=[]):  # a shuffled loader keeps its order for later
         for batch in dataloader:
             ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-            if ids is None or ids.numel() == 0:
-                continue
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= vocab_size:
-                raise SparseSSMError(
-                    f"calibration data holds token id {low if low < 0 else high}; the model's "
-                    f"vocabulary has ids 0 to {vocab_size - 1} (is it another model's tokenizer?)"
-                )
+            if ids is not None and ids.numel():
+                check_token_ids(ids, vocab_size, "calibration data")
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -187,15 +187,13 @@ class SparseSSMModifier(MixerModifier):
                     "calibration; this layer was not pruned"
                 )
         A_log = adapter.A_log.detach()
-        inputs = SaliencyInputs(A_log=A_log.float(), out_norm=adapter.out_norm)
-        if statistics is not None:
-            inputs = SaliencyInputs(
-                A_log=A_log.float(),
-                out_norm=adapter.out_norm,
-                state_energy=statistics.state_energy,
-                transition=statistics.transition,
-                output_error=statistics.output_error,
-            )
+        inputs = SaliencyInputs(
+            A_log=A_log.float(),
+            out_norm=adapter.out_norm,
+            state_energy=statistics.state_energy if statistics is not None else None,
+            transition=statistics.transition if statistics is not None else None,
+            output_error=statistics.output_error if statistics is not None else None,
+        )
         ranking = aggregate(
             SALIENCIES[self.saliency],
             self.aggregation,
@@ -228,7 +226,6 @@ class SparseSSMModifier(MixerModifier):
         quantiles = torch.quantile(
             score.double().flatten(), torch.tensor(_QUANTILES, dtype=torch.float64).to(score.device)
         )
-        kept_lowest = score[~pruned].min() if count < pruned.numel() else None
         self._layers.append(
             {
                 "name": adapter.name,
@@ -241,8 +238,8 @@ class SparseSSMModifier(MixerModifier):
                 "saliency_quantiles": {
                     str(q): float(v) for q, v in zip(_QUANTILES, quantiles, strict=True)
                 },
-                "highest_pruned": float(score[pruned].max()) if count else None,
-                "lowest_kept": float(kept_lowest) if kept_lowest is not None else None,
+                "highest_pruned": float(score[pruned].max()),
+                "lowest_kept": float(score[~pruned].min()),
                 "tokens": statistics.tokens if statistics is not None else 0,
                 "seconds": round(seconds, 3),
             }

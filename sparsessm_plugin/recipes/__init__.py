@@ -35,6 +35,19 @@ class CheckedRecipe:
     text: str
     modifiers: tuple[Any, ...]
 
+    def check_data(self, data: Any) -> None:
+        """Refuse to go on without calibration data where a modifier needs it.
+
+        :param data: the data, in whatever form; None where there is none
+        :raises SparseSSMError: naming the modifier
+        """
+        for modifier in self.modifiers:
+            if data is None and modifier.requires_calibration_data:
+                raise SparseSSMError(
+                    f"{self.name}: {type(modifier).__name__} needs calibration data; "
+                    "give --calibration"
+                )
+
     def check_model(self, model: "nn.Module") -> None:
         """Check the modifiers of this package against a model; the meta device will do.
 
