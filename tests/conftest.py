@@ -15,12 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    FalconH1Config,
     FalconMambaConfig,
-    FalconMambaForCausalLM,
+    GraniteMoeHybridConfig,
     JambaConfig,
-    JambaForCausalLM,
+    Mamba2Config,
     MambaConfig,
-    MambaForCausalLM,
+    NemotronHConfig,
+    Zamba2Config,
 )
 
 import sparsessm_plugin
@@ -28,21 +32,40 @@ import sparsessm_plugin
 VOCAB = 96
 # Where transformers' own forward runs: with CUDA kernels installed it refuses tensors on the CPU.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FAMILIES = ("mamba", "falcon_mamba", "jamba")
+MAMBA1 = ("mamba", "falcon_mamba", "jamba")
+MAMBA2 = ("mamba2", "bamba", "zamba2", "granitemoehybrid", "falcon_h1", "nemotron_h")
+FAMILIES = MAMBA1 + MAMBA2
 DEMO = Path(sparsessm_plugin.__file__).parent / "assets" / "mamba-demo-0.7m"
 
 
-def tiny_model(family: str, seed: int = 0, **changes):
-    """A random two- or three-layer model whose mixers are not at their initial values."""
-    torch.manual_seed(seed)
-    if family == "jamba":
-        settings = {
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
+_HIDDEN = {"vocab_size": VOCAB, "hidden_size": 32}
+_ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+_LAYERS = ["linear_attention", "full_attention", "linear_attention"]
+# the Mamba-2 part as Bamba and the families after it name it: 8 heads of 8, in 2 groups
+_HEADS = {
+    "mamba_d_state": 8,
+    "mamba_d_conv": 4,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 16,
+}
+_CONFIGS = {
+    "mamba": (
+        MambaConfig,
+        {**_HIDDEN, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4},
+    ),
+    "falcon_mamba": (
+        FalconMambaConfig,
+        {**_HIDDEN, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4},
+    ),
+    "jamba": (
+        JambaConfig,
+        {
+            **_HIDDEN,
+            **_ATTENTION,
             "intermediate_size": 48,
             "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
             "mamba_d_state": 8,
             "mamba_d_conv": 4,
             "mamba_expand": 2,
@@ -50,28 +73,103 @@ def tiny_model(family: str, seed: int = 0, **changes):
             "attn_layer_period": 3,
             "attn_layer_offset": 1,
             "num_experts": 1,
-            "pad_token_id": 0,
             "use_mamba_kernels": False,
-        }
-        model = JambaForCausalLM(JambaConfig(**{**settings, **changes}))
-    else:
-        config, cls = {
-            "mamba": (MambaConfig, MambaForCausalLM),
-            "falcon_mamba": (FalconMambaConfig, FalconMambaForCausalLM),
-        }[family]
-        settings = {
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
-            "state_size": 8,
+        },
+    ),
+    "mamba2": (
+        Mamba2Config,
+        {
+            **_HIDDEN,
             "num_hidden_layers": 2,
-            "time_step_rank": 4,
-            "conv_kernel": 4,
-            "expand": 2,
-        }
-        model = cls(config(**{**settings, **changes}))
+            "state_size": 8,
+            "num_heads": 8,
+            "head_dim": 8,
+            "n_groups": 2,
+            "chunk_size": 16,
+        },
+    ),
+    "bamba": (
+        BambaConfig,
+        {
+            **_HIDDEN,
+            **_ATTENTION,
+            **_HEADS,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "attn_layer_indices": [1],
+        },
+    ),
+    "zamba2": (
+        Zamba2Config,
+        {
+            **_HIDDEN,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "layers_block_type": ["linear_attention", "hybrid", "linear_attention"],
+            "mamba_d_state": 8,
+            "n_mamba_heads": 8,
+            "mamba_ngroups": 2,
+            "chunk_size": 16,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "granitemoehybrid": (
+        GraniteMoeHybridConfig,
+        {
+            **_HIDDEN,
+            **_ATTENTION,
+            **_HEADS,
+            "intermediate_size": 48,
+            "shared_intermediate_size": 48,
+            "num_local_experts": 2,
+            "num_hidden_layers": 3,
+            "layer_types": _LAYERS,
+        },
+    ),
+    "falcon_h1": (
+        FalconH1Config,
+        {
+            **_HIDDEN,
+            **_ATTENTION,
+            **_HEADS,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "head_dim": 8,
+            "mamba_d_ssm": 64,
+            "mamba_rms_norm": True,
+            "mamba_norm_before_gate": False,
+            "ssm_in_multiplier": 0.8,
+            "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7],
+        },
+    ),
+    "nemotron_h": (
+        NemotronHConfig,
+        {
+            **_HIDDEN,
+            **_ATTENTION,
+            "head_dim": 8,
+            "intermediate_size": 48,
+            "layers_block_type": ["linear_attention", "full_attention", "linear_attention", "mlp"],
+            "ssm_state_size": 8,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "n_groups": 2,
+            "chunk_size": 16,
+            "use_mamba_kernels": False,
+        },
+    ),
+}
+
+
+def tiny_model(family: str, seed: int = 0, **changes):
+    """A random two- to four-layer model whose mixers are not at their initial values."""
+    torch.manual_seed(seed)
+    config, settings = _CONFIGS[family]
+    model = AutoModelForCausalLM.from_config(config(**{**settings, **changes}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("A_log", ".D", "dt_proj.bias", "layernorm.weight")):
+            if name.endswith(("A_log", ".D", "dt_proj.bias", "dt_bias", "norm.weight")):
                 parameter += 0.3 * torch.randn_like(parameter)
             elif parameter.ndim > 1:
                 parameter += 0.2 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5

@@ -1,13 +1,25 @@
 """Adapters that read the state-space mixers of transformers, one file a family."""
 
-from sparsessm_plugin.mixers import falcon_mamba, jamba, mamba
+from sparsessm_plugin.mixers import (
+    bamba,
+    falcon_h1,
+    falcon_mamba,
+    granitemoehybrid,
+    jamba,
+    mamba,
+    mamba2,
+    nemotron_h,
+    zamba2,
+)
 from sparsessm_plugin.mixers.base import (
+    HeadQuantities,
     MixerAdapter,
     MixerQuantities,
     MixerSizes,
     TensorAxis,
     find_mixers,
     get_adapter,
+    get_tensor,
     is_mixer,
     iter_mixers,
     known_mixers,
@@ -15,17 +27,25 @@ from sparsessm_plugin.mixers.base import (
 )
 
 __all__ = [
+    "HeadQuantities",
     "MixerAdapter",
     "MixerQuantities",
     "MixerSizes",
     "TensorAxis",
+    "bamba",
+    "falcon_h1",
     "falcon_mamba",
     "find_mixers",
     "get_adapter",
+    "get_tensor",
+    "granitemoehybrid",
     "is_mixer",
     "iter_mixers",
     "jamba",
     "known_mixers",
     "mamba",
+    "mamba2",
+    "nemotron_h",
     "register_adapter",
+    "zamba2",
 ]

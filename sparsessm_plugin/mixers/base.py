@@ -3,11 +3,12 @@
 Nothing outside :mod:`sparsessm_plugin.mixers` knows an attribute name of transformers.
 
 Shapes: b batch, L sequence length, D channels (``intermediate_size``), N state size,
-R rank of dt (``time_step_rank``), K width of the convolution.
+R rank of dt (``time_step_rank``), K width of the convolution; in the Mamba-2 layout also
+H heads of P channels (``head_dim``) and G groups of heads that share B and C.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -19,13 +20,19 @@ from sparsessm_plugin.errors import SparseSSMError
 
 @dataclass(frozen=True)
 class MixerSizes:
-    """The sizes of a mixer, read from its tensors and not from its config."""
+    """The sizes of a mixer, read from its tensors and not from its config.
+
+    A Mamba-1 mixer has no heads: it counts as D heads of one channel, all in one group.
+    """
 
     hidden_size: int
     intermediate_size: int  # D
     state_size: int  # N
-    time_step_rank: int  # R
     conv_kernel_size: int  # K
+    num_heads: int  # H
+    head_dim: int  # P
+    n_groups: int  # G
+    time_step_rank: int = 0  # R, Mamba-1 only
 
 
 @dataclass
@@ -65,18 +72,51 @@ class MixerQuantities:
         return nn.functional.silu(self.z)
 
 
+@dataclass
+class HeadQuantities(MixerQuantities):
+    """The same for the Mamba-2 layout (arXiv 2405.21060): one transition a head.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t^T, (P, N) for each head, dt and A its scalars.
+
+    :param dt: (b, L, H)
+    :param A: (H,)
+    :param B: (b, L, G, N); head i reads group i // (H / G)
+    :param C: (b, L, G, N)
+    :param D: (H,)
+    :param inputs: in_proj (b, L, hidden_size), conv1d (b, L, D + 2 G N)
+    """
+
+
 @dataclass(frozen=True)
 class TensorAxis:
-    """A range along one dimension of one tensor that an axis of the mixer runs along.
+    """Where an axis of the mixer runs along one dimension of one tensor.
+
+    Index i of the axis stands at ``start + r * stride + i * block + j`` for every
+    r < repeat and j < block.
 
     :param tensor: dotted name inside the mixer, e.g. ``x_proj.weight``
     :param dim: dimension of the tensor
-    :param start: first index of the range; it holds as many entries as the axis is long
+    :param start: position of index 0
+    :param block: neighbouring entries an index stands for, e.g. the channels of a head
+    :param repeat: how often the axis comes again, e.g. head_dim once a head
+    :param stride: distance between two repeats
     """
 
     tensor: str
     dim: int
     start: int = 0
+    block: int = 1
+    repeat: int = 1
+    stride: int = 0
+
+    def positions(self, indices: Iterable[int]) -> list[int]:
+        """Entries along ``dim`` that belong to the given indices of the axis, ascending."""
+        return sorted(
+            self.start + r * self.stride + i * self.block + j
+            for r in range(self.repeat)
+            for i in indices
+            for j in range(self.block)
+        )
 
 
 class MixerAdapter(ABC):
@@ -89,6 +129,7 @@ class MixerAdapter(ABC):
     family: ClassVar[str]
     mixer_class: ClassVar[str]
     projections: ClassVar[tuple[str, ...]]
+    axis_names: ClassVar[tuple[str, ...]]
 
     def __init__(self, mixer: nn.Module, name: str = "mixer"):
         # Any: nn.Module types every attribute as Tensor | Module
@@ -105,8 +146,13 @@ class MixerAdapter(ABC):
 
     @property
     def A_log(self) -> nn.Parameter:
-        """(D, N) parameter with A = -exp(A_log)."""
+        """Parameter with A = -exp(A_log): (D, N), in the Mamba-2 layout (H,)."""
         return self.mixer.A_log
+
+    @property
+    def has_state_transitions(self) -> bool:
+        """Whether A_log has an entry for every state, as in the Mamba-1 layout."""
+        return self.A_log.ndim == 2
 
     @property
     @abstractmethod
@@ -124,26 +170,73 @@ class MixerAdapter(ABC):
         """
 
     @abstractmethod
+    def out_gain(self, quantities: MixerQuantities, y: Tensor) -> Tensor:
+        """(b, L, D) float32 factor between the scan output and the input of out_proj.
+
+        The gate, and where a norm follows it that norm's scale for this very ``y``.
+
+        :param y: (b, L, D) output of the recurrence, skip connection included
+        """
+
+    def out_input(self, quantities: MixerQuantities, y: Tensor) -> Tensor:
+        """(b, L, D) float32 input of out_proj.
+
+        :param y: (b, L, D) output of the recurrence, skip connection included
+        """
+        return y * self.out_gain(quantities, y)
+
     def output(self, quantities: MixerQuantities, y: Tensor) -> Tensor:
         """Turn the scan output into the mixer's output.
 
         :param y: (b, L, D) output of the recurrence, skip connection included
         :return: (b, L, hidden_size) in the dtype of the model
         """
+        dtype = quantities.inputs["in_proj"].dtype
+        return self.mixer.out_proj(self.out_input(quantities, y).to(dtype))
+
+    @abstractmethod
+    def axis_length(self, axis: str) -> int:
+        """How many indices an axis has.
+
+        :raises SparseSSMError: the family has no such axis
+        """
 
     @abstractmethod
     def axes(self, axis: str) -> list[TensorAxis]:
         """Every tensor range that shrinks when the axis does.
 
-        :param axis: ``state`` or ``channels``
+        :param axis: ``state`` (N; in the Mamba-2 layout G N, group after group), ``channels``
+            (Mamba-1), ``heads`` or ``head_dim`` (Mamba-2)
+        :raises SparseSSMError: the family has no such axis
         """
 
     @abstractmethod
     def set_size(self, axis: str, size: int) -> dict[str, Any]:
         """Write a new size of an axis into the module's attributes; tensors stay.
 
+        :param size: the new state size, channels, heads or channels a head
         :return: the config fields that must change for the model to load again
         """
+
+    def scale_state(self, factor: float) -> None:
+        """Multiply what the states add to the scan output, written into the weights.
+
+        Where a norm runs over B and C, removing states changes its mean square; this undoes
+        the mean of that change.
+
+        :raises NotImplementedError: the family has no such norm and no need for it
+        """
+        raise NotImplementedError(f"{self.family} scales no states")
+
+    def check_axis(self, axis: str) -> None:
+        """Refuse an axis that the family does not have.
+
+        :raises SparseSSMError: naming those that it has
+        """
+        if axis not in self.axis_names:
+            raise SparseSSMError(
+                f"{self.family} has no axis {axis!r}; allowed: {', '.join(self.axis_names)}"
+            )
 
 
 _ADAPTERS: dict[str, type[MixerAdapter]] = {}
@@ -214,3 +307,12 @@ def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
         )
     mask = attention_mask.to(torch.bool)
     return None if bool(mask.all()) else mask
+
+
+def get_tensor(module: Any, name: str) -> Tensor | None:
+    """The tensor of a dotted name inside a module, or None where there is none."""
+    for part in name.split("."):
+        module = getattr(module, part, None)
+        if module is None:
+            return None
+    return module

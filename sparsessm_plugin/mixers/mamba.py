@@ -1,5 +1,7 @@
 """Mamba (arXiv 2312.00752)."""
 
+from typing import Any
+
 from sparsessm_plugin.mixers.base import register_adapter
 from sparsessm_plugin.mixers.mamba1 import Mamba1Adapter
 
@@ -10,3 +12,7 @@ class MambaAdapter(Mamba1Adapter):
 
     family = "mamba"
     mixer_class = "MambaMixer"
+
+    def channel_fields(self, channels: int) -> dict[str, Any]:
+        # `expand` must be whole; an `intermediate_size` in the file takes precedence over it
+        return {"intermediate_size": channels}

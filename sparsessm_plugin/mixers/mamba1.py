@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers.base import (
     MixerAdapter,
     MixerQuantities,
     MixerSizes,
     TensorAxis,
+    get_tensor,
     padding_mask,
 )
 
@@ -23,9 +23,9 @@ class Mamba1Adapter(MixerAdapter):
     """Mixers with a (D, N) A_log and dt, B, C from x_proj; one subclass a family."""
 
     projections = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
-    # config fields that carry the sizes of the axes
+    axis_names = ("state", "channels")
+    # config field that carries the size
     state_size_field: ClassVar[str] = "state_size"
-    expand_field: ClassVar[str] = "expand"
 
     @property
     def sizes(self) -> MixerSizes:
@@ -35,8 +35,11 @@ class Mamba1Adapter(MixerAdapter):
             hidden_size=mixer.out_proj.weight.shape[0],
             intermediate_size=intermediate_size,
             state_size=state_size,
-            time_step_rank=mixer.dt_proj.weight.shape[1],
             conv_kernel_size=mixer.conv1d.weight.shape[-1],
+            num_heads=intermediate_size,
+            head_dim=1,
+            n_groups=1,
+            time_step_rank=mixer.dt_proj.weight.shape[1],
         )
 
     @property
@@ -96,11 +99,15 @@ class Mamba1Adapter(MixerAdapter):
             },
         )
 
-    def output(self, quantities: MixerQuantities, y: Tensor) -> Tensor:
-        dtype = quantities.inputs["in_proj"].dtype
-        return self.mixer.out_proj((y * quantities.gate).to(dtype))
+    def out_gain(self, quantities: MixerQuantities, y: Tensor) -> Tensor:
+        return quantities.gate
+
+    def axis_length(self, axis: str) -> int:
+        self.check_axis(axis)
+        return self.sizes.state_size if axis == "state" else self.sizes.intermediate_size
 
     def axes(self, axis: str) -> list[TensorAxis]:
+        self.check_axis(axis)
         sizes = self.sizes
         R, N, D = sizes.time_step_rank, sizes.state_size, sizes.intermediate_size
         if axis == "state":
@@ -111,7 +118,7 @@ class Mamba1Adapter(MixerAdapter):
                 TensorAxis("b_layernorm.weight", 0),
                 TensorAxis("c_layernorm.weight", 0),
             ]
-        elif axis == "channels":
+        else:
             ranges = [
                 TensorAxis("in_proj.weight", 0),
                 TensorAxis("in_proj.weight", 0, D),
@@ -126,23 +133,29 @@ class Mamba1Adapter(MixerAdapter):
                 TensorAxis("D", 0),
                 TensorAxis("out_proj.weight", 1),
             ]
-        else:
-            raise SparseSSMError(f"{self.family} has no axis {axis!r}; allowed: state, channels")
-        return [r for r in ranges if _get(self.mixer, r.tensor) is not None]
+        return [r for r in ranges if get_tensor(self.mixer, r.tensor) is not None]
 
     def set_size(self, axis: str, size: int) -> dict[str, Any]:
-        mixer = self.mixer
+        self.check_axis(axis)
+        mixer, R = self.mixer, self.sizes.time_step_rank
         if axis == "state":
             mixer.ssm_state_size = size
+            mixer.x_proj.out_features = R + 2 * size
             return {self.state_size_field: size}
-        if axis == "channels":
-            mixer.intermediate_size = size
-            mixer.in_proj.out_features = 2 * size
-            mixer.conv1d.in_channels = mixer.conv1d.out_channels = mixer.conv1d.groups = size
-            mixer.x_proj.in_features = mixer.out_proj.in_features = size
-            mixer.dt_proj.out_features = size
-            return {self.expand_field: size / self.sizes.hidden_size}
-        raise SparseSSMError(f"{self.family} has no axis {axis!r}; allowed: state, channels")
+        mixer.intermediate_size = size
+        mixer.in_proj.out_features = 2 * size
+        mixer.conv1d.in_channels = mixer.conv1d.out_channels = mixer.conv1d.groups = size
+        mixer.x_proj.in_features = mixer.out_proj.in_features = size
+        mixer.dt_proj.out_features = size
+        return self.channel_fields(size)
+
+    def scale_state(self, factor: float) -> None:
+        R, N = self.sizes.time_step_rank, self.sizes.state_size
+        self.mixer.x_proj.weight[R + N :].mul_(factor)
+
+    def channel_fields(self, channels: int) -> dict[str, Any]:
+        """The config fields from which the family's loader makes this many channels."""
+        raise NotImplementedError
 
 
 class NormedMamba1Adapter(Mamba1Adapter):
@@ -151,11 +164,3 @@ class NormedMamba1Adapter(Mamba1Adapter):
     def normalize(self, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mixer = self.mixer
         return mixer.dt_layernorm(dt), mixer.b_layernorm(B), mixer.c_layernorm(C)
-
-
-def _get(module: Any, name: str) -> Any:
-    for part in name.split("."):
-        module = getattr(module, part, None)
-        if module is None:
-            return None
-    return module

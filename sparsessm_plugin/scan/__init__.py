@@ -5,7 +5,9 @@ from importlib import import_module
 
 from torch import Tensor
 
-from sparsessm_plugin.mixers.base import MixerQuantities
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.mixers.base import HeadQuantities, MixerQuantities
+from sparsessm_plugin.scan import ssd
 from sparsessm_plugin.scan.statistics import PrunedValue, ScanStatistics, StatisticsRequest
 
 __all__ = ["BACKENDS", "PrunedValue", "ScanStatistics", "StatisticsRequest", "scan"]
@@ -33,6 +35,12 @@ def scan(
     :param backend: module to use instead of the device's own, e.g. :data:`REFERENCE`
     :return: y (b, L, D) float32, skip connection included, before the gate
     """
+    if isinstance(quantities, HeadQuantities):
+        if statistics is not None:
+            raise SparseSSMError(
+                "statistics of A_log need one entry a state; Mamba-2 has one a head"
+            )
+        return ssd.scan(quantities)
     name = backend or BACKENDS.get(quantities.u.device.type, REFERENCE)
     implementation: Backend = import_module(name).scan
     return implementation(quantities, statistics)

@@ -1,0 +1,16 @@
+"""Bamba: Mamba-2 layers among attention layers."""
+
+from sparsessm_plugin.mixers.base import register_adapter
+from sparsessm_plugin.mixers.mamba2 import Mamba2Adapter
+
+
+@register_adapter
+class BambaAdapter(Mamba2Adapter):
+    """The Mamba-2 layout with its own names in the config."""
+
+    family = "bamba"
+    mixer_class = "BambaMixer"
+    state_size_field = "mamba_d_state"
+    num_heads_field = "mamba_n_heads"
+    head_dim_field = "mamba_d_head"
+    expand_field = "mamba_expand"

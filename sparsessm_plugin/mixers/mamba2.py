@@ -1,0 +1,199 @@
+"""Mamba-2 (arXiv 2405.21060), and the layout that its hybrids share with it.
+
+in_proj holds the rows of z, x, B, C and dt; x, B and C pass a convolution; A_log is one
+number a head; a gated norm precedes out_proj.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.mixers.base import (
+    HeadQuantities,
+    MixerAdapter,
+    MixerQuantities,
+    MixerSizes,
+    TensorAxis,
+    get_tensor,
+    padding_mask,
+    register_adapter,
+)
+
+
+@register_adapter
+class Mamba2Adapter(MixerAdapter):
+    """Mixers with an (H,) A_log and B, C from in_proj; one subclass a family."""
+
+    family = "mamba2"
+    mixer_class = "Mamba2Mixer"
+    projections = ("in_proj", "conv1d", "out_proj")
+    axis_names = ("state", "heads", "head_dim")
+    # config fields that carry the sizes
+    state_size_field: ClassVar[str] = "state_size"
+    num_heads_field: ClassVar[str] = "num_heads"
+    head_dim_field: ClassVar[str] = "head_dim"
+    expand_field: ClassVar[str] = "expand"
+
+    @property
+    def sizes(self) -> MixerSizes:
+        mixer = self.mixer
+        num_heads, D = mixer.A_log.shape[0], mixer.out_proj.weight.shape[1]
+        return MixerSizes(
+            hidden_size=mixer.out_proj.weight.shape[0],
+            intermediate_size=D,
+            state_size=(mixer.conv1d.weight.shape[0] - D) // (2 * mixer.n_groups),
+            conv_kernel_size=mixer.conv1d.weight.shape[-1],
+            num_heads=num_heads,
+            head_dim=D // num_heads,
+            n_groups=mixer.n_groups,
+        )
+
+    @property
+    def out_norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.mixer.out_proj.weight.detach().float(), dim=0)
+
+    def in_input(self, hidden_states: Tensor) -> Tensor:
+        """(b, L, hidden_size) what in_proj's weight multiplies."""
+        return hidden_states
+
+    def in_output(self, projected: Tensor) -> Tensor:
+        """(b, L, 2 D + 2 G N + H) what the family makes of in_proj's output."""
+        return projected
+
+    def quantities(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None
+    ) -> HeadQuantities:
+        mixer, sizes = self.mixer, self.sizes
+        batch, length = hidden_states.shape[:2]
+        mask = padding_mask(attention_mask, length)
+        if mask is not None:
+            hidden_states = hidden_states * mask[..., None].to(hidden_states.dtype)
+
+        D, N, G, H = sizes.intermediate_size, sizes.state_size, sizes.n_groups, sizes.num_heads
+        in_input = self.in_input(hidden_states)
+        z, conv_input, dt = self.in_output(mixer.in_proj(in_input)).split(
+            [D, D + 2 * G * N, H], dim=-1
+        )
+        convolved = F.conv1d(
+            conv_input.transpose(1, 2),
+            mixer.conv1d.weight,
+            mixer.conv1d.bias,
+            padding=sizes.conv_kernel_size - 1,
+            groups=D + 2 * G * N,
+        )[..., :length]
+        uBC = mixer.act(convolved).transpose(1, 2)  # (b, L, D + 2 G N)
+        if mask is not None:
+            # the convolution's bias and its look-back fill padded positions again
+            uBC = uBC * mask[..., None].to(uBC.dtype)
+        u, B, C = uBC.split([D, G * N, G * N], dim=-1)
+        low, high = mixer.time_step_limit
+        dt = F.softplus(dt.float() + mixer.dt_bias.float()).clamp(low, high)
+        return HeadQuantities(
+            u=u.float(),
+            dt=dt,
+            A=-torch.exp(mixer.A_log.float()),
+            B=B.reshape(batch, length, G, N).float(),
+            C=C.reshape(batch, length, G, N).float(),
+            D=mixer.D.float(),
+            z=z.float(),
+            mask=mask,
+            inputs={"in_proj": in_input, "conv1d": conv_input},
+        )
+
+    def norm_groups(self) -> int:
+        """Over how many equal parts of the channels the norm runs apart."""
+        return 1
+
+    def out_gain(self, quantities: MixerQuantities, y: Tensor) -> Tensor:
+        gate = quantities.gate
+        return gate * self.rms_scale(y * gate)
+
+    def rms_scale(self, x: Tensor) -> Tensor:
+        """(b, L, D) weight / rms of the family's norm for its input x (b, L, D)."""
+        norm = self.mixer.norm
+        parts = x.unflatten(-1, (self.norm_groups(), -1))
+        scale = torch.rsqrt(parts.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+        return norm.weight.float() * scale.expand_as(parts).flatten(-2)
+
+    def axis_length(self, axis: str) -> int:
+        self.check_axis(axis)
+        sizes = self.sizes
+        return {
+            "state": sizes.n_groups * sizes.state_size,
+            "heads": sizes.num_heads,
+            "head_dim": sizes.head_dim,
+        }[axis]
+
+    def axes(self, axis: str) -> list[TensorAxis]:
+        self.check_axis(axis)
+        sizes = self.sizes
+        D, GN = sizes.intermediate_size, sizes.n_groups * sizes.state_size
+        H, P = sizes.num_heads, sizes.head_dim
+        rows = ("in_proj.weight", "in_proj.bias")
+        convolution = ("conv1d.weight", "conv1d.bias")
+        if axis == "state":
+            ranges = [TensorAxis(name, 0, 2 * D + k * GN) for name in rows for k in (0, 1)]
+            ranges += [TensorAxis(name, 0, D + k * GN) for name in convolution for k in (0, 1)]
+            ranges += [TensorAxis("mup_vector", 2, 2 * D + k * GN) for k in (0, 1)]
+        else:
+            # a head is P neighbouring channels; a channel of every head comes H times
+            shape: dict[str, int] = {"block": P} if axis == "heads" else {"repeat": H, "stride": P}
+            ranges = [TensorAxis(name, 0, k * D, **shape) for name in rows for k in (0, 1)]
+            ranges += [TensorAxis(name, 0, 0, **shape) for name in convolution]
+            ranges += [TensorAxis("mup_vector", 2, k * D, **shape) for k in (0, 1)]
+            ranges += [
+                TensorAxis("norm.weight", 0, 0, **shape),
+                TensorAxis("out_proj.weight", 1, 0, **shape),
+            ]
+            if axis == "heads":
+                dt_rows = 2 * D + 2 * GN
+                ranges += [TensorAxis(name, 0, dt_rows) for name in rows]
+                ranges += [TensorAxis("mup_vector", 2, dt_rows)]
+                ranges += [TensorAxis(name, 0) for name in ("A_log", "D", "dt_bias")]
+        return [r for r in ranges if get_tensor(self.mixer, r.tensor) is not None]
+
+    def set_size(self, axis: str, size: int) -> dict[str, Any]:
+        self.check_axis(axis)
+        mixer, sizes = self.mixer, self.sizes
+        N, H, P, G = sizes.state_size, sizes.num_heads, sizes.head_dim, sizes.n_groups
+        if axis == "state":
+            N = size
+        elif axis == "heads":
+            H, P = size, mixer.head_dim
+        else:
+            H, P = mixer.num_heads, size
+        D = H * P
+        mixer.ssm_state_size, mixer.num_heads, mixer.head_dim = N, H, P
+        mixer.intermediate_size, mixer.conv_dim = D, D + 2 * G * N
+        mixer.in_proj.out_features = 2 * D + 2 * G * N + H
+        conv1d = mixer.conv1d
+        conv1d.in_channels = conv1d.out_channels = conv1d.groups = D + 2 * G * N
+        mixer.out_proj.in_features = D
+        if hasattr(mixer, "groups_time_state_size"):
+            mixer.groups_time_state_size = G * N
+        if hasattr(getattr(mixer, "norm", None), "group_size"):
+            mixer.norm.group_size = D // G
+        if axis == "state":
+            return {self.state_size_field: N}
+        return self.channel_fields(H, P)
+
+    def channel_fields(self, num_heads: int, head_dim: int) -> dict[str, Any]:
+        """The config fields from which the family's loader makes these heads.
+
+        :raises SparseSSMError: the loader cannot make them
+        """
+        channels, hidden_size = num_heads * head_dim, self.sizes.hidden_size
+        if channels % hidden_size:
+            raise SparseSSMError(
+                f"{self.name}: {num_heads} heads of {head_dim} are {channels} channels; the "
+                f"loader of {self.family} makes {self.expand_field} * hidden_size of them with a whole "
+                f"{self.expand_field}, so they must be a multiple of {hidden_size}"
+            )
+        return {
+            self.num_heads_field: num_heads,
+            self.head_dim_field: head_dim,
+            self.expand_field: channels // hidden_size,
+        }
