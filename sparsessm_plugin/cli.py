@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparsessm_plugin.evaluation.components import Inventory
+    from sparsessm_plugin.evaluation.latency import Latency
     from sparsessm_plugin.evaluation.perplexity import Perplexity
 
 app = typer.Typer(
@@ -215,6 +216,130 @@ def inspect(
 
 
 @app.command()
+def bench(
+    model: ModelArgument,
+    against: Annotated[
+        str | None, typer.Option(help="Compare with this model, in turns with it.")
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Sequences at once, with commas.")] = "1,8",
+    prompt_length: Annotated[int, typer.Option(min=1, help="Tokens a prompt.")] = 64,
+    decode_steps: Annotated[int, typer.Option(min=1, help="Tokens to produce.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement.")] = 5,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Also decode from a CUDA graph.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw tokens/s into this new .png file.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write a report to this new .json file.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries.")] = False,
+) -> None:
+    """Time prefill and decode in transformers, and weigh the state cache."""
+    _quiet(verbose)
+    sizes = _batch_sizes(batch_sizes)
+    _new_file("--plot", plot, ".png")
+    _new_file("--output", output, ".json")
+    names = [model] if against is None else [against, model]
+    sources = [_source(name, trust_remote_code, dtype, device) for name in names]
+    from sparsessm_plugin.evaluation.latency import (
+        check_matplotlib,
+        default_warmup,
+        measure_latency,
+        plot_latency,
+    )
+    from sparsessm_plugin.files import write_json
+    from sparsessm_plugin.mixers import find_mixers
+    from sparsessm_plugin.pruning import versions
+
+    if plot is not None:
+        check_matplotlib()
+    for source in sources:
+        find_mixers(source.load_skeleton())
+    if against == model:  # a comparison with itself shows the noise
+        names[0] += " (again)"
+    models = {name: source.load() for name, source in zip(names, sources, strict=True)}
+    warmup = default_warmup(models[model].device)
+    total = len(sizes) * (warmup + repeats) * len(models)
+    with _progress("latency", total) as advance:
+        latency = measure_latency(
+            models,
+            sizes,
+            prompt_length,
+            decode_steps,
+            repeats,
+            warmup,
+            cuda_graphs,
+            progress=advance,
+        )
+    if output is not None:
+        report = {
+            "model": model,
+            "against": against,
+            "dtype": {name: str(m.dtype).removeprefix("torch.") for name, m in models.items()},
+            "device": str(models[model].device),
+            "repeats": repeats,
+            **latency.to_dict(),
+            "versions": versions(),
+        }
+        write_json(output, report)
+    if plot is not None:
+        plot_latency(latency, plot)
+    _print_latency(latency)
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the result; only an earlier result is replaced.")
+    ],
+    format_: Annotated[
+        str, typer.Option("--format", help="mamba_ssm, the authors' own runtime.")
+    ] = "mamba_ssm",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries.")] = False,
+) -> None:
+    """Write a Mamba or Mamba-2 model, without tokenizer, in another runtime's layout."""
+    _quiet(verbose)
+    from sparsessm_plugin.export import FORMATS, check_mamba_ssm, export_mamba_ssm
+    from sparsessm_plugin.files import (
+        REPORT_NAME,
+        check_output_directory,
+        list_files,
+        output_directory,
+        write_json,
+    )
+    from sparsessm_plugin.pruning import versions
+
+    _choice("--format", format_, FORMATS)
+    source = _source(model, trust_remote_code, dtype, "cpu")
+    check_output_directory(output)
+    if output.resolve() in (Path(model).resolve(), *Path(model).resolve().parents):
+        raise SparseSSMError(f"--output {output} is or holds the model that is to be exported")
+    check_mamba_ssm(source.load_skeleton())
+    with output_directory(output) as folder:
+        export_mamba_ssm(source.load(), folder)
+        report = {
+            "model": model,
+            "format": format_,
+            "versions": versions(),
+            "files": list_files(folder),
+        }
+        write_json(folder / REPORT_NAME, report)
+    out.print(
+        f"saved to {escape(str(output))}; load it with sparsessm_plugin.export.load_mamba_ssm, "
+        f"the tokenizer is still that of {escape(model)}",
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def demo(
     num_samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 64,
     max_seq_length: SeqLength = 512,
@@ -282,6 +407,27 @@ def _quiet(verbose: bool) -> None:
 def _choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise SparseSSMError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _batch_sizes(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise SparseSSMError(
+            f"--batch-sizes must be whole numbers above 0 with commas between them, got {text!r}"
+        )
+    return list(dict.fromkeys(int(part) for part in parts))
+
+
+def _new_file(option: str, path: Path | None, suffix: str) -> None:
+    """Refuse before the work what could not be written after it."""
+    if path is None:
+        return
+    if path.suffix.lower() != suffix:
+        raise SparseSSMError(f"{option} must end in {suffix}, got {path}")
+    if path.exists() or path.is_symlink():
+        raise SparseSSMError(f"{option} {path} exists; choose another name")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise SparseSSMError(f"{option} {path}: {path.parent} is no folder to write to")
 
 
 def _source(name: str, trust_remote_code: bool, dtype: str, device: str) -> Any:
@@ -377,7 +523,9 @@ def _print_inventory(name: str, inventory: "Inventory") -> None:
         f"{inventory.parameters:,} parameters",
         soft_wrap=True,
     )
-    table = Table("component", "parameters", "share", "zeros", "memoryless", box=None)
+    # with one A_log a head there is no entry that could make a state forget
+    memoryless = ["memoryless"] if any(a.has_state_transitions for a in mixers) else []
+    table = Table("component", "parameters", "share", "zeros", *memoryless, box=None)
     for kind, component in inventory.components.items():
         if component.parameters:
             table.add_row(
@@ -385,27 +533,84 @@ def _print_inventory(name: str, inventory: "Inventory") -> None:
                 f"{component.parameters:,}",
                 f"{component.parameters / inventory.parameters:.2%}",
                 f"{component.zeros / component.parameters:.2%}",
-                f"{component.memoryless / component.parameters:.2%}" if kind == "A_log" else "",
+                f"{component.memoryless / component.parameters:.2%}"
+                if component.memoryless is not None
+                else "",
             )
     out.print(table)
     kinds = [kind for kind in inventory.components if kind in mixers[0].projections]
-    table = Table("mixer", "D", "N", "R", "K", "A_log", "memoryless", *kinds, box=None)
-    table.title = "zeros by mixer (D channels, N states, R rank of dt, K convolution)"
+    letters = {"D": "channels", "N": "states"}
+    if memoryless:
+        letters["R"] = "rank of dt"
+    if not all(a.has_state_transitions for a in mixers):
+        letters |= {"H": "heads", "P": "channels a head", "G": "groups"}
+    letters["K"] = "convolution"
+    table = Table("mixer", *letters, "A_log", *memoryless, *kinds, box=None)
+    legend = ", ".join(f"{letter} {meaning}" for letter, meaning in letters.items())
+    table.title = f"zeros by mixer ({legend})"
     table.title_justify = "left"
     for adapter in mixers:
         layer, sizes = inventory.layers[adapter.name], adapter.sizes
+        numbers = {
+            "D": sizes.intermediate_size,
+            "N": sizes.state_size,
+            "R": sizes.time_step_rank,
+            "H": sizes.num_heads,
+            "P": sizes.head_dim,
+            "G": sizes.n_groups,
+            "K": sizes.conv_kernel_size,
+        }
         A_log = layer["A_log"]
         table.add_row(
             adapter.name,
-            str(sizes.intermediate_size),
-            str(sizes.state_size),
-            str(sizes.time_step_rank),
-            str(sizes.conv_kernel_size),
+            *(str(numbers[letter]) for letter in letters),
             f"{A_log.zeros / A_log.parameters:.1%}",
-            f"{A_log.memoryless / A_log.parameters:.1%}",
+            *([f"{(A_log.memoryless or 0) / A_log.parameters:.1%}"] if memoryless else []),
             *(f"{layer[kind].zeros / layer[kind].parameters:.1%}" for kind in kinds),
         )
     out.print(table)
+
+
+def _print_latency(latency: "Latency") -> None:
+    from sparsessm_plugin.evaluation.latency import PREFILL, describe_kernels
+
+    compared = len(latency.models) > 1
+    speedup = ["speedup"] if compared else []
+    table = Table("", "batch", "model", "ms a pass", "spread", "tokens/s", *speedup, box=None)
+    for phase in latency.phases:
+        for size in latency.batch_sizes:
+            for name in latency.models:
+                timing = latency.timing(name, phase, size)
+                table.add_row(
+                    phase,
+                    str(size),
+                    escape(name),
+                    f"{timing.milliseconds:.3f}",
+                    f"± {timing.spread:.1%}",
+                    f"{timing.tokens_per_second:,.0f}",
+                    *([f"{latency.speedup(name, phase, size):.3f}"] if compared else []),
+                )
+    out.print(table)
+    first = latency.caches[latency.models[0]]
+    relative = ["share"] if compared else []
+    table = Table("", "recurrent", "convolution", "attention", "total", *relative, box=None)
+    table.title = f"bytes of cache a sequence, after {latency.prompt_length} tokens"
+    table.title_justify = "left"
+    for name, cache in latency.caches.items():
+        numbers = (cache.recurrent, cache.convolution, cache.attention, cache.total)
+        share = [f"{cache.total / first.total:.3f}"] if compared else []
+        table.add_row(escape(name), *(f"{number:,}" for number in numbers), *share)
+    out.print(table)
+    repeats = len(latency.timing(latency.models[0], PREFILL, latency.batch_sizes[0]).seconds)
+    out.print(
+        f"medians of {repeats} repeats; prefill reads {latency.prompt_length} tokens a sequence, "
+        f"decode produces {latency.decode_steps}, one a pass; "
+        + (f"speedup is against {escape(latency.models[0])}; " if compared else "")
+        + "kernels: "
+        + "; ".join(dict.fromkeys(describe_kernels(k) for k in latency.kernels.values())),
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 if __name__ == "__main__":

@@ -173,6 +173,9 @@ def tiny_model(family: str, seed: int = 0, **changes):
                 parameter += 0.3 * torch.randn_like(parameter)
             elif parameter.ndim > 1:
                 parameter += 0.2 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias") and not parameter.any():  # as transformers makes them
+                parameter += 0.3 * torch.randn_like(parameter)
     # oneshot() reads the config once more from where the model claims to come from
     folder = tempfile.mkdtemp(prefix=f"tiny-{family}-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -206,6 +209,18 @@ class Loader(torch.utils.data.DataLoader):
 
 @pytest.fixture(params=FAMILIES)
 def family(request):
+    return request.param
+
+
+@pytest.fixture(params=MAMBA1)
+def mamba1_family(request):
+    """The families with an entry of A_log for every channel and state."""
+    return request.param
+
+
+@pytest.fixture(params=MAMBA2)
+def mamba2_family(request):
+    """The families with one A_log a head."""
     return request.param
 
 

@@ -156,6 +156,43 @@ def test_demo_by_name_from_any_folder(sparsessm, monkeypatch, tmp_path):
     assert "4 state-space mixers (mamba), 728,704 parameters" in stdout
 
 
+def cells(stdout, first):
+    """The words of the row that begins with a word."""
+    rows = [line.split() for line in stdout.splitlines()]
+    return next(row for row in rows if row[:1] == [first])
+
+
+@pytest.mark.parametrize(
+    ("family", "mixer", "columns"),
+    [
+        ("jamba", "model.layers.2.mamba", {"D": 64, "N": 8, "R": 4, "K": 4}),
+        ("mamba2", "backbone.layers.1.mixer", {"D": 64, "N": 8, "H": 8, "P": 8, "G": 2, "K": 4}),
+        (
+            "nemotron_h",
+            "model.layers.2.mixer",
+            {"D": 42, "N": 8, "H": 6, "P": 7, "G": 2, "K": 4},
+        ),
+    ],
+)
+def test_inspect_shows_what_the_layout_has(sparsessm, tmp_path, family, mixer, columns):
+    changes = {"mamba_num_heads": 6, "mamba_head_dim": 7} if family == "nemotron_h" else {}
+    model = saved_tiny_model(tmp_path, family, **changes)
+    with torch.no_grad():
+        model.get_submodule(mixer).A_log.flatten()[:2] = 0
+        model.save_pretrained(tmp_path)
+    code, stdout, _ = sparsessm("inspect", tmp_path)
+    assert code == 0
+    assert f"2 state-space mixers ({family})" in stdout
+    states = ["memoryless"] if family == "jamba" else []  # else there is no entry a state
+    header = cells(stdout, "mixer")
+    assert header[: len(columns) + 2 + len(states)] == ["mixer", *columns, "A_log", *states]
+    zeros = 2 / model.get_submodule(mixer).A_log.numel()
+    expected = [mixer, *map(str, columns.values()), f"{zeros:.1%}", *("0.0%" for _ in states)]
+    assert cells(stdout, mixer)[: len(expected)] == expected
+    assert cells(stdout, "component")[4:] == states
+    assert cells(stdout, "A_log")[3:] == [f"{zeros / 2:.2%}", *("0.00%" for _ in states)]
+
+
 def test_demo_table(topics):
     from rich.console import Console
 
@@ -240,7 +277,7 @@ def test_too_little_and_empty_calibration_text(refused, tmp_path):
 
 
 def test_models_that_cannot_be_used(refused, tmp_path, text_file):
-    from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3NextConfig
 
     llama = LlamaConfig(
         vocab_size=VOCAB,
@@ -251,15 +288,18 @@ def test_models_that_cannot_be_used(refused, tmp_path, text_file):
         num_key_value_heads=2,
     )
     LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
-    mamba2 = Mamba2Config(
+    # its linear attention has an A_log, too; the config alone is enough to see that
+    unknown = Qwen3NextConfig(
         vocab_size=VOCAB,
         hidden_size=16,
         num_hidden_layers=1,
-        num_heads=4,
-        head_dim=8,
-        state_size=8,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=2,
+        layer_types=["linear_attention"],
     )
-    Mamba2ForCausalLM(mamba2).save_pretrained(tmp_path / "mamba2")
+    unknown.save_pretrained(tmp_path / "unknown")
+    saved_tiny_model(tmp_path / "mamba2", "mamba2")
     (tmp_path / "empty").mkdir()
     pickled = tmp_path / "pickled"
     shutil.copytree(DEMO, pickled)
@@ -274,13 +314,16 @@ def test_models_that_cannot_be_used(refused, tmp_path, text_file):
     options = ("--recipe", "alog-50", "--calibration", text_file, "--output", tmp_path / "out")
     for name, message in (
         ("llama", "LlamaForCausalLM has no state-space mixer"),
-        ("mamba2", "Mamba2Mixer, which is not a known"),
+        ("unknown", "Qwen3NextGatedDeltaNet, which is not a known"),
         ("empty", "cannot load model"),
         ("none", "cannot load model"),
     ):
         assert message in refused("prune", tmp_path / name, *options)
         if name != "none":
-            refused("inspect", tmp_path / name)
+            assert message in refused("inspect", tmp_path / name)
+    message = refused("prune", tmp_path / "mamba2", *options)
+    assert "backbone.layers.0.mixer (mamba2) has one entry a head" in message
+    assert "StateRemovalModifier" in message
     assert "safetensors" in refused("prune", pickled, *options, *SHORT)
     assert "lacks" in refused("inspect", lacking)
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import DEMO, tiny_model
+from conftest import DEMO, MAMBA1, tiny_model
 from transformers import AutoTokenizer
 
 from sparsessm_plugin import evaluate_perplexity
@@ -160,16 +160,24 @@ def test_inventory_counts_every_parameter_once(family):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("A_log"):
-                parameter[:, 0] = 0
-                parameter[:, 1] = 38
+                parameter[..., 0] = 0
+                parameter[..., 1] = 38
     inventory = take_inventory(model)
     assert inventory.parameters == sum(p.numel() for p in model.parameters())
     A_log = inventory.components["A_log"]
-    assert A_log.zeros == A_log.memoryless == A_log.parameters // 8
-    for kind in ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"):
+    assert A_log.zeros == A_log.parameters // 8
+    # an A_log a head is no state's memory
+    assert A_log.memoryless == (A_log.zeros if family in MAMBA1 else None)
+    reported = inventory.to_dict()["components"]
+    assert {kind for kind, c in reported.items() if "memoryless" in c} == (
+        {"A_log"} if family in MAMBA1 else set()
+    )
+    projections = inventory.mixers[0].projections
+    assert set(projections) <= set(inventory.components)
+    for kind in projections:
         expected = sum(
             p.numel() for n, p in model.named_parameters() if f".{kind}." in n and ".mlp." not in n
         )
         assert inventory.components[kind].parameters == expected
         assert sum(layer[kind].parameters for layer in inventory.layers.values()) == expected
-    assert sum(c["share"] for c in inventory.to_dict()["components"].values()) == pytest.approx(1)
+    assert sum(c["share"] for c in reported.values()) == pytest.approx(1)

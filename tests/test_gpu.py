@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import DEMO, FAMILIES, Loader, batches, tiny_model
-from test_scan import STATISTICS, random_quantities, relative
+from conftest import DEMO, MAMBA1, Loader, batches, tiny_model
+from test_scan import STATISTICS, random_heads, random_quantities, relative
 
 from sparsessm_plugin import fast_forward
-from sparsessm_plugin.mixers import MixerQuantities, find_mixers
+from sparsessm_plugin.mixers import HeadQuantities, MixerQuantities, find_mixers
 from sparsessm_plugin.scan import ScanStatistics, StatisticsRequest, scan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -23,6 +23,12 @@ def test_scan_agrees_with_the_cpu(per_step, pruned_value):
     assert relative(scan(MixerQuantities(**on_gpu), result).cpu(), y) < 1e-5
     for name in STATISTICS:
         assert relative(getattr(result, name).cpu(), getattr(expected, name)) < 1e-5
+
+
+def test_chunked_scan_agrees_with_the_cpu():
+    q = random_heads(3, 200, groups=2, masked=True)
+    on_gpu = {k: v.cuda() for k, v in vars(q).items() if isinstance(v, torch.Tensor)}
+    assert relative(scan(HeadQuantities(**on_gpu)).cpu(), scan(q)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -63,7 +69,7 @@ def test_oneshot_chooses_what_it_chooses_on_the_cpu(saliency, pipeline):
 
 
 @pytest.mark.parametrize("pruned_value", ["zero", "memoryless"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MAMBA1)
 def test_pruned_checkpoint_computes_the_same_with_cuda_kernels(family, pruned_value, tmp_path):
     """Saved on the CPU, loaded by stock transformers on the GPU, prefill and decoding."""
     from llmcompressor import oneshot

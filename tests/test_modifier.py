@@ -11,6 +11,7 @@ from conftest import DEMO, Loader, batches, tiny_model
 from llmcompressor import oneshot
 from pydantic import ValidationError
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from sparsessm_plugin import SparseSSMModifier
 from sparsessm_plugin.errors import SparseSSMError
@@ -66,8 +67,8 @@ def test_every_combination_prunes_exactly(saliency, aggregation, pruned_value):
 
 
 @pytest.mark.parametrize("pipeline", ["independent", "sequential", "basic"])
-def test_every_family_and_pipeline(family, pipeline):
-    model = tiny_model(family)
+def test_every_family_and_pipeline(mamba1_family, pipeline):
+    model = tiny_model(mamba1_family)
     before = all_A_log(model)
     others = {k: v.clone() for k, v in model.state_dict().items() if not k.endswith("A_log")}
     run(model, SparseSSMModifier(sparsity=0.5), batches(padded=True), pipeline=pipeline)
@@ -120,10 +121,10 @@ def test_basic_pipeline_looks_at_the_dense_model():
     assert torch.equal(all_A_log(tiny_model("mamba"))[0], all_A_log(last)[0])
 
 
-def test_two_runs_are_bit_identical(family):
+def test_two_runs_are_bit_identical(mamba1_family):
     results = []
     for _ in range(2):
-        model = tiny_model(family)
+        model = tiny_model(mamba1_family)
         run(model, SparseSSMModifier(sparsity=0.4))
         results.append(all_A_log(model))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -245,8 +246,8 @@ def test_report_file(tmp_path):
     assert quantiles == sorted(quantiles)
 
 
-def test_saved_checkpoint_reloads_in_a_process_without_the_package(tmp_path, family):
-    model = tiny_model(family)
+def test_saved_checkpoint_reloads_in_a_process_without_the_package(tmp_path, mamba1_family):
+    model = tiny_model(mamba1_family)
     run(model, SparseSSMModifier(sparsity=0.5), output_dir=str(tmp_path / "out"))
     ids = torch.randint(1, 96, (2, 15))
     with torch.no_grad():
@@ -463,6 +464,30 @@ def test_unknown_mixer_beside_a_known_one():
     with pytest.raises(SparseSSMError, match="OtherMixer, which is not a known"):
         run(model, SparseSSMModifier(sparsity=0.5))
     run(model, SparseSSMModifier(sparsity=0.5, targets="MambaMixer"))  # named, it works
+
+
+def test_one_transition_a_head_is_refused(mamba2_family):
+    """By the sizes alone, so before any weight is loaded."""
+    config = tiny_model(mamba2_family).config
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    for settings in ({"sparsity": 0.5}, {"mask_structure": "2:4", "saliency": "magnitude"}):
+        with pytest.raises(SparseSSMError) as error:
+            SparseSSMModifier(**settings).matching_mixers(skeleton)
+        message = str(error.value)
+        assert find_mixers(skeleton)[0].name in message
+        assert "one entry a head" in message
+        assert "StateRemovalModifier" in message
+        assert "\n" not in message
+
+
+def test_one_transition_a_head_is_refused_by_oneshot():
+    model = tiny_model("mamba2")
+    before = all_A_log(model)
+    with pytest.raises(SparseSSMError, match="one entry a head"):
+        run(model, SparseSSMModifier(sparsity=0.5))
+    assert all(torch.equal(a, b) for a, b in zip(before, all_A_log(model), strict=True))
+    assert nothing_left_behind(model)
 
 
 def test_request_is_documented_for_every_saliency():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from numba import njit
 
 from sparsessm_plugin import fast_forward
-from sparsessm_plugin.mixers import MixerQuantities, find_mixers
-from sparsessm_plugin.scan import REFERENCE, ScanStatistics, StatisticsRequest, scan
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.mixers import HeadQuantities, MixerQuantities, find_mixers
+from sparsessm_plugin.scan import REFERENCE, ScanStatistics, StatisticsRequest, scan, ssd
 from sparsessm_plugin.scan.cpu import _exp
 
 STATISTICS = ("state_energy", "transition", "output_error")
@@ -41,6 +43,50 @@ def random_quantities(batch, length, channels, states, seed=0, masked=False):
         z=normal(batch, length, channels),
         mask=mask,
     )
+
+
+def random_heads(batch, length, groups=2, per_group=2, P=4, N=5, seed=0, masked=False):
+    """The same for the Mamba-2 layout: `groups` times `per_group` heads of P channels."""
+    H = groups * per_group
+    q = random_quantities(batch, length, H * P, N, seed, masked)
+    g = torch.Generator().manual_seed(seed + 1)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
+    real = 1 if q.mask is None else q.mask[..., None, None]
+    return HeadQuantities(
+        u=q.u,
+        dt=normal(batch, length, H).exp() * 0.1,
+        A=-normal(H).exp() * 2,
+        B=normal(batch, length, groups, N) * real,
+        C=normal(batch, length, groups, N) * real,
+        D=normal(H),
+        z=q.z,
+        mask=q.mask,
+    )
+
+
+def one_step_at_a_time(q):
+    """The recurrence of the Mamba-2 layout in float64: y and every state, (b, L, D, N)."""
+    u, dt, A, B, C, D = (getattr(q, name).double() for name in ("u", "dt", "A", "B", "C", "D"))
+    batch, length, channels = u.shape
+    H, G = A.shape[0], B.shape[2]
+    u = u.view(batch, length, H, channels // H)
+    h = u.new_zeros(batch, H, channels // H, B.shape[3])
+    outputs, states = [], []
+    for t in range(length):
+        rows = []
+        for i in range(H):
+            group = i // (H // G)
+            drive = dt[:, t, i, None, None] * u[:, t, i, :, None] * B[:, t, group, None, :]
+            rows.append(torch.exp(dt[:, t, i] * A[i])[:, None, None] * h[:, i] + drive)
+        h = torch.stack(rows, dim=1)
+        read = C[:, t].repeat_interleave(H // G, dim=1)  # (b, H, N)
+        y = (h * read[:, :, None]).sum(-1) + D[:, None] * u[:, t]
+        outputs.append(y.flatten(1))
+        states.append(h.flatten(1, 2))
+    return torch.stack(outputs, 1), torch.stack(states, 1)
 
 
 def collect(quantities, request, backend=None):
@@ -230,6 +276,84 @@ def test_memory_has_no_batch_axis():
     assert sizes[0] == sizes[1] == 3 * 5 * 4 * 3
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 53])
+def test_chunked_scan_is_the_recurrence(length, groups):
+    q = random_heads(2, length, groups)
+    expected, every_state = one_step_at_a_time(q)
+    y, states = ssd.scan_with_states(q, chunk=16)
+    assert y.shape == q.u.shape
+    assert y.dtype == torch.float32
+    assert relative(y, expected) < 1e-6
+    ends = every_state[:, 15::16]  # a chunk that is not whole has no end
+    assert states.shape == ends.shape == (2, length // 16, q.u.shape[2], 5)
+    assert length < 16 or relative(states, ends) < 1e-6
+    assert torch.equal(ssd.scan(q, chunk=16), y)
+
+
+def test_chunked_scan_is_what_scan_runs():
+    for length in (ssd.CHUNK - 1, 2 * ssd.CHUNK + 5):
+        q = random_heads(1, length)
+        assert torch.equal(scan(q), ssd.scan(q))
+        assert relative(scan(q), one_step_at_a_time(q)[0]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "decay",
+    [
+        lambda dt: dt * 1e-6,  # nothing is forgotten
+        lambda dt: dt * 1e4,  # everything is, at once
+        # one step forgets everything and the next ones do not: their decays must not drown in
+        # the sum over the chunk
+        lambda dt: torch.where(torch.arange(dt.shape[1])[:, None] % 20 == 3, dt * 1e4, dt * 0.1),
+    ],
+    ids=["tiny", "large", "mixed"],
+)
+def test_chunked_scan_with_extreme_decays(decay):
+    q = random_heads(2, 100)
+    q.dt, q.D = decay(q.dt), torch.zeros(4)  # the skip would hide what the states add
+    expected, every_state = one_step_at_a_time(q)
+    y, states = ssd.scan_with_states(q, chunk=32)
+    assert relative(y, expected) < 1e-5
+    assert relative(states, every_state[:, 31::32]) < 1e-5
+
+
+def test_chunked_scan_is_differentiable():
+    names = ("u", "dt", "A", "B", "C", "D")
+    gradients = []
+    for run in (one_step_at_a_time, lambda q: ssd.scan_with_states(q, chunk=8)):
+        q = random_heads(2, 21, groups=2)
+        for name in names:
+            getattr(q, name).requires_grad_()
+        y, _ = run(q)
+        (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+        gradients.append([getattr(q, name).grad for name in names])
+    for name, expected, result in zip(names, *gradients, strict=True):
+        assert relative(result, expected) < 1e-5, name
+
+
+def test_padding_changes_nothing_in_the_chunked_scan():
+    """On the right it comes after everything; on the left it adds nothing to the state."""
+    q = random_heads(2, 40)
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[0, 25:] = mask[1, :18] = False
+    # as the adapters have it: a padded step has a dt all the same
+    padded = {name: getattr(q, name) * mask[..., None, None] for name in ("B", "C")}
+    padded["u"] = q.u * mask[..., None]
+    y = ssd.scan(HeadQuantities(**{**vars(q), **padded, "mask": mask}), chunk=16)
+    for row in range(2):
+        cut = {k: getattr(q, k)[row : row + 1, mask[row]] for k in ("u", "dt", "B", "C", "z")}
+        expected = ssd.scan(HeadQuantities(**cut, A=q.A, D=q.D), chunk=16)
+        assert relative(y[row : row + 1, mask[row]], expected) < 1e-6
+    assert (y[~mask] == 0).all()
+
+
+def test_statistics_need_an_entry_a_state():
+    statistics = ScanStatistics(StatisticsRequest(True), 16, 5)
+    with pytest.raises(SparseSSMError, match="one entry a state; Mamba-2 has one a head"):
+        scan(random_heads(1, 4), statistics)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_fast_forward_gives_the_models_own_logits(family, padded):
     model = tiny_model(family)
@@ -246,6 +370,30 @@ def test_fast_forward_gives_the_models_own_logits(family, padded):
             result = model(ids, attention_mask=mask, use_cache=False).logits
     real = mask.bool()
     assert relative(result[real], expected[real]) < 1e-4
+
+
+def test_fast_forward_leaves_cached_calls_to_the_model(family, monkeypatch):
+    model = tiny_model(family).to(DEVICE)
+    ids = torch.randint(1, 96, (2, 9), device=DEVICE)
+    calls = []
+    module = import_module("sparsessm_plugin.scan.fast_forward")
+    monkeypatch.setattr(module, "scan", lambda q: calls.append(q) or scan(q))
+
+    def prefill_and_step():
+        first = model(ids[:, :8], use_cache=True)
+        cache = "cache_params" if "cache_params" in first else "past_key_values"
+        second = model(ids[:, 8:], use_cache=True, **{cache: first[cache]})
+        return first.logits, second.logits
+
+    with torch.no_grad():
+        expected = prefill_and_step()
+        with fast_forward(model):
+            result = prefill_and_step()
+            assert not calls
+            if DEVICE == "cpu":
+                model(ids, use_cache=False)
+                assert len(calls) == len(find_mixers(model))
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 def test_fast_forward_always_restores():

@@ -16,20 +16,24 @@ class Component:
 
     :param parameters: how many
     :param zeros: how many of them are 0
-    :param memoryless: for A_log: entries so large that their state forgets at every step
+    :param memoryless: for an A_log with an entry a state: entries so large that their state
+        forgets at every step; None for everything else
     """
 
     parameters: int = 0
     zeros: int = 0
-    memoryless: int = 0
+    memoryless: int | None = None
 
-    def add(self, tensor: Tensor, is_A_log: bool = False) -> None:
-        """Count a tensor in."""
+    def add(self, tensor: Tensor, has_states: bool = False) -> None:
+        """Count a tensor in.
+
+        :param has_states: it is an A_log with an entry a state
+        """
         self.parameters += tensor.numel()
         if not tensor.is_meta:
             self.zeros += int((tensor == 0).sum())
-            if is_A_log:
-                self.memoryless += int((tensor >= MEMORYLESS).sum())
+            if has_states:
+                self.memoryless = (self.memoryless or 0) + int((tensor >= MEMORYLESS).sum())
 
 
 @dataclass
@@ -65,7 +69,11 @@ class Inventory:
                     "parameters": component.parameters,
                     "share": component.parameters / self.parameters,
                     "zeros": component.zeros,
-                    **({"memoryless": component.memoryless} if kind == "A_log" else {}),
+                    **(
+                        {"memoryless": component.memoryless}
+                        if component.memoryless is not None
+                        else {}
+                    ),
                 }
                 for kind, component in self.components.items()
             },
@@ -92,7 +100,10 @@ def take_inventory(model: nn.Module) -> Inventory:
                 inventory.components[kind],
                 layer.setdefault(kind, Component()),
             ):
-                component.add(parameter.detach(), is_A_log=kind == "A_log")
+                component.add(
+                    parameter.detach(),
+                    has_states=kind == "A_log" and adapter.has_state_transitions,
+                )
     for parameter in model.parameters():  # a tied tensor comes once
         if id(parameter) not in seen:
             inventory.components["outside mixers"].add(parameter.detach())

@@ -111,6 +111,7 @@ class TensorAxis:
 
     def positions(self, indices: Iterable[int]) -> list[int]:
         """Entries along ``dim`` that belong to the given indices of the axis, ascending."""
+        indices = list(indices)  # they are walked through once a repeat
         return sorted(
             self.start + r * self.stride + i * self.block + j
             for r in range(self.repeat)

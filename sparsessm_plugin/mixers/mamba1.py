@@ -142,12 +142,13 @@ class Mamba1Adapter(MixerAdapter):
             mixer.ssm_state_size = size
             mixer.x_proj.out_features = R + 2 * size
             return {self.state_size_field: size}
+        fields = self.channel_fields(size)  # first: a refusal leaves the module as it was
         mixer.intermediate_size = size
         mixer.in_proj.out_features = 2 * size
         mixer.conv1d.in_channels = mixer.conv1d.out_channels = mixer.conv1d.groups = size
         mixer.x_proj.in_features = mixer.out_proj.in_features = size
         mixer.dt_proj.out_features = size
-        return self.channel_fields(size)
+        return fields
 
     def scale_state(self, factor: float) -> None:
         R, N = self.sizes.time_step_rank, self.sizes.state_size

@@ -165,6 +165,8 @@ class Mamba2Adapter(MixerAdapter):
             H, P = size, mixer.head_dim
         else:
             H, P = mixer.num_heads, size
+        # asked first: a refusal leaves the module as it was
+        fields = {self.state_size_field: N} if axis == "state" else self.channel_fields(H, P)
         D = H * P
         mixer.ssm_state_size, mixer.num_heads, mixer.head_dim = N, H, P
         mixer.intermediate_size, mixer.conv_dim = D, D + 2 * G * N
@@ -176,9 +178,7 @@ class Mamba2Adapter(MixerAdapter):
             mixer.groups_time_state_size = G * N
         if hasattr(getattr(mixer, "norm", None), "group_size"):
             mixer.norm.group_size = D // G
-        if axis == "state":
-            return {self.state_size_field: N}
-        return self.channel_fields(H, P)
+        return fields
 
     def channel_fields(self, num_heads: int, head_dim: int) -> dict[str, Any]:
         """The config fields from which the family's loader makes these heads.
@@ -189,8 +189,8 @@ class Mamba2Adapter(MixerAdapter):
         if channels % hidden_size:
             raise SparseSSMError(
                 f"{self.name}: {num_heads} heads of {head_dim} are {channels} channels; the "
-                f"loader of {self.family} makes {self.expand_field} * hidden_size of them with a whole "
-                f"{self.expand_field}, so they must be a multiple of {hidden_size}"
+                f"loader of {self.family} makes {self.expand_field} * hidden_size of them with a "
+                f"whole {self.expand_field}, so they must be a multiple of {hidden_size}"
             )
         return {
             self.num_heads_field: num_heads,

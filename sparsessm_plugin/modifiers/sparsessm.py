@@ -37,6 +37,7 @@ _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 class SparseSSMModifier(MixerModifier):
     """Prunes the entries of A_log that matter least for the mixer's output.
 
+    For mixers with an entry of A_log for every channel and state: Mamba, FalconMamba, Jamba.
     A = -exp(A_log) is shared by all time steps, so an entry is judged by what it does over
     a whole sequence. One-shot, without training; layers are pruned one after the other, each
     with what the pruned layers before it produce (sequential pipeline), or all at once
@@ -147,6 +148,12 @@ class SparseSSMModifier(MixerModifier):
         return Unstructured(self.sparsity)
 
     def check_mixer(self, adapter: MixerAdapter) -> None:
+        if not adapter.has_state_transitions:
+            raise SparseSSMError(
+                f"{type(self).__name__}: A_log of {adapter.name} ({adapter.family}) has one entry "
+                "a head and none a state, so pruning one would take the memory of a whole head; "
+                "to prune such a model, remove states with StateRemovalModifier"
+            )
         try:
             self.pattern.check(*adapter.A_log.shape)
         except SparseSSMError as error:

@@ -49,17 +49,20 @@ def scan_with_states(
     for start in range(0, length, chunk):
         span = slice(start, min(start + chunk, length))
         B_now, C_now, x = B[:, :, span], C[:, :, span], drive[..., span, :]
-        total = decay[..., span].cumsum(-1)  # (b, G, h, c)
+        # in float64: a step that forgets everything leaves a large sum behind it, and what the
+        # small steps after it add would be lost in float32
+        total = decay[..., span].cumsum(-1, dtype=torch.float64)  # (b, G, h, c)
         # what entered at step s and is left at step t >= s
-        lasting = total[..., :, None] - total[..., None, :]  # (b, G, h, t, s)
+        lasting = (total[..., :, None] - total[..., None, :]).to(x.dtype)  # (b, G, h, t, s)
         lasting = lasting.masked_fill(
             torch.ones_like(lasting[0, 0, 0], dtype=torch.bool).triu(1), -torch.inf
         ).exp()
         scores = (C_now @ B_now.transpose(-1, -2))[:, :, None] * lasting
         y = scores @ x  # (b, G, h, c, P)
-        y = y + (C_now[:, :, None] @ h.transpose(-1, -2)) * total.exp()[..., None]
-        left = (total[..., -1:] - total).exp()[..., None] * x
-        h = h * total[..., -1, None, None].exp() + left.transpose(-1, -2) @ B_now[:, :, None]
+        y = y + (C_now[:, :, None] @ h.transpose(-1, -2)) * total.exp().to(x.dtype)[..., None]
+        left = (total[..., -1:] - total).exp().to(x.dtype)[..., None] * x
+        kept = total[..., -1, None, None].exp().to(x.dtype)
+        h = h * kept + left.transpose(-1, -2) @ B_now[:, :, None]
         outputs.append(y)
         if keep_states and span.stop - span.start == chunk:
             states.append(h.reshape(batch, D, N))

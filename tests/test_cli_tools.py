@@ -1,0 +1,167 @@
+"""The commands bench and export as a user runs them."""
+
+import json
+import os
+import sys
+
+import pytest
+import test_cli
+import torch
+from conftest import DEMO, DEVICE, tiny_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+sparsessm, refused = test_cli.sparsessm, test_cli.refused
+SHORT = ("--batch-sizes", "1,2", "--prompt-length", 5, "--decode-steps", 2, "--repeats", 2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models gain nothing from more, and lose much where other work runs beside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A checkpoint without a tokenizer, of another vocabulary than the demo's."""
+    tiny_model("mamba", state_size=4).save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
+
+
+# -- bench ---------------------------------------------------------------------------------
+
+
+def test_bench_one_model(sparsessm):
+    code, stdout, _ = sparsessm("bench", "mamba-demo-0.7m", *SHORT)
+    assert code == 0
+    assert stdout.count("prefill ") >= 2
+    assert stdout.count("decode ") >= 2
+    assert "65,536" in stdout  # 4 layers of 256 channels and 16 states, float32
+    assert "kernels: " in stdout
+    assert "speedup" not in stdout
+
+
+def test_bench_two_models(sparsessm, small, tmp_path):
+    pytest.importorskip("matplotlib")
+    files = ("--output", tmp_path / "x.json", "--plot", tmp_path / "x.PNG")
+    code, stdout, _ = sparsessm("bench", small, "--against", DEMO, *SHORT, *files)
+    assert code == 0
+    assert "speedup is against" in stdout
+    assert sorted(os.listdir(tmp_path)) == ["small", "x.PNG", "x.json"]
+    assert (tmp_path / "x.PNG").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "x.json").read_text())
+    assert report["model"] == str(small)
+    assert report["models"] == [str(DEMO), str(small)]
+    assert report["device"].startswith(DEVICE)
+    assert report["dtype"] == {str(DEMO): "float32", str(small): "float32"}
+    assert [len(timing["seconds"]) for timing in report["timings"]] == [2] * 8
+    assert report["cache_bytes_per_sequence"][str(small)]["recurrent"] == 2 * 64 * 4 * 4
+    assert "torch" in report["versions"]
+
+
+def test_bench_against_itself_and_dtype(sparsessm):
+    options = ("--against", DEMO, "--dtype", "bfloat16")
+    code, stdout, _ = sparsessm("bench", DEMO, *options, *SHORT)
+    assert code == 0
+    assert "(again)" in stdout
+
+
+def test_bench_bad_options(refused, tmp_path):
+    (tmp_path / "taken.json").write_text("{}")
+    (tmp_path / "taken.png").write_text("")
+    for sizes in ("", "0", "1,,2", "1,x", "1.5", "-1", "1;2"):
+        assert "--batch-sizes must be" in refused("bench", DEMO, "--batch-sizes", sizes)
+    for option, name, message in (
+        ("--plot", "x.pdf", "must end in .png"),
+        ("--plot", "taken.png", "exists"),
+        ("--plot", "none/x.png", "no folder to write to"),
+        ("--output", "x.txt", "must end in .json"),
+        ("--output", "taken.json", "exists"),
+    ):
+        assert message in refused("bench", DEMO, option, tmp_path / name)
+    assert (tmp_path / "taken.json").read_text() == "{}"
+    assert "got 'tpu'" in refused("bench", DEMO, "--device", "tpu")
+
+
+def test_bench_bad_models(refused, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llama = LlamaConfig(
+        vocab_size=96,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
+    assert "no state-space mixer" in refused("bench", tmp_path / "llama", *SHORT)
+    assert "no state-space mixer" in refused("bench", DEMO, "--against", tmp_path / "llama")
+    assert "cannot load model" in refused("bench", tmp_path / "none")
+
+
+def test_bench_plot_without_matplotlib(refused, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    message = refused("bench", DEMO, "--plot", tmp_path / "x.png", *SHORT)
+    assert "sparsessm-plugin[plot]" in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_bench_without_cuda(refused):
+    assert "no CUDA device" in refused("bench", DEMO, "--device", "cuda")
+    assert "CUDA graphs" in refused("bench", DEMO, "--cuda-graphs", *SHORT)
+
+
+# -- export --------------------------------------------------------------------------------
+
+
+def test_export_demo(sparsessm, tmp_path):
+    out = tmp_path / "out"
+    for _ in range(2):  # an earlier result is replaced
+        code, stdout, _ = sparsessm("export", DEMO, "--format", "mamba_ssm", "--output", out)
+        assert code == 0
+        assert "load_mamba_ssm" in stdout
+    assert os.listdir(tmp_path) == ["out"]
+    config = json.loads((out / "config.json").read_text())
+    assert config["ssm_cfg"]["d_state"] == 16
+    tensors = load_file(out / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(DEMO)
+    assert torch.equal(tensors["backbone.embedding.weight"], model.backbone.embeddings.weight)
+    report = json.loads((out / "sparsessm_report.json").read_text())
+    assert report["format"] == "mamba_ssm"
+    assert report["files"] == ["config.json", "model.safetensors"]
+
+
+def test_export_pruned_model_in_another_dtype(sparsessm, small, tmp_path):
+    options = ("--output", tmp_path / "out", "--dtype", "bfloat16")
+    assert sparsessm("export", small, *options)[0] == 0
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["backbone.layers.0.mixer.A_log"].shape == (64, 4)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_export_refuses(refused, small, tmp_path):
+    out = tmp_path / "out"
+    message = refused("export", DEMO, "--format", "gguf", "--output", out)
+    assert "must be one of mamba_ssm" in message
+    # nothing is written over the model, nor over what is not ours
+    assert "is or holds the model" in refused("export", DEMO, "--output", DEMO.parent / "x" / "..")
+    assert "holds no sparsessm_report.json" in refused("export", DEMO, "--output", small)
+    for family in ("jamba", "falcon_mamba"):
+        tiny_model(family).save_pretrained(tmp_path / family)
+        message = refused("export", tmp_path / family, "--output", out)
+        assert f"mamba_ssm has no {family} model" in message
+    tiny_model("mamba2").save_pretrained(tmp_path / "grouped")
+    assert "2 groups of heads" in refused("export", tmp_path / "grouped", "--output", out)
+    assert "cannot load model" in refused("export", tmp_path / "none", "--output", out)
+
+
+def test_export_over_the_model_itself(refused, sparsessm, tmp_path):
+    out = tmp_path / "out"
+    assert sparsessm("export", DEMO, "--output", out)[0] == 0
+    before = (out / "model.safetensors").read_bytes()
+    assert "is or holds the model" in refused("export", out, "--output", out)
+    assert (out / "model.safetensors").read_bytes() == before
