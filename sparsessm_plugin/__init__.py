@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sparsessm_plugin.errors import SparseSSMError
     from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
     from sparsessm_plugin.mixers import find_mixers
-    from sparsessm_plugin.modifiers import SparseSSMModifier
+    from sparsessm_plugin.modifiers import SparseSSMModifier, StateRemovalModifier
     from sparsessm_plugin.recipes import recipe_path
     from sparsessm_plugin.scan.fast_forward import fast_forward
 
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "SparseSSMError": "sparsessm_plugin.errors",
     "SparseSSMModifier": "sparsessm_plugin.modifiers",
+    "StateRemovalModifier": "sparsessm_plugin.modifiers",
     "evaluate_perplexity": "sparsessm_plugin.evaluation.perplexity",
     "fast_forward": "sparsessm_plugin.scan.fast_forward",
     "find_mixers": "sparsessm_plugin.mixers",
@@ -32,6 +33,7 @@ _PUBLIC = {
 __all__ = [
     "SparseSSMError",
     "SparseSSMModifier",
+    "StateRemovalModifier",
     "__version__",
     "evaluate_perplexity",
     "fast_forward",

@@ -219,6 +219,43 @@ class MixerAdapter(ABC):
         :return: the config fields that must change for the model to load again
         """
 
+    @property
+    @abstractmethod
+    def state_rows(self) -> tuple[TensorAxis, TensorAxis]:
+        """Where the rows of B and of C stand in the projection that makes them."""
+
+    @property
+    def mixes_C(self) -> bool:
+        """Whether C is linear in its rows, so that new rows may be mixed from old ones."""
+        return False
+
+    @property
+    def norms_state(self) -> bool:
+        """Whether a norm runs over the states of B and C."""
+        return False
+
+    def state_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Every parameter that B and C come from, with a mask of the rows that do.
+
+        :return: parameter, and a bool mask that broadcasts against it
+        """
+        masks: dict[str, Tensor] = {}
+        for axis in self.axes("state"):
+            parameter = get_tensor(self.mixer, axis.tensor)
+            if axis.tensor == "A_log" or not isinstance(parameter, nn.Parameter):
+                continue
+            shape = [1] * parameter.ndim
+            shape[axis.dim] = -1
+            mask = torch.zeros(parameter.shape[axis.dim], dtype=torch.bool, device=parameter.device)
+            mask[axis.positions(range(self.axis_length("state")))] = True
+            mask = mask.view(shape)
+            masks[axis.tensor] = masks[axis.tensor] | mask if axis.tensor in masks else mask
+        return [(self.mixer.get_parameter(name), mask) for name, mask in masks.items()]
+
+    def float_clone(self) -> "MixerAdapter":
+        """An adapter of a float32 copy of the mixer, without hooks and offloading."""
+        return type(self)(_float_clone(self.mixer), self.name)
+
     def scale_state(self, factor: float) -> None:
         """Multiply what the states add to the scan output, written into the weights.
 
@@ -228,6 +265,10 @@ class MixerAdapter(ABC):
         :raises NotImplementedError: the family has no such norm and no need for it
         """
         raise NotImplementedError(f"{self.family} scales no states")
+
+    @abstractmethod
+    def config_sizes(self) -> dict[str, int]:
+        """Config fields that state sizes of the mixer, with what the tensors have."""
 
     def check_axis(self, axis: str) -> None:
         """Refuse an axis that the family does not have.
@@ -317,3 +358,26 @@ def get_tensor(module: Any, name: str) -> Tensor | None:
         if module is None:
             return None
     return module
+
+
+def _float_clone(module: nn.Module) -> nn.Module:
+    # not deepcopy: hooks, and a forward that others have put on the instance, stay behind
+    clone = nn.Module.__new__(type(module))
+    nn.Module.__init__(clone)
+    own = vars(clone)
+    own.update({k: v for k, v in vars(module).items() if k not in own and k != "forward"})
+    clone.training = module.training
+    for name, parameter in module.named_parameters(recurse=False):
+        value = parameter.detach()
+        value = value.float() if value.is_floating_point() else value
+        clone.register_parameter(name, nn.Parameter(value.clone(), requires_grad=False))
+    for name in module._parameters:
+        if name not in clone._parameters:  # such as the bias of a layer without one
+            clone.register_parameter(name, None)
+    for name, buffer in module.named_buffers(recurse=False):
+        value = buffer.float() if buffer.is_floating_point() else buffer
+        persistent = name not in module._non_persistent_buffers_set
+        clone.register_buffer(name, value.clone(), persistent=persistent)
+    for name, child in module.named_children():
+        clone.add_module(name, _float_clone(child))
+    return clone

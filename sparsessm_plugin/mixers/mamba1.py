@@ -150,9 +150,21 @@ class Mamba1Adapter(MixerAdapter):
         mixer.dt_proj.out_features = size
         return fields
 
+    @property
+    def state_rows(self) -> tuple[TensorAxis, TensorAxis]:
+        R, N = self.sizes.time_step_rank, self.sizes.state_size
+        return TensorAxis("x_proj.weight", 0, R), TensorAxis("x_proj.weight", 0, R + N)
+
+    @property
+    def mixes_C(self) -> bool:
+        return True
+
     def scale_state(self, factor: float) -> None:
         R, N = self.sizes.time_step_rank, self.sizes.state_size
         self.mixer.x_proj.weight[R + N :].mul_(factor)
+
+    def config_sizes(self) -> dict[str, int]:
+        return {self.state_size_field: self.sizes.state_size}
 
     def channel_fields(self, channels: int) -> dict[str, Any]:
         """The config fields from which the family's loader makes this many channels."""
@@ -161,6 +173,14 @@ class Mamba1Adapter(MixerAdapter):
 
 class NormedMamba1Adapter(Mamba1Adapter):
     """Mamba-1 mixers that normalise dt, B and C after x_proj."""
+
+    @property
+    def mixes_C(self) -> bool:
+        return False
+
+    @property
+    def norms_state(self) -> bool:
+        return True
 
     def normalize(self, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mixer = self.mixer

@@ -118,6 +118,12 @@ class Mamba2Adapter(MixerAdapter):
         scale = torch.rsqrt(parts.square().mean(-1, keepdim=True) + norm.variance_epsilon)
         return norm.weight.float() * scale.expand_as(parts).flatten(-2)
 
+    @property
+    def state_rows(self) -> tuple[TensorAxis, TensorAxis]:
+        D, GN = self.sizes.intermediate_size, self.sizes.n_groups * self.sizes.state_size
+        rows = TensorAxis("in_proj.weight", 0, 2 * D)
+        return rows, TensorAxis("in_proj.weight", 0, 2 * D + GN)
+
     def axis_length(self, axis: str) -> int:
         self.check_axis(axis)
         sizes = self.sizes
@@ -179,6 +185,14 @@ class Mamba2Adapter(MixerAdapter):
         if hasattr(getattr(mixer, "norm", None), "group_size"):
             mixer.norm.group_size = D // G
         return fields
+
+    def config_sizes(self) -> dict[str, int]:
+        sizes = self.sizes
+        return {
+            self.state_size_field: sizes.state_size,
+            self.num_heads_field: sizes.num_heads,
+            self.head_dim_field: sizes.head_dim,
+        }
 
     def channel_fields(self, num_heads: int, head_dim: int) -> dict[str, Any]:
         """The config fields from which the family's loader makes these heads.

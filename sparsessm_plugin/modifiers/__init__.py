@@ -1,5 +1,6 @@
 """LLM Compressor modifiers: lifecycle only, the mathematics is elsewhere."""
 
 from sparsessm_plugin.modifiers.sparsessm import SparseSSMModifier
+from sparsessm_plugin.modifiers.state_removal import StateRemovalModifier
 
-__all__ = ["SparseSSMModifier"]
+__all__ = ["SparseSSMModifier", "StateRemovalModifier"]

@@ -1,10 +1,12 @@
 """The part of the LLM Compressor lifecycle that every modifier of mixers shares."""
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor, nn
 
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.files import write_json
 from sparsessm_plugin.mixers import MixerAdapter, find_mixers, get_adapter, is_mixer, iter_mixers
 from sparsessm_plugin.scan.fast_forward import fast_forward
 from sparsessm_plugin.vocabulary import check_token_ids
@@ -37,10 +40,12 @@ class MixerModifier(Modifier):
 
     :param targets: mixers to treat, by name, class name or ``re:`` pattern; default all
     :param ignore: mixers to leave alone, likewise
+    :param report_path: ``.json`` file to write the report to
     """
 
     targets: list[str] = Field(default_factory=list)
     ignore: list[str] = Field(default_factory=list)
+    report_path: str | None = None
 
     _pending: dict[str, MixerAdapter] = PrivateAttr(default_factory=dict)
     _restore: ExitStack = PrivateAttr(default_factory=ExitStack)
@@ -61,6 +66,17 @@ class MixerModifier(Modifier):
                     raise ValueError(f"{target!r} is no regular expression: {error}") from error
         return value
 
+    @field_validator("report_path")
+    @classmethod
+    def _check_report_path(cls, value: str | None) -> str | None:
+        if value is not None and not value.endswith(".json"):
+            raise ValueError(f"must end with .json, got {value!r}")
+        if value is not None and not Path(value).absolute().parent.is_dir():
+            raise ValueError(f"the folder of {value!r} does not exist")
+        if value is not None and Path(value).exists() and not _is_report(Path(value)):
+            raise ValueError(f"{value!r} exists and is no report of a modifier")
+        return value
+
     # -- for subclasses --------------------------------------------------------------
 
     def check_mixer(self, adapter: MixerAdapter) -> None:
@@ -77,6 +93,10 @@ class MixerModifier(Modifier):
 
     def compress(self, adapter: MixerAdapter) -> None:
         """Change the mixer, which has now seen all the data."""
+        raise NotImplementedError
+
+    def report(self) -> dict[str, Any]:
+        """What was done: settings, one entry a layer, totals."""
         raise NotImplementedError
 
     # -- before calibration ----------------------------------------------------------
@@ -186,6 +206,8 @@ class MixerModifier(Modifier):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         self.release()
+        if self.report_path is not None:
+            write_json(self.report_path, self.report())
         return True
 
     def release(self) -> None:
@@ -222,6 +244,13 @@ def _is_finite(tensor: Tensor) -> bool:
         return True
     # the sum of finite numbers is finite in float64; one pass without a mask in memory
     return math.isfinite(float(tensor.detach().sum(dtype=torch.float64)))
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return "modifier" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _listed(names: list[str], most: int = 4) -> str:

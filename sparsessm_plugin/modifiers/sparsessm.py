@@ -1,8 +1,6 @@
 """Prune A_log, the state transition of a selective state-space mixer."""
 
-import json
 import time
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,7 +12,6 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.files import write_json
 from sparsessm_plugin.mixers import MixerAdapter
 from sparsessm_plugin.modifiers.calibration import MixerModifier
 from sparsessm_plugin.saliency import (
@@ -86,7 +83,6 @@ class SparseSSMModifier(MixerModifier):
     decay_gamma: float = Field(default=0.9, gt=0.0, le=1.0)
     decay_window: float = Field(default=0.25, gt=0.0, le=1.0)
     pruned_value: PrunedValue = "zero"
-    report_path: str | None = None
 
     _statistics: dict[str, ScanStatistics] = PrivateAttr(default_factory=dict)
     _seconds: dict[str, float] = PrivateAttr(default_factory=dict)
@@ -110,17 +106,6 @@ class SparseSSMModifier(MixerModifier):
             )
         if isinstance(value, str):
             SemiStructured.parse(value)
-        return value
-
-    @field_validator("report_path")
-    @classmethod
-    def _check_report_path(cls, value: str | None) -> str | None:
-        if value is not None and not value.endswith(".json"):
-            raise ValueError(f"must end with .json, got {value!r}")
-        if value is not None and not Path(value).absolute().parent.is_dir():
-            raise ValueError(f"the folder of {value!r} does not exist")
-        if value is not None and Path(value).exists() and not _is_report(Path(value)):
-            raise ValueError(f"{value!r} exists and is no report of a modifier")
         return value
 
     @model_validator(mode="after")
@@ -187,6 +172,11 @@ class SparseSSMModifier(MixerModifier):
                 raise SparseSSMError(
                     "calibration sequences hold 1 token; at least 2 are needed for a state to "
                     "carry anything from one step to the next"
+                )
+            if statistics.state_size != adapter.A_log.shape[1]:
+                raise SparseSSMError(
+                    f"{adapter.name}: states were removed from it in the same calibration pass; "
+                    "run the modifiers one after the other, with pipeline independent"
                 )
             if not statistics.is_finite():
                 raise SparseSSMError(
@@ -274,15 +264,5 @@ class SparseSSMModifier(MixerModifier):
         }
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        super().on_finalize(state, **kwargs)
         self._statistics.clear()
-        if self.report_path is not None:
-            write_json(self.report_path, self.report())
-        return True
-
-
-def _is_report(path: Path) -> bool:
-    try:
-        return "modifier" in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
+        return super().on_finalize(state, **kwargs)

@@ -10,7 +10,14 @@ from sparsessm_plugin.mixers.base import HeadQuantities, MixerQuantities
 from sparsessm_plugin.scan import ssd
 from sparsessm_plugin.scan.statistics import PrunedValue, ScanStatistics, StatisticsRequest
 
-__all__ = ["BACKENDS", "PrunedValue", "ScanStatistics", "StatisticsRequest", "scan"]
+__all__ = [
+    "BACKENDS",
+    "PrunedValue",
+    "ScanStatistics",
+    "StatisticsRequest",
+    "scan",
+    "scan_states",
+]
 
 Backend = Callable[[MixerQuantities, ScanStatistics | None], Tensor]
 
@@ -44,3 +51,21 @@ def scan(
     name = backend or BACKENDS.get(quantities.u.device.type, REFERENCE)
     implementation: Backend = import_module(name).scan
     return implementation(quantities, statistics)
+
+
+def scan_states(
+    quantities: MixerQuantities, every: int, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run the recurrence and keep the state after every so many steps.
+
+    :param quantities: the recurrence's inputs
+    :param every: keep h_t for t = every - 1, 2 every - 1, ... (steps count from 0)
+    :param backend: module to use instead of the device's own
+    :return: y (b, L, D) as from :func:`scan`, and h (b, L // every, D, N)
+    """
+    if isinstance(quantities, HeadQuantities):
+        y, states = ssd.scan_with_states(quantities, chunk=every)
+        assert states is not None
+        return y, states
+    name = backend or BACKENDS.get(quantities.u.device.type, REFERENCE)
+    return import_module(name).scan_states(quantities, every)

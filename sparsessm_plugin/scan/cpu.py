@@ -27,6 +27,19 @@ _NOTHING_SUMMED = np.zeros((0, 0), np.float64)
 
 def scan(quantities: MixerQuantities, statistics: ScanStatistics | None = None) -> Tensor:
     """Run the recurrence; see :func:`sparsessm_plugin.scan.scan`."""
+    return _run(quantities, statistics, torch.empty(0, 0, 0, 0), 0)
+
+
+def scan_states(quantities: MixerQuantities, every: int) -> tuple[Tensor, Tensor]:
+    """Run the recurrence and keep states; see :func:`sparsessm_plugin.scan.scan_states`."""
+    batch, length, channels = quantities.u.shape
+    states = torch.empty(batch, length // every, quantities.A.shape[1], channels)
+    return _run(quantities, None, states, every), states.transpose(2, 3)
+
+
+def _run(
+    quantities: MixerQuantities, statistics: ScanStatistics | None, states: Tensor, every: int
+) -> Tensor:
     q = quantities
     if statistics is not None:
         statistics.begin(q)
@@ -61,6 +74,8 @@ def scan(quantities: MixerQuantities, statistics: ScanStatistics | None = None) 
             request is not None and request.per_step,
             error,
             error_sum,
+            states.numpy(),
+            every,
         )
     finally:
         set_num_threads(threads)
@@ -137,6 +152,8 @@ def _scan(
     per_step,
     error,
     error_sum,
+    states,
+    every,
 ):
     batch, length, channels = u.shape
     N = A.shape[1]
@@ -199,6 +216,9 @@ def _scan(
                     for d in range(BLOCK):
                         h[n, d] = dA[d] * h[n, d] + drive[d] * b
                         out[d] += c * h[n, d]
+                    if every > 0 and (t + 1) % every == 0:
+                        for d in range(width):
+                            states[i, t // every, n, first + d] = h[n, d]
                     if error_mode != 0:
                         for d in range(BLOCK):
                             h_pruned[n, d] = dA_pruned[d] * h_pruned[n, d] + drive[d] * b

@@ -47,6 +47,22 @@ def scan(quantities: MixerQuantities, statistics: ScanStatistics | None = None) 
     return torch.stack(outputs, dim=1) + q.D * q.u
 
 
+def scan_states(quantities: MixerQuantities, every: int) -> tuple[Tensor, Tensor]:
+    """Run the recurrence and keep states; see :func:`sparsessm_plugin.scan.scan_states`."""
+    q = quantities
+    batch, length, channels = q.u.shape
+    h = q.u.new_zeros(batch, channels, q.A.shape[1])  # (b, D, N)
+    outputs, states = [], []
+    for t in range(length):
+        dt = q.dt[:, t, :, None]
+        h = torch.exp(dt * q.A) * h + dt * q.u[:, t, :, None] * q.B[:, t, None, :]
+        outputs.append((h * q.C[:, t, None, :]).sum(-1))
+        if (t + 1) % every == 0:
+            states.append(h)
+    y = torch.stack(outputs, dim=1) + q.D * q.u
+    return y, torch.stack(states, dim=1) if states else h.new_zeros(batch, 0, *h.shape[1:])
+
+
 def _add(
     statistics: ScanStatistics, accumulator: Tensor, t: int, value: Tensor, real: Tensor | None
 ) -> None:

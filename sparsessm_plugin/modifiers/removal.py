@@ -1,0 +1,253 @@
+"""What the modifiers that remove parts of mixers share."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from compressed_tensors.offload import update_offload_parameter
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
+from loguru import logger
+from pydantic import PrivateAttr
+from torch import Tensor, nn
+
+from sparsessm_plugin.dependency_graph import MixerDependencyGraph
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.mixers import MixerAdapter, MixerQuantities, iter_mixers
+from sparsessm_plugin.modifiers.calibration import MixerModifier
+from sparsessm_plugin.modifiers.saving import change_config
+from sparsessm_plugin.scan import scan
+from sparsessm_plugin.solvers.compensation import ridge_update
+
+# Tokens that a pass over the calibration inputs looks at together.
+_TOKENS = 8192
+
+
+class CalibrationInputs:
+    """What entered one mixer, kept on the CPU until all of it has been seen."""
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[Tensor, Tensor | None]] = []
+        self.tokens = 0
+
+    def add(self, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
+        """Keep a batch: (b, L, hidden_size) and, if it is padded, (b, L)."""
+        if attention_mask is not None and bool(attention_mask.bool().all()):
+            attention_mask = None
+        rows, length = hidden_states.shape[:2]
+        self.tokens += rows * length if attention_mask is None else int(attention_mask.sum())
+        step = max(1, _TOKENS // length)
+        for start in range(0, rows, step):
+            mask = None if attention_mask is None else attention_mask[start : start + step].cpu()
+            self._batches.append((hidden_states[start : start + step].detach().cpu(), mask))
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def get(self, i: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Batch i in float32 on a device."""
+        hidden_states, mask = self._batches[i]
+        return hidden_states.to(device).float(), None if mask is None else mask.to(device)
+
+    def iterate(self, adapter: MixerAdapter) -> Iterator[tuple[int, MixerQuantities]]:
+        """The recurrence's quantities, batch by batch, as the mixer makes them now."""
+        for i in range(len(self)):
+            yield i, adapter.quantities(*self.get(i, adapter.A_log.device))
+
+
+class RemovalModifier(MixerModifier):
+    """A modifier that makes every mixer smaller along one axis, all to the same size.
+
+    Subclasses implement :meth:`shrink`, which turns a float32 copy of a mixer into a smaller
+    one. Only then is the mixer of the model changed, over its dependency graph. Once all
+    mixers are, the model's config follows, also in what is saved.
+    """
+
+    _inputs: dict[str, CalibrationInputs] = PrivateAttr(default_factory=dict)
+    _layers: list[dict[str, Any]] = PrivateAttr(default_factory=list)
+    _fields: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    # -- for subclasses --------------------------------------------------------------
+
+    def shrink(
+        self, adapter: MixerAdapter, inputs: CalibrationInputs
+    ) -> tuple[str, list[int], MixerAdapter, dict[str, Any]]:
+        """Decide what to remove and fit the rest.
+
+        :param adapter: a float32 copy of the mixer, which may be changed
+        :param inputs: what entered the mixer; empty where no data is asked for
+        :return: axis, removed indices, adapter of the smaller float32 mixer, report entry
+        """
+        raise NotImplementedError
+
+    # -- before calibration ----------------------------------------------------------
+
+    def matching_mixers(self, model: nn.Module) -> list[MixerAdapter]:
+        adapters = super().matching_mixers(model)
+        who = type(self).__name__
+        if len(adapters) != len(list(iter_mixers(model))):
+            raise SparseSSMError(
+                f"{who}: targets and ignore leave {len(adapters)} of "
+                f"{len(list(iter_mixers(model)))} mixers; all must shrink to one size, because "
+                "transformers, mamba-ssm and vLLM read one size for all layers from the config"
+            )
+        first = adapters[0]
+        for adapter in adapters:
+            if adapter.sizes != first.sizes:
+                raise SparseSSMError(
+                    f"{who}: {adapter.name} has other sizes than {first.name} "
+                    f"({adapter.sizes} and {first.sizes}): it was pruned already, or the "
+                    "checkpoint is damaged; no stock loader takes sizes by layer"
+                )
+        self._check_config(model, first)
+        return adapters
+
+    def _check_config(self, model: nn.Module, adapter: MixerAdapter) -> None:
+        config = getattr(model, "config", None)
+        if config is None:
+            return
+        for field, size in adapter.config_sizes().items():
+            said = getattr(config.get_text_config(), field, None)
+            if said is not None and said != size:
+                raise SparseSSMError(
+                    f"{type(self).__name__}: the config says {field} = {said}, the weights of "
+                    f"{adapter.name} have {size}; load a checkpoint whose config fits it"
+                )
+
+    # -- calibration -----------------------------------------------------------------
+
+    def observe(
+        self, adapter: MixerAdapter, hidden_states: Tensor, attention_mask: Tensor | None
+    ) -> None:
+        inputs = self._inputs.setdefault(adapter.name, CalibrationInputs())
+        inputs.add(hidden_states, attention_mask)
+
+    def compress(self, adapter: MixerAdapter) -> None:
+        started = time.perf_counter()
+        inputs = self._inputs.pop(adapter.name, CalibrationInputs())
+        if self.requires_calibration_data and inputs.tokens == 0:
+            raise SparseSSMError(f"{adapter.name} saw no calibration tokens; nothing was removed")
+        axis, removed, small, entry = self.shrink(adapter.float_clone(), inputs)
+        for name, parameter in small.mixer.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise SparseSSMError(
+                    f"{adapter.name}.{name} became NaN or infinite while it was fitted"
+                )
+        group = MixerDependencyGraph(adapter).get_axis_group(axis, removed)
+        logger.debug(str(group))
+        group.prune()
+        for path, module in adapter.mixer.named_modules():
+            fitted = small.mixer.get_submodule(path)
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                value = fitted.get_parameter(name).to(parameter)
+                update_offload_parameter(module, name, value)
+        self._fields = group.config_fields
+        entry = {
+            "name": adapter.name,
+            "axis": axis,
+            "before": group.old_size,
+            "after": group.new_size,
+            "removed": removed,
+            "tokens": inputs.tokens,
+            **entry,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        self._layers.append(entry)
+        logger.info(f"{adapter.name}: removed {len(removed)} of {group.old_size} {axis}")
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        super().on_calibration_end(state, event, **kwargs)
+        self._finish(state.model)
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        self._inputs.clear()
+        return super().on_finalize(state, **kwargs)
+
+    def _finish(self, model: Any) -> None:
+        if self._fields:
+            change_config(model, self._fields)
+            self._fields = {}
+
+    @contextmanager
+    def _released_on_error(self) -> Iterator[None]:
+        try:
+            with super()._released_on_error():
+                yield
+        except Exception as error:
+            if not self._layers or not self._pending:
+                raise
+            raise SparseSSMError(
+                f"{error} - the model in memory is now partly pruned and of no use; load it "
+                "again. Nothing was saved"
+            ) from error
+
+    # -- report ----------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """What was done: settings, one entry a layer, totals."""
+        before = sum(layer["before"] for layer in self._layers)
+        removed = sum(len(layer["removed"]) for layer in self._layers)
+        return {
+            "modifier": type(self).__name__,
+            "settings": self.model_dump(exclude=set(Modifier.model_fields), exclude_none=True),
+            "layers": self._layers,
+            "total": {
+                "unit": self._layers[0]["axis"] if self._layers else "entries",
+                "entries": before,
+                "pruned": removed,
+                "sparsity": removed / before if before else 0.0,
+                "seconds": round(sum(layer["seconds"] for layer in self._layers), 3),
+            },
+        }
+
+
+# -- steps that both modifiers take ------------------------------------------------------
+
+
+def remove(adapter: MixerAdapter, axis: str, removed: list[int]) -> MixerAdapter:
+    """A smaller float32 copy of a mixer."""
+    small = adapter.float_clone()
+    MixerDependencyGraph(small).get_axis_group(axis, removed).prune()
+    return small
+
+
+def dense_outputs(adapter: MixerAdapter, inputs: CalibrationInputs) -> list[Tensor]:
+    """(b, L, hidden_size) output of the mixer for every batch, on the CPU."""
+    return [adapter.output(q, scan(q)).cpu() for _, q in inputs.iterate(adapter)]
+
+
+def masked_error(target: Tensor, output: Tensor, mask: Tensor | None) -> Tensor:
+    """target - output (b, L, hidden_size), zero at padding."""
+    error = target - output
+    return error if mask is None else error * mask[..., None]
+
+
+def fit_out_proj(
+    small: MixerAdapter, inputs: CalibrationInputs, targets: list[Tensor], ridge: float
+) -> None:
+    """Regress the dense outputs on the smaller mixer's out_proj input, in place."""
+    weight = small.mixer.out_proj.weight
+    gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
+    cross = torch.zeros_like(weight, dtype=torch.float64)
+    for i, q in inputs.iterate(small):
+        x = small.out_input(q, scan(q))
+        error = masked_error(targets[i].to(x.device), small.mixer.out_proj(x), q.mask)
+        if q.mask is not None:
+            x = x * q.mask[..., None]
+        x, error = x.flatten(0, 1), error.flatten(0, 1)
+        gram += (x.T @ x).double()
+        cross += (error.T @ x).double()
+    weight.add_(ridge_update(gram, cross, ridge).to(weight.dtype))
+
+
+def relative_error(small: MixerAdapter, inputs: CalibrationInputs, targets: list[Tensor]) -> float:
+    """Squared error of the mixer's output over the dense output's square."""
+    wrong = total = 0.0
+    for i, q in inputs.iterate(small):
+        target = targets[i].to(q.u.device)
+        output = small.output(q, scan(q))
+        wrong += float(masked_error(target, output, q.mask).double().square().sum())
+        total += float(masked_error(target, torch.zeros_like(target), q.mask).square().sum())
+    return wrong / total if total else 0.0

@@ -1,0 +1,56 @@
+"""Keep new sizes in the config.json that LLM Compressor writes.
+
+Its ``save_pretrained`` puts the config file of the original checkpoint in the place of the
+one that transformers has written, which brings the old sizes back.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from llmcompressor.transformers.compression.compressed_tensors_utils import (
+    modify_save_pretrained,
+)
+
+from sparsessm_plugin.dependency_graph import apply_config_fields
+from sparsessm_plugin.files import write_json
+
+
+def change_config(model: Any, fields: Mapping[str, Any]) -> None:
+    """Set config fields in memory and in every config.json that the model saves from now on.
+
+    :param model: transformers model
+    :param fields: field name -> value
+    :raises SparseSSMError: the config refuses them
+    """
+    apply_config_fields(model.config, fields)
+    known = getattr(model.save_pretrained, "sparsessm_fields", None)
+    if known is not None:
+        known.update(fields)
+        return
+    modify_save_pretrained(model)  # does nothing where oneshot() has done it
+    inner, kept = model.save_pretrained, dict(fields)
+
+    @wraps(inner)
+    def save_pretrained(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        result = inner(save_directory, *args, **kwargs)
+        path = Path(save_directory) / "config.json"
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            _write_fields(content, kept)
+            write_json(path, content)
+        return result
+
+    # what LLM Compressor asks before it wraps a second time
+    save_pretrained._overridden = True  # type: ignore[attr-defined]
+    save_pretrained.sparsessm_fields = kept  # type: ignore[attr-defined]
+    model.save_pretrained = save_pretrained
+
+
+def _write_fields(content: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    nested = content.get("text_config")
+    target = nested if isinstance(nested, dict) else content
+    target.update(fields)

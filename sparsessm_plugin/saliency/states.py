@@ -1,0 +1,170 @@
+"""What each state adds to a mixer's output: the sums from which states are chosen.
+
+Shapes: T sampled steps, D channels, N states, G groups (1 in the Mamba-1 layout); h (T, D, N),
+C (T, G, N), u (T, D), weight (T, D).
+
+A removed state n takes ``gain_t[d] C_{t,n} h_t[d,n]`` out of the input of out_proj. With v the
+square of ``gain * norm(W_out[:, d])``, removing a set S costs ``1_S^T gram 1_S``: the squared
+change of the mixer's output up to products between channels in W_out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class StateStatistics:
+    """Sums over sampled steps, in float64, filled batch by batch with :meth:`add`.
+
+    :param mixing: also keep the sums over products of C rows and states, N^4 numbers, that
+        mixing C needs; for one group only
+    """
+
+    def __init__(self, mixing: bool = False):
+        self.wants_mixing = mixing
+        self.samples = 0
+        # (G, N, N) sum of v C_n h_n C_m h_m over the group's channels
+        self.gram: Tensor | None = None
+        # (D, N) sum of v u C_n h_n, and (D,) sum of v u^2: what the skip connection can take over
+        self.skip: Tensor | None = None
+        self.skip_energy: Tensor | None = None
+        # (G, N) sums of h^2 over the group's channels and of C^2
+        self.state_energy: Tensor | None = None
+        self.C_energy: Tensor | None = None
+        # (N, N, N, N) sum of v h_k h_q C_j C_i at [k, j, q, i]; (D, N, N) sum of v u h_k C_j
+        self.mixing: Tensor | None = None
+        self.mixing_skip: Tensor | None = None
+        # (steps, G, N) sum over the batch of A_log^2 h^2, for the vote of the paper
+        self.step_score: Tensor | None = None
+
+    def add(self, h: Tensor, C: Tensor, u: Tensor, weight: Tensor) -> None:
+        """Add sampled steps.
+
+        :param h: (T, D, N) states
+        :param C: (T, G, N)
+        :param u: (T, D)
+        :param weight: (T, D) gain * norm(W_out[:, d])
+        """
+        T, D, N = h.shape
+        G = C.shape[1]
+        self.samples += T
+        weighted = (h * weight[..., None]).view(T, G, D // G, N)
+        products = weighted.transpose(-1, -2) @ weighted  # (T, G, N, N)
+        self.gram = _plus(self.gram, torch.einsum("tgnm,tgn,tgm->gnm", products, C, C))
+        driven = u * weight  # (T, D)
+        each = weighted * C[:, :, None, :]  # (T, G, D / G, N)
+        self.skip = _plus(self.skip, torch.einsum("td,tdn->dn", driven, each.reshape(T, D, N)))
+        self.skip_energy = _plus(self.skip_energy, driven.square().sum(0))
+        energy = h.square().view(T, G, D // G, N).sum((0, 2))
+        self.state_energy = _plus(self.state_energy, energy)
+        self.C_energy = _plus(self.C_energy, C.square().sum(0))
+        if self.wants_mixing:
+            pairs = (C[:, 0, :, None] * C[:, 0, None, :]).flatten(1)  # (T, N * N) at [j, i]
+            sums = (products[:, 0].flatten(1).T @ pairs).view(N, N, N, N)  # [k, q, j, i]
+            self.mixing = _plus(self.mixing, sums.permute(0, 2, 1, 3))
+            skip = torch.einsum("td,tdk,tj->dkj", driven, weighted.view(T, D, N), C[:, 0])
+            self.mixing_skip = _plus(self.mixing_skip, skip)
+
+    def add_steps(self, score: Tensor) -> None:
+        """Add one batch to the score that the paper's vote looks at.
+
+        :param score: (steps, G, N); sequences may differ in length from batch to batch
+        """
+        if self.step_score is None:
+            self.step_score = score.double()
+            return
+        short, long = sorted((self.step_score, score.double()), key=len)
+        long = long.clone()
+        long[: len(short)] += short
+        self.step_score = long
+
+    def is_finite(self) -> bool:
+        """Whether every sum is a finite number."""
+        kept = (self.gram, self.skip, self.skip_energy, self.mixing, self.step_score)
+        return all(bool(torch.isfinite(t).all()) for t in kept if t is not None)
+
+
+def _plus(total: Tensor | None, value: Tensor) -> Tensor:
+    return value.double() if total is None else total + value.double()
+
+
+@dataclass(frozen=True)
+class StateInputs:
+    """What a score of whole states may use.
+
+    :param statistics: sums of the calibration; None for scores that need no data
+    :param B_norm: (G, N) norm of the projection's row that makes B_n
+    :param C_norm: (G, N) likewise for C_n
+    :param remove: states that go, in each group
+    """
+
+    statistics: StateStatistics | None
+    B_norm: Tensor
+    C_norm: Tensor
+    remove: int
+
+
+def magnitude(inputs: StateInputs) -> Tensor:
+    """norm(B row) * norm(C row)."""
+    return inputs.B_norm * inputs.C_norm
+
+
+def last(inputs: StateInputs) -> Tensor:
+    """The last states score lowest: a baseline that looks at nothing."""
+    order = torch.arange(inputs.B_norm.shape[1], 0, -1, dtype=torch.float64)
+    return order.to(inputs.B_norm.device).expand_as(inputs.B_norm)
+
+
+def paper(inputs: StateInputs) -> Tensor:
+    """SparseSSM's structured pruning (arXiv 2506.09613; ``structure_ts`` in its code).
+
+    At every step the states with the lowest ``sum over channels of A_log^2 h_t^2`` get a vote;
+    those with the most votes go. Ties go to the lower summed score.
+    """
+    statistics = inputs.statistics
+    assert statistics is not None
+    assert statistics.step_score is not None
+    score = statistics.step_score  # (steps, G, N)
+    lowest = score.argsort(dim=-1, stable=True)[..., : inputs.remove]
+    votes = torch.zeros_like(score).scatter_(-1, lowest, 1.0).sum(0)  # (G, N)
+    total = score.sum(0)
+    rank = total.argsort(dim=-1).argsort(dim=-1).double() / total.shape[-1]
+    return rank - votes
+
+
+def controllability_observability(inputs: StateInputs) -> Tensor:
+    """mean of h_n^2 times mean of C_n^2 in each group.
+
+    After GHOST (arXiv 2602.11408), which measures controllability and observability jointly
+    from forward passes; this is our reading of its abstract, not its code.
+    """
+    statistics = inputs.statistics
+    assert statistics is not None
+    assert statistics.state_energy is not None
+    assert statistics.C_energy is not None
+    return statistics.state_energy * statistics.C_energy
+
+
+# Scores for which each state counts by itself: higher is kept. ``output_energy`` is not among
+# them, it judges sets of states together (sparsessm_plugin.solvers.subsets).
+STATE_SCORES: dict[str, Callable[[StateInputs], Tensor]] = {
+    "magnitude": magnitude,
+    "last": last,
+    "paper": paper,
+    "ghost": controllability_observability,
+}
+
+
+def lowest(score: Tensor, remove: int) -> list[int]:
+    """Flat indices of the lowest scores, as many in each group.
+
+    :param score: (G, N)
+    :param remove: how many go in each group
+    :return: ascending indices into G * N; ties go to the lower index
+    """
+    N = score.shape[1]
+    chosen = score.argsort(dim=1, stable=True)[:, :remove]
+    offsets = torch.arange(len(score), device=score.device)[:, None] * N
+    return sorted((chosen + offsets).flatten().tolist())
