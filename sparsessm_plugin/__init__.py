@@ -14,13 +14,18 @@ if TYPE_CHECKING:
     from sparsessm_plugin.errors import SparseSSMError
     from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
     from sparsessm_plugin.mixers import find_mixers
-    from sparsessm_plugin.modifiers import SparseSSMModifier, StateRemovalModifier
+    from sparsessm_plugin.modifiers import (
+        ChannelRemovalModifier,
+        SparseSSMModifier,
+        StateRemovalModifier,
+    )
     from sparsessm_plugin.recipes import recipe_path
     from sparsessm_plugin.scan.fast_forward import fast_forward
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "ChannelRemovalModifier": "sparsessm_plugin.modifiers",
     "SparseSSMError": "sparsessm_plugin.errors",
     "SparseSSMModifier": "sparsessm_plugin.modifiers",
     "StateRemovalModifier": "sparsessm_plugin.modifiers",
@@ -31,6 +36,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "ChannelRemovalModifier",
     "SparseSSMError",
     "SparseSSMModifier",
     "StateRemovalModifier",

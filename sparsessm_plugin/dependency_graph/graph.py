@@ -179,7 +179,7 @@ class MixerDependencyGraph(torch_pruning.DependencyGraph):
         # states are counted group after group, but the module's size is that of one group
         new_size = group.new_size // (adapter.sizes.n_groups if axis == "state" else 1)
         # refuses, while nothing has changed yet, what no loader could make
-        self.model[axis].config_fields(new_size)
+        adapter.size_fields(axis, new_size)
 
         by_tensor: dict[str, list[TensorChange]] = {}
         for change in group.changes:

@@ -8,7 +8,7 @@ reads, and nothing else of transformers.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,13 +67,6 @@ class Surrogate(nn.Module):
 
     def make_views(self, layout: Layout) -> dict[str, View]:
         """The views of the mixer by name."""
-        raise NotImplementedError
-
-    def config_fields(self, size: int) -> dict[str, Any]:
-        """The config fields for a new size of the axis; changes nothing.
-
-        :raises SparseSSMError: the family's loader cannot make that many channels
-        """
         raise NotImplementedError
 
     def compute(self, hidden_states: Quantity) -> Quantity:
@@ -227,12 +220,6 @@ class Mamba1Surrogate(Surrogate):
         y = self.add(self.scan(dt, A, B, C, u), self.multiply(u, self.view("D")))
         return self.view("out_proj", self.multiply(y, self.apply_to(z, F.silu)))
 
-    def config_fields(self, size: int) -> dict[str, Any]:
-        assert isinstance(self.adapter, Mamba1Adapter)
-        if self.layout.axis == "state":
-            return {self.adapter.state_size_field: size}
-        return self.adapter.channel_fields(size)
-
 
 class Mamba2Surrogate(Surrogate):
     """Mamba-2 and its hybrids: dimensions m (hidden_size), g (G), h (H / G), p (P), n (N)."""
@@ -312,16 +299,6 @@ class Mamba2Surrogate(Surrogate):
         if getattr(adapter.mixer.norm, "norm_before_gate", False):
             return self.view("out_proj", self.multiply(self.normalize(y), z))
         return self.view("out_proj", self.normalize(self.multiply(y, z)))
-
-    def config_fields(self, size: int) -> dict[str, Any]:
-        adapter = self.adapter
-        assert isinstance(adapter, Mamba2Adapter)
-        if self.layout.axis == "state":
-            return {adapter.state_size_field: size}
-        sizes = adapter.sizes
-        if self.layout.axis == "heads":
-            return adapter.channel_fields(size, sizes.head_dim)
-        return adapter.channel_fields(sizes.num_heads, size)
 
 
 def make_surrogate(adapter: MixerAdapter, axis: str) -> Surrogate:

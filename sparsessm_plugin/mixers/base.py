@@ -212,6 +212,13 @@ class MixerAdapter(ABC):
         """
 
     @abstractmethod
+    def size_fields(self, axis: str, size: int) -> dict[str, Any]:
+        """The config fields from which the family's loader makes this size; changes nothing.
+
+        :raises SparseSSMError: the loader cannot make it
+        """
+
+    @abstractmethod
     def set_size(self, axis: str, size: int) -> dict[str, Any]:
         """Write a new size of an axis into the module's attributes; tensors stay.
 

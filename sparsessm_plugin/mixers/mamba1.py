@@ -135,14 +135,20 @@ class Mamba1Adapter(MixerAdapter):
             ]
         return [r for r in ranges if get_tensor(self.mixer, r.tensor) is not None]
 
-    def set_size(self, axis: str, size: int) -> dict[str, Any]:
+    def size_fields(self, axis: str, size: int) -> dict[str, Any]:
         self.check_axis(axis)
+        if axis == "state":
+            return {self.state_size_field: size}
+        return self.channel_fields(size)
+
+    def set_size(self, axis: str, size: int) -> dict[str, Any]:
+        # asked first: a refusal leaves the module as it was
+        fields = self.size_fields(axis, size)
         mixer, R = self.mixer, self.sizes.time_step_rank
         if axis == "state":
             mixer.ssm_state_size = size
             mixer.x_proj.out_features = R + 2 * size
-            return {self.state_size_field: size}
-        fields = self.channel_fields(size)  # first: a refusal leaves the module as it was
+            return fields
         mixer.intermediate_size = size
         mixer.in_proj.out_features = 2 * size
         mixer.conv1d.in_channels = mixer.conv1d.out_channels = mixer.conv1d.groups = size

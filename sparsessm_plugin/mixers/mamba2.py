@@ -161,8 +161,17 @@ class Mamba2Adapter(MixerAdapter):
                 ranges += [TensorAxis(name, 0) for name in ("A_log", "D", "dt_bias")]
         return [r for r in ranges if get_tensor(self.mixer, r.tensor) is not None]
 
-    def set_size(self, axis: str, size: int) -> dict[str, Any]:
+    def size_fields(self, axis: str, size: int) -> dict[str, Any]:
         self.check_axis(axis)
+        if axis == "state":
+            return {self.state_size_field: size}
+        mixer = self.mixer
+        H, P = (size, mixer.head_dim) if axis == "heads" else (mixer.num_heads, size)
+        return self.channel_fields(H, P)
+
+    def set_size(self, axis: str, size: int) -> dict[str, Any]:
+        # asked first: a refusal leaves the module as it was
+        fields = self.size_fields(axis, size)
         mixer, sizes = self.mixer, self.sizes
         N, H, P, G = sizes.state_size, sizes.num_heads, sizes.head_dim, sizes.n_groups
         if axis == "state":
@@ -171,8 +180,6 @@ class Mamba2Adapter(MixerAdapter):
             H, P = size, mixer.head_dim
         else:
             H, P = mixer.num_heads, size
-        # asked first: a refusal leaves the module as it was
-        fields = {self.state_size_field: N} if axis == "state" else self.channel_fields(H, P)
         D = H * P
         mixer.ssm_state_size, mixer.num_heads, mixer.head_dim = N, H, P
         mixer.intermediate_size, mixer.conv_dim = D, D + 2 * G * N

@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import update_offload_parameter
+from compressed_tensors.quantization import (
+    QuantizationMetadata,
+    initialize_module_for_quantization,
+)
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from loguru import logger
@@ -116,6 +120,15 @@ class RemovalModifier(MixerModifier):
                     f"{adapter.name} have {size}; load a checkpoint whose config fits it"
                 )
 
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        for adapter in self.matching_mixers(state.model):
+            if _quantized_modules(adapter.mixer):
+                raise SparseSSMError(
+                    f"{type(self).__name__}: {adapter.name} is quantized, or a modifier that "
+                    "comes earlier in the recipe quantizes it; remove first, then quantize"
+                )
+        return super().on_initialize(state, **kwargs)
+
     # -- calibration -----------------------------------------------------------------
 
     def observe(
@@ -125,6 +138,10 @@ class RemovalModifier(MixerModifier):
         inputs.add(hidden_states, attention_mask)
 
     def compress(self, adapter: MixerAdapter) -> None:
+        with _new_quantization_parameters(adapter.mixer):
+            self._compress_mixer(adapter)
+
+    def _compress_mixer(self, adapter: MixerAdapter) -> None:
         started = time.perf_counter()
         inputs = self._inputs.pop(adapter.name, CalibrationInputs())
         if self.requires_calibration_data and inputs.tokens == 0:
@@ -201,6 +218,29 @@ class RemovalModifier(MixerModifier):
                 "seconds": round(sum(layer["seconds"] for layer in self._layers), 3),
             },
         }
+
+
+def _quantized_modules(mixer: nn.Module) -> list[nn.Module]:
+    return [m for m in mixer.modules() if getattr(m, "quantization_scheme", None) is not None]
+
+
+@contextmanager
+def _new_quantization_parameters(mixer: nn.Module) -> Iterator[None]:
+    """Let a quantization modifier that comes later find scales of the new sizes.
+
+    LLM Compressor initialises all modifiers of a recipe before it runs the first one, so a
+    mixer may carry scales that have no values yet, one a row of its weights as they were.
+    """
+    modules = _quantized_modules(mixer)
+    for module in modules:
+        QuantizationMetadata.clear_all_qparams(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            status = module.quantization_status
+            initialize_module_for_quantization(module)
+            module.quantization_status = status
 
 
 # -- steps that both modifiers take ------------------------------------------------------

@@ -36,6 +36,10 @@ _EVERY_STATES, _EVERY_HEADS = 4, 16
 # Cheapest sets by their own cost that are ranked again by what C and D leave of it.
 _RERANKED = 256
 _OUT_PROJ_RIDGE = 1e-2
+_LEARNING_RATE = 1e-3
+# Memory for the states of one pass, and steps whose products are summed together.
+_STATE_BYTES, _STATE_BYTES_CPU = 2**30, 2**28
+_SAMPLES = 256
 
 
 class StateRemovalModifier(RemovalModifier):
@@ -238,31 +242,41 @@ def gather(
         every = min(_EVERY_STATES if adapter.has_state_transitions else _EVERY_HEADS, length)
         if vote and adapter.has_state_transitions:
             every = 1  # the paper's vote is taken at every step
-        for row in range(len(hidden_states)):  # one sequence at a time bounds the memory
+        # so many sequences at a time that their states take a few hundred megabytes
+        sizes = adapter.sizes
+        per_row = 4 * (length // every) * sizes.intermediate_size * sizes.state_size
+        rows = max(1, (_STATE_BYTES_CPU if hidden_states.is_cpu else _STATE_BYTES) // per_row)
+        for start in range(0, len(hidden_states), rows):
             q = adapter.quantities(
-                hidden_states[row : row + 1], None if mask is None else mask[row : row + 1]
+                hidden_states[start : start + rows],
+                None if mask is None else mask[start : start + rows],
             )
             y, h = scan_states(q, every)
             at = torch.arange(every - 1, every * h.shape[1], every, device=h.device)
-            if q.mask is not None:
-                real = q.mask[0, at]
-                at, h = at[real], h[:, real]
             if vote:
-                statistics.add_steps(_vote_score(adapter, h[0]))
-            C = q.C[0, at]
-            C = C[:, None] if C.ndim == 2 else C
-            weight = adapter.out_gain(q, y)[0, at] * out_norm
-            statistics.add(h[0], C, q.u[0, at], weight)
+                votes = _vote_score(adapter, h)
+                if q.mask is not None:
+                    votes = votes * q.mask[:, at, None, None]
+                statistics.add_steps(votes.sum(0))
+            C = q.C if q.C.ndim == 4 else q.C[:, :, None]
+            weight = adapter.out_gain(q, y) * out_norm
+            sampled = [h, C[:, at], q.u[:, at], weight[:, at]]
+            if q.mask is None:
+                flat = [s.flatten(0, 1) for s in sampled]
+            else:
+                flat = [s[q.mask[:, at]] for s in sampled]
+            for piece in zip(*(s.split(_SAMPLES) for s in flat), strict=True):
+                statistics.add(*piece)
     return statistics
 
 
 def _vote_score(adapter: MixerAdapter, h: Tensor) -> Tensor:
-    """(T, G, N) sum over a group's channels of A_log^2 h^2, h (T, D, N)."""
+    """(b, T, G, N) sum over a group's channels of A_log^2 h^2, h (b, T, D, N)."""
     sizes = adapter.sizes
     A_log = adapter.A_log.detach().float()
     if A_log.ndim == 1:
         A_log = A_log.repeat_interleave(sizes.head_dim)[:, None]
-    return (A_log * h).square().unflatten(1, (sizes.n_groups, -1)).sum(2)
+    return (A_log * h).square().unflatten(2, (sizes.n_groups, -1)).sum(3)
 
 
 def row_norms(adapter: MixerAdapter) -> tuple[Tensor, Tensor]:
@@ -375,4 +389,4 @@ def fit_state_rows(
 
     parameters: list[tuple[torch.nn.Parameter, Tensor | None]] = [*small.state_parameters()]
     parameters.append((small.mixer.out_proj.weight, None))
-    reconstruct(parameters, loss, len(targets), steps)
+    reconstruct(parameters, loss, len(targets), steps, _LEARNING_RATE)

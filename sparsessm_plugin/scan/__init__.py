@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers.base import HeadQuantities, MixerQuantities
-from sparsessm_plugin.scan import ssd
+from sparsessm_plugin.scan import kernels, ssd
 from sparsessm_plugin.scan.statistics import PrunedValue, ScanStatistics, StatisticsRequest
 
 __all__ = [
@@ -48,6 +48,8 @@ def scan(
                 "statistics of A_log need one entry a state; Mamba-2 has one a head"
             )
         return ssd.scan(quantities)
+    if statistics is None and backend is None and kernels.available(quantities):
+        return kernels.scan(quantities)
     name = backend or BACKENDS.get(quantities.u.device.type, REFERENCE)
     implementation: Backend = import_module(name).scan
     return implementation(quantities, statistics)

@@ -8,6 +8,7 @@ matrix products instead of broadcast sums.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparsessm_plugin.mixers.base import HeadQuantities
 
@@ -37,37 +38,39 @@ def scan_with_states(
     H = q.A.shape[0]
     G, N = q.B.shape[2:]
     P, heads = D // H, H // G
-    # (b, G, H / G, L, ...): a group's heads side by side, time next to last
-    u = q.u.view(batch, length, G, heads, P).permute(0, 2, 3, 1, 4)
-    dt = q.dt.view(batch, length, G, heads).permute(0, 2, 3, 1)
-    drive = u * dt[..., None]
-    decay = dt * q.A.view(G, heads, 1)  # log of exp(dt A)
-    B, C = q.B.transpose(1, 2), q.C.transpose(1, 2)  # (b, G, L, N)
+    count = -(-length // chunk)
 
-    h = q.u.new_zeros(batch, G, heads, P, N)
-    outputs, states = [], []
-    for start in range(0, length, chunk):
-        span = slice(start, min(start + chunk, length))
-        B_now, C_now, x = B[:, :, span], C[:, :, span], drive[..., span, :]
-        # in float64: a step that forgets everything leaves a large sum behind it, and what the
-        # small steps after it add would be lost in float32
-        total = decay[..., span].cumsum(-1, dtype=torch.float64)  # (b, G, h, c)
-        # what entered at step s and is left at step t >= s
-        lasting = (total[..., :, None] - total[..., None, :]).to(x.dtype)  # (b, G, h, t, s)
-        lasting = lasting.masked_fill(
-            torch.ones_like(lasting[0, 0, 0], dtype=torch.bool).triu(1), -torch.inf
-        ).exp()
-        scores = (C_now @ B_now.transpose(-1, -2))[:, :, None] * lasting
-        y = scores @ x  # (b, G, h, c, P)
-        y = y + (C_now[:, :, None] @ h.transpose(-1, -2)) * total.exp().to(x.dtype)[..., None]
-        left = (total[..., -1:] - total).exp().to(x.dtype)[..., None] * x
-        kept = total[..., -1, None, None].exp().to(x.dtype)
-        h = h * kept + left.transpose(-1, -2) @ B_now[:, :, None]
-        outputs.append(y)
-        if keep_states and span.stop - span.start == chunk:
-            states.append(h.reshape(batch, D, N))
-    y = torch.cat(outputs, dim=-2) + u * q.D.view(G, heads, 1, 1)
-    y = y.permute(0, 3, 1, 2, 4).reshape(batch, length, D)
+    def chunks(x: Tensor) -> Tensor:
+        """(b, L, ...) -> (b, chunks, c, ...); steps that are made up add and forget nothing."""
+        padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, count * chunk - length))
+        return padded.unflatten(1, (count, chunk))
+
+    # (b, G, H / G, chunks, c, ...): a group's heads side by side, time next to last
+    dt = chunks(q.dt).unflatten(-1, (G, heads)).permute(0, 3, 4, 1, 2)
+    u = chunks(q.u).unflatten(-1, (G, heads, P)).permute(0, 3, 4, 1, 2, 5)
+    B, C = (chunks(x).permute(0, 3, 1, 2, 4)[:, :, None] for x in (q.B, q.C))  # (b, G, 1, ...)
+    x = u * dt[..., None]
+    # log of exp(dt A), summed in float64: a step that forgets everything leaves a large sum
+    # behind it, and what the small steps after it add would be lost in float32
+    total = (dt * q.A.view(G, heads, 1, 1)).cumsum(-1, dtype=torch.float64)
+    # what entered at step s and is left at step t >= s
+    future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
+    lasting = (total[..., :, None] - total[..., None, :]).to(x.dtype)  # (..., t, s)
+    lasting = lasting.masked_fill(future, -torch.inf).exp()
+    y = ((C @ B.transpose(-1, -2)) * lasting) @ x  # (b, G, h, chunks, c, P)
+    left = (total[..., -1:] - total).exp().to(x.dtype)[..., None] * x
+    added = left.transpose(-1, -2) @ B  # (b, G, h, chunks, P, N)
+    kept = total[..., -1].exp().to(x.dtype)[..., None, None]
+    h = x.new_zeros(batch, G, heads, P, N)
+    before = []
+    for k in range(count):
+        before.append(h)
+        h = h * kept[..., k, :, :] + added[..., k, :, :]
+    start = torch.stack(before, dim=3)  # (b, G, h, chunks, P, N)
+    y = y + (C @ start.transpose(-1, -2)) * total.exp().to(x.dtype)[..., None]
+    y = y + u * q.D.view(G, heads, 1, 1, 1)
+    y = y.permute(0, 3, 4, 1, 2, 5).reshape(batch, count * chunk, D)[:, :length]
     if not keep_states:
         return y, None
-    return y, torch.stack(states, dim=1) if states else q.u.new_zeros(batch, 0, D, N)
+    ends = torch.stack([*before[1:], h], dim=1)[:, : length // chunk]
+    return y, ends.reshape(batch, length // chunk, D, N)

@@ -1,0 +1,216 @@
+"""Perplexity after removing states, or channels, beside the criteria of others.
+
+python benchmarks/state_removal_quality.py --models mamba-25m mamba2-25m    # on a GPU
+python benchmarks/state_removal_quality.py --models mamba-6m --windows 24   # on a CPU
+
+Nothing here was tuned on the texts that are reported: settings were chosen on the last
+windows of the calibration file, which no run of this script calibrates on.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from typing import Any
+
+os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch
+from common import assets, save
+
+from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
+from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
+from sparsessm_plugin.mixers import find_mixers
+from sparsessm_plugin.pruning import ModelSource, prune
+from sparsessm_plugin.recipes import parse_recipe
+
+TEXTS = {
+    "corpus": ("corpus/calibration.jsonl", "corpus/validation.jsonl"),
+    "wikitext2": ("wikitext2/valid.detok.txt", "wikitext2/test.detok.txt"),
+}
+HELD_BACK = 100  # windows at the end of the corpus calibration text, for development
+STATE = {
+    "output_energy": "saliency: output_energy{more}",
+    "output_energy, no compensation": "saliency: output_energy, compensate: none",
+    "paper": "saliency: paper, compensate: none",
+    "ghost": "saliency: ghost, compensate: none",
+    "magnitude": "saliency: magnitude, compensate: none",
+    "last": "saliency: last, compensate: none",
+}
+CHANNEL = {
+    "output_energy": "saliency: output_energy",
+    "magnitude, out_proj and x_proj fitted": "saliency: magnitude",
+    "out_proj_norm, out_proj and x_proj fitted": "saliency: out_proj_norm",
+    "magnitude": "saliency: magnitude, compensate: none",
+    "out_proj_norm": "saliency: out_proj_norm, compensate: none",
+}
+DATA_FREE = ("magnitude", "last", "out_proj_norm")
+
+
+def recipe(modifier: str, fields: str) -> Any:
+    text = f"prune_stage:\n  prune_modifiers:\n    {modifier}: {{{fields}}}\n"
+    return parse_recipe(text, "benchmark")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["mamba-25m"])
+    parser.add_argument("--calibration", nargs="+", default=list(TEXTS), choices=list(TEXTS))
+    parser.add_argument(
+        "--divide", nargs="+", type=int, help="N / this; default 2 4, Mamba-2 also 8"
+    )
+    parser.add_argument("--channels", type=float, help="remove this share of the channels instead")
+    parser.add_argument("--criteria", nargs="+", help="default all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--windows", type=int, default=256, help="calibration windows")
+    parser.add_argument("--length", type=int, default=512, help="tokens a calibration window")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=200, help="of reconstruct")
+    parser.add_argument("--evaluate", type=int, default=2048, help="tokens a window of evaluation")
+    parser.add_argument("--evaluate-windows", type=int, help="at most so many")
+    parser.add_argument("--budget", type=float, default=1e9, help="start no run after seconds")
+    parser.add_argument("--name", default="state_removal_quality")
+    options = parser.parse_args()
+    started = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    for name in options.models:
+        run_model(name, options, rows, started)
+        save(options.name, table(rows, options), {"rows": rows})
+
+
+def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: float) -> None:
+    source = ModelSource(str(assets() / "models" / name))
+    tokenizer = source.load_tokenizer()
+    tokens = {
+        path: tokenize(read_texts(assets() / "data" / path), tokenizer)
+        for pair in TEXTS.values()
+        for path in pair
+    }
+    tests = {
+        kind: windows(tokens[pair[1]], options.evaluate, pair[1])[: options.evaluate_windows]
+        for kind, pair in TEXTS.items()
+    }
+    dense_model = source.load()
+    sizes = find_mixers(dense_model)[0].sizes
+    dense = perplexities(dense_model, tests, options)
+    rows.append({"model": name, "criterion": "dense", **{k: [v] for k, v in dense.items()}})
+    del dense_model
+    cases = options.divide or ([2, 4] if sizes.n_groups == sizes.head_dim == 1 else [2, 4, 8])
+    if options.channels:
+        cases = [options.channels]
+    criteria = CHANNEL if options.channels else STATE
+    # the criterion of this package first, in case the budget does not last
+    for seed in range(options.seeds):
+        for criterion, fields in criteria.items():
+            if options.criteria and criterion not in options.criteria:
+                continue
+            for calibration in options.calibration:
+                for case in cases:
+                    data_free = criterion in DATA_FREE
+                    if data_free and (seed or calibration != options.calibration[0]):
+                        continue
+                    if time.monotonic() - started > options.budget:
+                        print(f"left out: {name} {criterion} {calibration} {case} seed {seed}")
+                        continue
+                    more = "" if sizes.head_dim == 1 else f", reconstruct_steps: {options.steps}"
+                    text = fields.format(more=more)
+                    if options.channels:
+                        built = recipe("ChannelRemovalModifier", f"sparsity: {case}, {text}")
+                        label = f"{case:.0%} of the channels"
+                    else:
+                        keep = sizes.state_size // int(case)
+                        built = recipe("StateRemovalModifier", f"keep: {keep}, {text}")
+                        label = f"N {sizes.state_size} -> {keep}"
+                    begun = time.perf_counter()
+                    result = one(source, tokenizer, built, tokens, calibration, seed, options)
+                    seconds = time.perf_counter() - begun
+                    measured = perplexities(result.model, tests, options)
+                    row = row_of(rows, name, label, criterion, None if data_free else calibration)
+                    for kind, value in measured.items():
+                        row[kind].append(value / dense[kind])
+                    row["seconds"].append(seconds)
+                    print(
+                        name, label, criterion, calibration, f"seed {seed}",
+                        {k: round(v / dense[k], 4) for k, v in measured.items()},
+                        f"{seconds:.1f} s", flush=True,
+                    )  # fmt: skip
+                    del result
+
+
+def row_of(
+    rows: list[dict[str, Any]], model: str, label: str, criterion: str, calibration: str | None
+) -> dict[str, Any]:
+    """The row of a case, made if it is new."""
+    key = {"model": model, "case": label, "criterion": criterion, "calibration": calibration}
+    for row in rows:
+        if all(row.get(k) == v for k, v in key.items()):
+            return row
+    rows.append({**key, **{kind: [] for kind in TEXTS}, "seconds": []})
+    return rows[-1]
+
+
+def one(
+    source: Any, tokenizer: Any, built: Any, tokens: Any, calibration: str, seed: int, options: Any
+) -> Any:
+    path = TEXTS[calibration][0]
+    samples = windows(tokens[path], options.length, path)
+    if calibration == "corpus":
+        samples = samples[: -max(1, HELD_BACK * 512 // options.length)]
+    loader = calibration_loader(samples, options.windows, options.batch_size, seed)
+    return prune(source.load(), built, loader, tokenizer)
+
+
+def perplexities(model: Any, tests: dict[str, torch.Tensor], options: Any) -> dict[str, float]:
+    return {
+        kind: evaluate_perplexity(model, samples, options.batch_size).perplexity
+        for kind, samples in tests.items()
+    }
+
+
+def kept_states(row: dict[str, Any]) -> int:
+    """Sorts dense first, then from many states to few."""
+    case = row.get("case", "")
+    return -int(case.rpartition(" ")[2]) if "->" in case else -(10**6)
+
+
+def table(rows: list[dict[str, Any]], options: Any) -> str:
+    lines = [
+        f"Perplexity relative to dense, mean of the seeds (highest - lowest of them). "
+        f"{options.windows} x {options.length} calibration tokens, "
+        f"{options.steps} steps where Mamba-2 is reconstructed.",
+        "",
+        "| model | case | criterion | calibrated on | corpus validation | wikitext2 test | seeds "
+        "| seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    order = {name: i for i, name in enumerate(CHANNEL if options.channels else STATE)}
+    for row in sorted(
+        rows,
+        key=lambda r: (
+            options.models.index(r["model"]),
+            kept_states(r),
+            order.get(r["criterion"], 99),
+            r.get("calibration") or "",
+        ),
+    ):
+        if row["criterion"] == "dense":
+            cells = [f"{row[kind][0]:.2f}" for kind in TEXTS]
+            lines.append(f"| {row['model']} | dense | | | {cells[0]} | {cells[1]} | | |")
+            continue
+        cells = []
+        for kind in TEXTS:
+            values = row[kind]
+            spread = f" ({max(values) - min(values):.4f})" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.4f}{spread}")
+        lines.append(
+            f"| {row['model']} | {row['case']} | {row['criterion']} | {row['calibration'] or '-'} "
+            f"| {cells[0]} | {cells[1]} | {len(row['seconds'])} "
+            f"| {statistics.mean(row['seconds']):.1f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Remove whole channels (Mamba-1), heads or channels of every head (Mamba-2)."""
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.mixers import MixerAdapter, get_tensor
+from sparsessm_plugin.modifiers.removal import (
+    CalibrationInputs,
+    RemovalModifier,
+    dense_outputs,
+    fit_out_proj,
+    relative_error,
+    remove,
+)
+from sparsessm_plugin.scan import scan
+from sparsessm_plugin.solvers.channels import LinearTerm, eliminate_blocks, refit
+
+Axis = Literal["channels", "heads", "head_dim"]
+
+# what kernels like: whole tiles of channels; a head's channels in vectors of 8
+_MULTIPLES = {"channels": 64, "heads": 1, "head_dim": 8}
+_RIDGE = 1e-2
+
+
+class ChannelRemovalModifier(RemovalModifier):
+    """Removes the channels that out_proj and x_proj can do without best, from every mixer alike.
+
+    in_proj, conv1d, x_proj, dt_proj, A_log, D, norms and out_proj all become smaller, so this
+    is what makes a whole model faster. Channels are judged together: greedy elimination of the
+    cost that remains once out_proj (and x_proj) are fitted again, which then happens.
+
+    Sample yaml::
+
+        prune_stage:
+          prune_modifiers:
+            ChannelRemovalModifier:
+              sparsity: 0.25
+
+    Lifecycle: see :class:`MixerModifier`; inputs of a mixer are kept until it is pruned.
+
+    :param sparsity: share of the channels to remove, in (0, 1), rounded so that what stays is
+        a multiple of ``multiple_of``
+    :param keep: channels, heads or channels a head that stay, instead of ``sparsity``
+    :param axis: ``channels`` (Mamba-1), ``heads`` or ``head_dim`` (Mamba-2); default: channels,
+        and head_dim where there are heads
+    :param multiple_of: what the kept size is a multiple of; default 64 channels, 8 for
+        head_dim, the number of groups for heads
+    :param saliency: ``output_energy`` (default); for comparison ``magnitude`` (norm of all
+        weights of a channel) and ``out_proj_norm`` (norm of its column of out_proj)
+    :param compensate: any of ``x_proj``, ``out_proj``; ``none``; default all that there are
+    :param targets: must match all mixers
+    :param ignore: must match none
+    :param report_path: ``.json`` file to write the report to
+    """
+
+    sparsity: float | None = None
+    keep: int | None = Field(default=None, ge=1)
+    axis: Axis | None = None
+    multiple_of: int | None = Field(default=None, ge=1)
+    saliency: Literal["output_energy", "magnitude", "out_proj_norm"] = "output_energy"
+    compensate: list[Literal["x_proj", "out_proj"]] | None = None
+
+    # -- settings --------------------------------------------------------------------
+
+    @field_validator("sparsity")
+    @classmethod
+    def _check_sparsity(cls, value: float | None) -> float | None:
+        if value is not None and not 0.0 < value < 1.0:
+            raise ValueError(f"must be between 0 and 1, both excluded, got {value}")
+        return value
+
+    @field_validator("compensate", mode="before")
+    @classmethod
+    def _read_compensate(cls, value: Any) -> Any:
+        if value == "none":
+            return []
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "ChannelRemovalModifier":
+        if (self.keep is None) == (self.sparsity is None):
+            given = "neither" if self.keep is None else "both"
+            raise ValueError(f"give either keep or sparsity, got {given}")
+        data_free = self.saliency != "output_energy" and self.compensate == []
+        self.requires_calibration_data = not data_free
+        return self
+
+    def axis_of(self, adapter: MixerAdapter) -> str:
+        """The axis to shrink in a mixer."""
+        if self.axis is not None:
+            return self.axis
+        return "channels" if "channels" in adapter.axis_names else "head_dim"
+
+    def kept(self, adapter: MixerAdapter) -> int:
+        """How many indices of the axis stay."""
+        axis = self.axis_of(adapter)
+        multiple = self.multiple_of or _MULTIPLES[axis]
+        if axis == "heads" and self.multiple_of is None:
+            multiple = adapter.sizes.n_groups
+        if self.keep is not None:
+            if self.multiple_of is not None and self.keep % multiple:
+                raise SparseSSMError(
+                    f"{type(self).__name__}: keep = {self.keep} is no multiple of {multiple}"
+                )
+            return self.keep
+        assert self.sparsity is not None
+        return round(adapter.axis_length(axis) * (1 - self.sparsity) / multiple) * multiple
+
+    def check_mixer(self, adapter: MixerAdapter) -> None:
+        who, axis = type(self).__name__, self.axis_of(adapter)
+        try:
+            length = adapter.axis_length(axis)
+        except SparseSSMError as error:
+            raise SparseSSMError(f"{who}: {error}") from error
+        keep = self.kept(adapter)
+        if not 1 <= keep < length:
+            raise SparseSSMError(
+                f"{who}: keeping {keep} of the {length} {axis} of {adapter.name} removes none or "
+                "all; give another sparsity, keep or multiple_of"
+            )
+        if axis == "heads" and keep % adapter.sizes.n_groups:
+            raise SparseSSMError(
+                f"{who}: {adapter.name} shares B and C in {adapter.sizes.n_groups} groups of "
+                f"heads, which must stay equal; {keep} heads do not divide"
+            )
+        try:
+            adapter.size_fields(axis, keep)
+        except SparseSSMError as error:
+            raise SparseSSMError(f"{who}: {error}") from error
+        if "x_proj" in (self.compensate or ()) and "x_proj" not in adapter.projections:
+            raise SparseSSMError(f"{who}: {adapter.name} ({adapter.family}) has no x_proj")
+
+    # -- one mixer -------------------------------------------------------------------
+
+    def shrink(
+        self, adapter: MixerAdapter, inputs: CalibrationInputs
+    ) -> tuple[str, list[int], MixerAdapter, dict[str, Any]]:
+        axis = self.axis_of(adapter)
+        steps = (
+            [p for p in ("x_proj", "out_proj") if p in adapter.projections]
+            if self.compensate is None
+            else self.compensate
+        )
+        remove_count = adapter.axis_length(axis) - self.kept(adapter)
+        blocks = channel_blocks(adapter, axis)
+        terms: dict[str, LinearTerm] = {}
+        if self.requires_calibration_data:
+            terms = gather(adapter, inputs)
+        groups = adapter.sizes.n_groups if axis == "heads" else 1
+        if self.saliency == "output_energy":
+            removed = eliminate_blocks(list(terms.values()), blocks, remove_count, groups)
+        else:
+            score = block_magnitude(adapter, axis, whole=self.saliency == "magnitude")
+            order = score.view(groups, -1).argsort(dim=1, stable=True)[:, : remove_count // groups]
+            offsets = torch.arange(groups, device=order.device)[:, None] * (len(score) // groups)
+            removed = sorted((order + offsets).flatten().tolist())
+        small = remove(adapter, axis, removed)
+        if not terms:
+            return axis, removed, small, {}
+        targets = dense_outputs(adapter, inputs)
+        entry: dict[str, Any] = {"error_removed": relative_error(small, inputs, targets)}
+        if "x_proj" in steps:
+            kept = _complement(blocks, removed)
+            gram, weight = terms["x_proj"].gram, adapter.mixer.x_proj.weight
+            small.mixer.x_proj.weight.copy_(refit(gram, weight, kept, _RIDGE))
+        if "out_proj" in steps:
+            fit_out_proj(small, inputs, targets, _RIDGE)
+        entry["error_left"] = relative_error(small, inputs, targets)
+        return axis, removed, small, entry
+
+
+def channel_blocks(adapter: MixerAdapter, axis: str) -> Tensor:
+    """(indices of the axis, channels of each) positions in the mixer's D channels."""
+    reads = next(a for a in adapter.axes(axis) if a.tensor == "out_proj.weight")
+    indices = range(adapter.axis_length(axis))
+    return torch.tensor([reads.positions([i]) for i in indices], device=adapter.A_log.device)
+
+
+def _complement(blocks: Tensor, removed: list[int]) -> Tensor:
+    gone = torch.zeros(blocks.numel(), dtype=torch.bool, device=blocks.device)
+    gone[blocks[removed].flatten()] = True
+    return (~gone).nonzero().flatten()
+
+
+def block_magnitude(adapter: MixerAdapter, axis: str, whole: bool) -> Tensor:
+    """(indices,) root of the sum of squares of the weights that an index owns.
+
+    :param whole: all weight matrices; otherwise its columns of out_proj only
+    """
+    length = adapter.axis_length(axis)
+    total = torch.zeros(length, dtype=torch.float64, device=adapter.A_log.device)
+    for where in adapter.axes(axis):
+        tensor = get_tensor(adapter.mixer, where.tensor)
+        if tensor is None or tensor.ndim < 2 or where.tensor in ("A_log", "mup_vector"):
+            continue
+        if not whole and where.tensor != "out_proj.weight":
+            continue
+        others = [d for d in range(tensor.ndim) if d != where.dim]
+        squares = tensor.detach().double().square().sum(others)
+        total += torch.stack([squares[where.positions([i])].sum() for i in range(length)])
+    return total.sqrt()
+
+
+def gather(adapter: MixerAdapter, inputs: CalibrationInputs) -> dict[str, LinearTerm]:
+    """Gram matrices of what out_proj and x_proj read, with weights scaled to count alike.
+
+    The error of out_proj counts relative to the energy of its output, that of x_proj relative to
+    the energy of dt, B and C apart.
+    """
+    device, D = adapter.A_log.device, adapter.sizes.intermediate_size
+    grams = {
+        name: torch.zeros(D, D, dtype=torch.float64, device=device)
+        for name in ("out_proj", "x_proj")
+        if name in adapter.projections
+    }
+    for _, q in inputs.iterate(adapter):
+        read = {"out_proj": adapter.out_input(q, scan(q)), "x_proj": q.u}
+        for name, gram in grams.items():
+            x = read[name] if q.mask is None else read[name] * q.mask[..., None]
+            x = x.flatten(0, 1)
+            gram += (x.T @ x).double()
+    terms: dict[str, LinearTerm] = {}
+    for name, gram in grams.items():
+        if not bool(torch.isfinite(gram).all()):
+            raise SparseSSMError(
+                f"{adapter.name}: NaN or infinite values during calibration; nothing was removed"
+            )
+        weight = adapter.mixer.get_parameter(f"{name}.weight").double()
+        energy = ((weight @ gram) * weight).sum(1)  # (out,) of every row's output
+        if name == "x_proj":
+            R, N = adapter.sizes.time_step_rank, adapter.sizes.state_size
+            energy = torch.cat([e.sum().expand(len(e)) for e in energy.split([R, N, N])])
+        else:
+            energy = energy.sum().expand(len(energy))
+        terms[name] = LinearTerm(gram, weight / energy.clamp(min=1e-30).sqrt()[:, None])
+    return terms
