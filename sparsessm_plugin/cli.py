@@ -493,6 +493,15 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
         raise SparseSSMError(f"cannot save the model: {error}") from error
 
 
+# plural of what removal modifiers count, over all mixers
+_UNITS = {
+    "state": "states",
+    "channels": "channels",
+    "heads": "heads",
+    "head_dim": "channels a head",
+}
+
+
 def _print_pruned(report: dict[str, Any], output: Path) -> None:
     before, after = report["before"], report["after"]
     table = Table("", "before", "after", box=None)
@@ -508,8 +517,12 @@ def _print_pruned(report: dict[str, Any], output: Path) -> None:
     out.print(table)
     for modifier in report["modifiers"]:
         total = modifier["total"]
+        unit = total.get("unit")  # what whole parts were removed of; single entries are pruned
+        done, things = (
+            ("removed", _UNITS.get(unit, unit)) if unit is not None else ("pruned", "entries")
+        )
         out.print(
-            f"{modifier['modifier']}: pruned {total['pruned']:,} of {total['entries']:,} entries "
+            f"{modifier['modifier']}: {done} {total['pruned']:,} of {total['entries']:,} {things} "
             f"({total['sparsity']:.2%}) in {total['seconds']:.1f} s"
         )
     out.print(f"saved to {escape(str(output))}", soft_wrap=True)

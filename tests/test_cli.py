@@ -141,10 +141,52 @@ def test_earlier_result_is_replaced(sparsessm, tmp_path):
     assert zeros == [4096, 8192]
 
 
+def test_prune_removes_states(sparsessm, text_file, tmp_path):
+    out = tmp_path / "out"
+    code, stdout, _ = sparsessm(
+        *("prune", DEMO, "--recipe", "state-50", "--calibration", text_file),
+        *("--output", out, "--num-samples", 32, "--max-seq-length", 64),
+    )
+    assert code == 0
+    assert "StateRemovalModifier: removed 32 of 64 states (50.00%) in" in stdout
+    assert "entries" not in stdout
+    assert json.loads((out / "config.json").read_text())["state_size"] == 8
+    report = json.loads((out / "sparsessm_report.json").read_text())
+    assert report["after"]["parameters"] < report["before"]["parameters"]
+    for layer in report["modifiers"][0]["layers"]:
+        assert layer["error_left"] < layer["error_removed"]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.backbone.layers[3].mixer.A_log.shape == (256, 8)
+    samples = windows(tokenize(read_texts(text_file), AutoTokenizer.from_pretrained(out)), 64, "x")
+    # without the fit it is half as much again
+    dense = evaluate_perplexity(AutoModelForCausalLM.from_pretrained(DEMO), samples).perplexity
+    assert evaluate_perplexity(model, samples).perplexity < 1.3 * dense
+
+
+def test_prune_removes_states_of_groups_and_quantizes(sparsessm, text_file, tmp_path):
+    vocab_size = AutoModelForCausalLM.from_pretrained(DEMO).config.vocab_size
+    saved_tiny_model(tmp_path / "model", "mamba2", vocab_size=vocab_size)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "a_stage:\n  a_modifiers:\n    StateRemovalModifier: {keep: 4, reconstruct_steps: 2}\n"
+        "    QuantizationModifier: {targets: [Linear], scheme: W8A8, ignore: [lm_head]}\n"
+    )
+    code, stdout, _ = sparsessm(
+        *("prune", tmp_path / "model", "--recipe", recipe, "--calibration", text_file),
+        *("--output", tmp_path / "out", *SHORT),
+    )
+    assert code == 0
+    assert "removed 16 of 32 states" in stdout
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["state_size"] == 4
+    assert config["quantization_config"]["format"] == "int-quantized"
+
+
 def test_recipes_are_listed_and_printed(sparsessm):
     code, stdout, _ = sparsessm("recipes")
     assert code == 0
     assert "alog-2of4" in stdout
+    assert "state-50-w8a8" in stdout
     code, stdout, _ = sparsessm("recipes", "alog-2of4")
     assert 'mask_structure: "2:4"' in stdout
 
@@ -352,6 +394,10 @@ def test_nan_is_named_with_its_layer(refused, tmp_path, text_file):
         model.save_pretrained(tmp_path / "model")
     message = refused("prune", tmp_path / "model", *options, *SHORT)
     assert "backbone.layers.1.mixer: its input holds NaN" in message
+    options = ("--recipe", "state-50", *options[2:])
+    message = refused("prune", tmp_path / "model", *options, *SHORT)
+    assert "backbone.layers.1.mixer: its input holds NaN" in message
+    assert "partly pruned and of no use; load it again. Nothing was saved" in message
 
 
 def test_output_that_is_not_ours(refused, tmp_path, text_file):

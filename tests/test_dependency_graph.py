@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from sparsessm_plugin.dependency_graph import MixerDependencyGraph, apply_config_fields
-from sparsessm_plugin.dependency_graph.surrogate import Mamba1Surrogate, make_surrogate
+from sparsessm_plugin.dependency_graph.surrogate import Mamba1Surrogate
 from sparsessm_plugin.dependency_graph.tensors import format_ranges
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import find_mixers, get_adapter, get_tensor
@@ -110,12 +110,12 @@ def some_indices(adapter, axis):
 
 def removable(adapter, axis):
     """How many indices of an axis can go so that the loader makes what remains."""
-    surrogate, counts = make_surrogate(adapter, axis), []
+    counts = []
     groups = adapter.sizes.n_groups if axis in ("state", "heads") else 1
     for count in range(groups, adapter.axis_length(axis), groups):
         size = adapter.axis_length(axis) - count
         try:
-            surrogate.config_fields(size // groups if axis == "state" else size)
+            adapter.size_fields(axis, size // groups if axis == "state" else size)
         except SparseSSMError:
             continue
         counts.append(count)

@@ -28,6 +28,7 @@ def with_fields(fields):
 def test_built_in_recipes_are_valid():
     names = recipe_names()
     assert {"alog-50", "alog-50-memoryless", "alog-2of4", "alog-paper"} <= set(names)
+    assert {"state-50", "state-75", "state-50-w8a8"} <= set(names)
     for name in names:
         assert load_recipe(name).modifiers
         assert load_recipe(recipe_path(name)).text == load_recipe(name).text
@@ -44,6 +45,13 @@ def test_what_the_built_in_recipes_say():
         "frequency",
         "zero",
     )
+    for name, sparsity in (("state-50", 0.5), ("state-75", 0.75), ("state-50-w8a8", 0.5)):
+        removal = load_recipe(name).modifiers[0]
+        assert type(removal).__name__ == "StateRemovalModifier"
+        assert removal.sparsity == sparsity
+    quantization = load_recipe("state-50-w8a8").modifiers[1]
+    assert quantization.scheme == "W8A8"
+    assert "lm_head" in quantization.ignore
 
 
 def test_recipes_with_other_peoples_modifiers():
@@ -165,6 +173,8 @@ def test_built_in_recipes_fit_every_family(family):
     for name in recipe_names():
         recipe = load_recipe(name)
         kinds = {type(modifier).__name__ for modifier in recipe.modifiers}
+        if "ChannelRemovalModifier" in kinds:
+            continue  # removes 64 channels at least, and the tiny models have no more
         if family in MAMBA2 and "SparseSSMModifier" in kinds:
             with pytest.raises(SparseSSMError, match="one entry a head"):
                 recipe.check_model(model)

@@ -457,3 +457,16 @@ def test_offered_scan_is_used_once():
         offer(adapter.mixer, hidden_states, None, q, torch.zeros_like(q.u))
         other = hidden_states.clone()  # not the very input: the offer does not count
         assert torch.equal(adapter.mixer(other), expected)
+
+
+def test_scan_leaves_the_number_of_threads_alone():
+    """numba and torch may share one OpenMP, where setting one number sets both."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        adapter = find_mixers(tiny_model("mamba"))[0]
+        with torch.no_grad():
+            scan(adapter.quantities(torch.randn(1, 5, adapter.sizes.hidden_size)))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

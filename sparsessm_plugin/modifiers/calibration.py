@@ -141,7 +141,9 @@ class MixerModifier(Modifier):
         adapters = self.matching_mixers(state.model)
         for adapter in adapters:
             for name, parameter in adapter.mixer.named_parameters():
-                if not _is_finite(parameter):
+                # a quantization modifier's scales are empty until it has calibrated them
+                calibrated = not name.endswith(("_scale", "_zero_point"))
+                if calibrated and not _is_finite(parameter):
                     raise SparseSSMError(
                         f"{adapter.name}.{name} holds NaN or infinite values; nothing was pruned"
                     )

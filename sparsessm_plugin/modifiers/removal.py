@@ -27,6 +27,8 @@ from sparsessm_plugin.solvers.compensation import ridge_update
 
 # Tokens that a pass over the calibration inputs looks at together.
 _TOKENS = 8192
+# Fewer than this and the fit follows the text instead of the language.
+_TOKENS_PER_CHANNEL = 16
 
 
 class CalibrationInputs:
@@ -144,8 +146,16 @@ class RemovalModifier(MixerModifier):
     def _compress_mixer(self, adapter: MixerAdapter) -> None:
         started = time.perf_counter()
         inputs = self._inputs.pop(adapter.name, CalibrationInputs())
+        self.check_mixer(adapter)  # again: an earlier modifier may have made it smaller
         if self.requires_calibration_data and inputs.tokens == 0:
             raise SparseSSMError(f"{adapter.name} saw no calibration tokens; nothing was removed")
+        few = _TOKENS_PER_CHANNEL * adapter.sizes.intermediate_size
+        if self.requires_calibration_data and inputs.tokens < few:
+            logger.warning(
+                f"{adapter.name}: {inputs.tokens} calibration tokens are few for "
+                f"{adapter.sizes.intermediate_size} channels; what is fitted to them may not "
+                f"hold elsewhere, give {few} or more"
+            )
         axis, removed, small, entry = self.shrink(adapter.float_clone(), inputs)
         for name, parameter in small.mixer.named_parameters():
             if not bool(torch.isfinite(parameter).all()):

@@ -1,7 +1,8 @@
-"""Keep new sizes in the config.json that LLM Compressor writes.
+"""Let what LLM Compressor writes load again in stock transformers.
 
 Its ``save_pretrained`` puts the config file of the original checkpoint in the place of the
-one that transformers has written, which brings the old sizes back.
+one that transformers has written, which brings the old sizes back. And it writes experts one
+by one, as ``oneshot()`` takes them apart, where some architectures read them packed.
 """
 
 import json
@@ -11,6 +12,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from llmcompressor.modeling.moe.linearize import get_linearized_moes, repack_moe
 from llmcompressor.transformers.compression.compressed_tensors_utils import (
     modify_save_pretrained,
 )
@@ -36,6 +38,7 @@ def change_config(model: Any, fields: Mapping[str, Any]) -> None:
 
     @wraps(inner)
     def save_pretrained(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        _pack_experts(model)
         result = inner(save_directory, *args, **kwargs)
         path = Path(save_directory) / "config.json"
         if path.is_file():
@@ -48,6 +51,13 @@ def change_config(model: Any, fields: Mapping[str, Any]) -> None:
     save_pretrained._overridden = True  # type: ignore[attr-defined]
     save_pretrained.sparsessm_fields = kept  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained
+
+
+def _pack_experts(model: Any) -> None:
+    """Give the model its own expert modules back, unless a quantization needs them apart."""
+    parts = (part for _, experts in get_linearized_moes(model) for part in experts.modules())
+    if not any(getattr(part, "quantization_scheme", None) is not None for part in parts):
+        repack_moe(model)
 
 
 def _write_fields(content: dict[str, Any], fields: Mapping[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """Remove whole state dimensions, and let the remaining weights take over what they did."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -7,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import MixerAdapter, get_tensor
+from sparsessm_plugin.mixers import MixerAdapter, MixerQuantities, get_tensor
 from sparsessm_plugin.modifiers.removal import (
     CalibrationInputs,
     RemovalModifier,
@@ -24,11 +26,16 @@ from sparsessm_plugin.saliency.states import (
     lowest,
 )
 from sparsessm_plugin.scan import REFERENCE, scan, scan_states
-from sparsessm_plugin.solvers.compensation import mix_C, skip_update, without_skip
+from sparsessm_plugin.solvers.compensation import (
+    fit_features,
+    mix_C,
+    skip_update,
+    without_skip,
+)
 from sparsessm_plugin.solvers.reconstruction import reconstruct
 from sparsessm_plugin.solvers.subsets import EXHAUSTIVE, best_subsets, choose
 
-Compensation = Literal["D", "C", "reconstruct", "out_proj"]
+Compensation = Literal["D", "C", "B", "reconstruct", "out_proj"]
 
 # Every how many steps the states are looked at. Neighbouring steps say nearly the same, and in
 # the Mamba-2 layout the sums cost N times the recurrence.
@@ -37,6 +44,9 @@ _EVERY_STATES, _EVERY_HEADS = 4, 16
 _RERANKED = 256
 _OUT_PROJ_RIDGE = 1e-2
 _LEARNING_RATE = 1e-3
+# Times that B and C are fitted in turn, and the largest N for N^2 features.
+_ROUNDS = 1
+_MOST_MIXED = 32
 # Memory for the states of one pass, and steps whose products are summed together.
 _STATE_BYTES, _STATE_BYTES_CPU = 2**30, 2**28
 _SAMPLES = 256
@@ -65,11 +75,12 @@ class StateRemovalModifier(RemovalModifier):
     :param saliency: ``output_energy`` (default): the squared change of the output that a set
         of states makes together; for comparison ``magnitude`` (row norms of B and C), ``last``,
         ``paper`` (the vote of SparseSSM's code), ``ghost`` (after arXiv 2602.11408)
-    :param compensate: any of ``D``, ``C`` (closed form; Mamba-1 layout without a norm on C),
-        ``reconstruct`` (gradient steps on the rows of B and C and on out_proj, against the
-        layer's own dense output), ``out_proj`` (linear regression); ``none``; default: D, C
-        and out_proj where C can be mixed, D and out_proj where B and C are normalised, D,
-        reconstruct and out_proj for the Mamba-2 layout
+    :param compensate: any of ``D``; ``C`` and with it ``B`` (rows as mixtures of the old ones,
+        in closed form; Mamba-1 layout without a norm on them); ``reconstruct`` (gradient steps
+        on the rows of B and C and on out_proj, against the layer's own dense output);
+        ``out_proj`` (linear regression); ``none``; default: D, C, B and out_proj where C can be
+        mixed, D and out_proj where B and C are normalised, D, reconstruct and out_proj for the
+        Mamba-2 layout
     :param reconstruct_steps: gradient steps of ``reconstruct`` for each layer
     :param targets: must match all mixers
     :param ignore: must match none
@@ -92,6 +103,8 @@ class StateRemovalModifier(RemovalModifier):
                 f"must be one number, got {value!r}: transformers, mamba-ssm and vLLM read one "
                 "state size for all layers from the config"
             )
+        if isinstance(value, bool):
+            raise ValueError(f"must be a whole number, got {value}")
         if isinstance(value, int) and value < 1:
             raise ValueError(f"must be at least 1, got {value}")
         return value
@@ -131,7 +144,9 @@ class StateRemovalModifier(RemovalModifier):
         if self.compensate is not None:
             return tuple(self.compensate)
         if adapter.mixes_C:
-            return ("D", "C", "out_proj")
+            if adapter.sizes.state_size > _MOST_MIXED:
+                return ("D", "out_proj")
+            return ("D", "C", "B", "out_proj")
         if adapter.norms_state:
             return ("D", "out_proj")
         return ("D", "reconstruct", "out_proj")
@@ -152,7 +167,10 @@ class StateRemovalModifier(RemovalModifier):
                     "gives its convolution a number of channels that 8 does not divide, which "
                     "causal-conv1d and mamba-ssm refuse"
                 )
-        if "C" in (self.compensate or ()) and not adapter.mixes_C:
+        given = self.compensate or ()
+        if "B" in given and "C" not in given:
+            raise SparseSSMError(f"{who}: compensate: B is fitted in turn with C; give both")
+        if "C" in given and not adapter.mixes_C:
             reason = "a norm" if adapter.norms_state else "a convolution and SiLU"
             raise SparseSSMError(
                 f"{who}: compensate: C is not possible in {adapter.name} ({adapter.family}), "
@@ -183,7 +201,14 @@ class StateRemovalModifier(RemovalModifier):
             fit_scale(adapter, small, inputs)
         entry: dict[str, Any] = {"error_removed": relative_error(small, inputs, targets)}
         if mixing:
-            fit_C(adapter, small, mixing_gram(statistics, "D" in steps), removed)
+            with_D = "D" in steps
+            M_C = fit_C(adapter, small, mixing_gram(statistics, with_D), removed)
+            if "B" in steps:
+                kept = [n for n in range(adapter.sizes.state_size) if n not in set(removed)]
+                M_B = torch.eye(adapter.sizes.state_size, dtype=M_C.dtype, device=M_C.device)[kept]
+                for _ in range(_ROUNDS):
+                    M_B = fit_mixture(adapter, small, inputs, M_B, "B", with_D)
+                    M_C = fit_mixture(adapter, small, inputs, M_C, "C", with_D)
         if "D" in steps:
             fit_D(adapter, small, inputs)
         if "reconstruct" in steps:
@@ -231,26 +256,39 @@ class StateRemovalModifier(RemovalModifier):
 
 
 def gather(
-    adapter: MixerAdapter, inputs: CalibrationInputs, mixing: bool, vote: bool
+    adapter: MixerAdapter,
+    inputs: CalibrationInputs,
+    mixing: bool = False,
+    vote: bool = False,
+    expand: Callable[[MixerQuantities, Tensor, Tensor | None], MixerQuantities] | None = None,
 ) -> StateStatistics:
-    """Run the recurrence over the calibration inputs and sum up what each state adds."""
+    """Run the recurrence over the calibration inputs and sum up what each state adds.
+
+    :param mixing: also the sums that mixing C needs
+    :param vote: also the scores that the paper's vote needs
+    :param expand: makes other states out of the mixer's quantities, hidden states and mask;
+        Mamba-1 layout only
+    """
     statistics = StateStatistics(mixing)
     out_norm = adapter.out_norm
+    states = adapter.sizes.state_size * (1 if expand is None else adapter.sizes.state_size)
     for i in range(len(inputs)):
         hidden_states, mask = inputs.get(i, adapter.A_log.device)
         length = hidden_states.shape[1]
-        every = min(_EVERY_STATES if adapter.has_state_transitions else _EVERY_HEADS, length)
+        # of a short sequence in long padding a step must be seen, too
+        real = length if mask is None else max(1, int(mask.bool().sum(1).max()))
+        every = min(_EVERY_STATES if adapter.has_state_transitions else _EVERY_HEADS, real)
         if vote and adapter.has_state_transitions:
             every = 1  # the paper's vote is taken at every step
         # so many sequences at a time that their states take a few hundred megabytes
-        sizes = adapter.sizes
-        per_row = 4 * (length // every) * sizes.intermediate_size * sizes.state_size
+        per_row = 4 * (length // every) * adapter.sizes.intermediate_size * states
         rows = max(1, (_STATE_BYTES_CPU if hidden_states.is_cpu else _STATE_BYTES) // per_row)
         for start in range(0, len(hidden_states), rows):
-            q = adapter.quantities(
-                hidden_states[start : start + rows],
-                None if mask is None else mask[start : start + rows],
-            )
+            piece = hidden_states[start : start + rows]
+            piece_mask = None if mask is None else mask[start : start + rows]
+            q = adapter.quantities(piece, piece_mask)
+            if expand is not None:
+                q = expand(q, piece, piece_mask)
             y, h = scan_states(q, every)
             at = torch.arange(every - 1, every * h.shape[1], every, device=h.device)
             if vote:
@@ -265,8 +303,8 @@ def gather(
                 flat = [s.flatten(0, 1) for s in sampled]
             else:
                 flat = [s[q.mask[:, at]] for s in sampled]
-            for piece in zip(*(s.split(_SAMPLES) for s in flat), strict=True):
-                statistics.add(*piece)
+            for samples in zip(*(s.split(_SAMPLES) for s in flat), strict=True):
+                statistics.add(*samples)
     return statistics
 
 
@@ -323,10 +361,13 @@ def mixing_gram(statistics: StateStatistics, with_D: bool) -> Tensor:
 # -- compensation ------------------------------------------------------------------------
 
 
-def fit_C(adapter: MixerAdapter, small: MixerAdapter, features: Tensor, removed: list[int]) -> None:
+def fit_C(
+    adapter: MixerAdapter, small: MixerAdapter, features: Tensor, removed: list[int]
+) -> Tensor:
     """New rows of C as mixtures of all old ones; D may be fitted to the rest afterwards.
 
     :param features: (N, N, N, N) Gram matrix from :func:`mixing_gram`
+    :return: (K, N) the mixture
     """
     N = adapter.sizes.state_size
     kept = torch.tensor([n for n in range(N) if n not in set(removed)], device=small.A_log.device)
@@ -335,11 +376,59 @@ def fit_C(adapter: MixerAdapter, small: MixerAdapter, features: Tensor, removed:
     rows = adapter.mixer.get_parameter(old.tensor)[old.start : old.start + N]
     target = small.mixer.get_parameter(new.tensor)
     target[new.start : new.start + len(kept)] = (M[0] @ rows.double()).to(target.dtype)
+    return M[0]
+
+
+def fit_mixture(
+    adapter: MixerAdapter,
+    small: MixerAdapter,
+    inputs: CalibrationInputs,
+    M: Tensor,
+    which: Literal["B", "C"],
+    with_D: bool,
+) -> Tensor:
+    """Fit the rows of B, or those of C, as mixtures of all old ones, the others being fixed.
+
+    y is linear in either: a row ``B'_k = sum_j M_kj B_j`` gives the states ``sum_j M_kj h_kj``,
+    where h_kj runs with the kept transition A_k and is driven by B_j. So the sums of
+    :class:`StateStatistics` over K N such states, beside the N dense ones, hold the least
+    squares problem.
+
+    :param M: (K, N) mixture that the rows are now
+    :return: (K, N) the new one; the rows are written
+    """
+    K, N = M.shape
+
+    def expand(q: MixerQuantities, hidden: Tensor, mask: Tensor | None) -> MixerQuantities:
+        s = small.quantities(hidden, mask)
+        old, new = {"B": (q.B, s.C), "C": (q.C, s.B)}[which]
+        mixed = torch.cat([old.repeat(1, 1, K), q.B if which == "B" else q.C], dim=-1)
+        fixed = torch.cat([new.repeat_interleave(N, dim=-1), q.C if which == "B" else q.B], dim=-1)
+        A = torch.cat([s.A.repeat_interleave(N, dim=1), q.A], dim=1)
+        B, C = (mixed, fixed) if which == "B" else (fixed, mixed)
+        return replace(q, A=A, B=B, C=C)
+
+    statistics = gather(adapter, inputs, expand=expand)
+    assert statistics.gram is not None
+    gram = statistics.gram[0]
+    if with_D:
+        assert statistics.skip is not None
+        assert statistics.skip_energy is not None
+        gram = without_skip(gram, statistics.skip, statistics.skip_energy)
+    M = fit_features(gram, M)
+    axis = {"B": 0, "C": 1}[which]
+    where, target = adapter.state_rows[axis], small.state_rows[axis]
+    rows = adapter.mixer.get_parameter(where.tensor)[where.start : where.start + N]
+    weight = small.mixer.get_parameter(target.tensor)
+    weight[target.start : target.start + K] = (M @ rows.double()).to(weight.dtype)
+    return M
 
 
 def fit_D(adapter: MixerAdapter, small: MixerAdapter, inputs: CalibrationInputs) -> None:
     """Add to D what of the lost scan output follows the scan input."""
     entries, weight = len(small.mixer.D), adapter.out_norm
+    # scale_state() may have put a factor into out_proj, which D goes through as well
+    factor = torch.where(weight > 0, small.out_norm / weight, torch.ones_like(weight))
     lost = torch.zeros(entries, dtype=torch.float64, device=weight.device)
     energy = torch.zeros_like(lost)
     after = inputs.iterate(small)
@@ -348,7 +437,7 @@ def fit_D(adapter: MixerAdapter, small: MixerAdapter, inputs: CalibrationInputs)
         gained = (adapter.out_gain(q, y) * weight).square()
         if q.mask is not None:
             gained = gained * q.mask[..., None]
-        missing = y - scan(small_q)
+        missing = y / factor - scan(small_q)
         both = (gained * q.u * missing).sum((0, 1)).double()
         lost += both.view(entries, -1).sum(1)
         energy += (gained * q.u.square()).sum((0, 1)).double().view(entries, -1).sum(1)
@@ -383,10 +472,17 @@ def fit_state_rows(
 
     def loss(i: int) -> Tensor:
         q = small.quantities(*inputs.get(i, device))
-        y = scan(q, backend=REFERENCE)  # differentiable
+        # numba's scan is not differentiable; the other ones are
+        y = scan(q, backend=REFERENCE if q.u.is_cpu else None)
         error = masked_error(targets[i].to(device), small.output(q, y), q.mask)
         return error.square().sum() / (energy + 1e-30)
 
     parameters: list[tuple[torch.nn.Parameter, Tensor | None]] = [*small.state_parameters()]
     parameters.append((small.mixer.out_proj.weight, None))
+    before = relative_error(small, inputs, targets)
+    weights = [parameter.detach().clone() for parameter, _ in parameters]
     reconstruct(parameters, loss, len(targets), steps, _LEARNING_RATE)
+    # Adam's first steps move away from a fit that is good already; too few of them stay there
+    if not relative_error(small, inputs, targets) < before:
+        for (parameter, _), weight in zip(parameters, weights, strict=True):
+            parameter.copy_(weight)

@@ -82,8 +82,8 @@ class StateStatistics:
 
     def is_finite(self) -> bool:
         """Whether every sum is a finite number."""
-        kept = (self.gram, self.skip, self.skip_energy, self.mixing, self.step_score)
-        return all(bool(torch.isfinite(t).all()) for t in kept if t is not None)
+        kept = (v for v in vars(self).values() if isinstance(v, Tensor))
+        return all(bool(torch.isfinite(t).all()) for t in kept)
 
 
 def _plus(total: Tensor | None, value: Tensor) -> Tensor:
@@ -121,14 +121,16 @@ def paper(inputs: StateInputs) -> Tensor:
     """SparseSSM's structured pruning (arXiv 2506.09613; ``structure_ts`` in its code).
 
     At every step the states with the lowest ``sum over channels of A_log^2 h_t^2`` get a vote;
-    those with the most votes go. Ties go to the lower summed score.
+    those with the most votes go. Ties go to the lower summed score. Steps at which every
+    sequence is padding have no vote.
     """
     statistics = inputs.statistics
     assert statistics is not None
     assert statistics.step_score is not None
     score = statistics.step_score  # (steps, G, N)
     lowest = score.argsort(dim=-1, stable=True)[..., : inputs.remove]
-    votes = torch.zeros_like(score).scatter_(-1, lowest, 1.0).sum(0)  # (G, N)
+    votes = torch.zeros_like(score).scatter_(-1, lowest, 1.0)
+    votes = (votes * (score.sum(-1, keepdim=True) > 0)).sum(0)  # (G, N)
     total = score.sum(0)
     rank = total.argsort(dim=-1).argsort(dim=-1).double() / total.shape[-1]
     return rank - votes

@@ -51,8 +51,8 @@ def _run(
     transition, transition_sum = _views(statistics.transition if statistics else None)
     error, error_sum = _views(statistics.output_error if statistics else None)
 
-    threads = get_num_threads()
-    set_num_threads(min(threads, torch.get_num_threads()))
+    threads, torch_threads = get_num_threads(), torch.get_num_threads()
+    set_num_threads(min(threads, torch_threads))
     try:
         _scan(
             _array(q.u),
@@ -79,6 +79,8 @@ def _run(
         )
     finally:
         set_num_threads(threads)
+        # where both run on the same OpenMP, numba has just changed torch's number, too
+        torch.set_num_threads(torch_threads)
     return y
 
 

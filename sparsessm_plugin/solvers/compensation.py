@@ -69,6 +69,24 @@ def mix_C(mixing: Tensor, kept: Tensor, ridge: float = C_RIDGE) -> tuple[Tensor,
     return M.view(-1, K, N), left
 
 
+def fit_features(gram: Tensor, M: Tensor, ridge: float = C_RIDGE) -> Tensor:
+    """Coefficients of features that express the sum of other features best.
+
+    :param gram: (F + N, F + N) Gram matrix of F = K N features to use, then of N features
+        whose sum is the target
+    :param M: (K, N) coefficients to start from
+    :param ridge: relative to each diagonal entry; pulls towards ``M``
+    :return: (K, N)
+    """
+    F = M.numel()
+    A, target = gram[:F, :F], gram[:F, F:].sum(1)
+    start = M.flatten()
+    diagonal = A.diagonal()
+    damping = ridge * diagonal + 1e-8 * diagonal.mean() + 1e-30
+    change = torch.linalg.solve(A + torch.diag(damping), target - A @ start)
+    return (start + change).view_as(M)
+
+
 def ridge_update(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """The change of a weight that fits an error best.
 

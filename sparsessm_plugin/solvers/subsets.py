@@ -36,7 +36,7 @@ def best_subsets(gram: Tensor, remove: int, count: int = 1) -> Tensor:
     subsets: Iterator[tuple[int, ...]] = combinations(range(N), remove)
     while chunk := list(islice(subsets, _CHUNK)):
         removed = torch.zeros(len(chunk), N, dtype=torch.bool, device=gram.device)
-        removed.scatter_(1, torch.tensor(chunk, device=gram.device), True)
+        removed.scatter_(1, torch.tensor(chunk, dtype=torch.long, device=gram.device), True)
         cost = removal_cost(gram, removed)
         order = cost.argsort()[:count]
         best.append(removed[order])
