@@ -29,7 +29,7 @@ def adapter():
 def inputs_of(adapter):
     inputs = CalibrationInputs()
     generator = torch.Generator().manual_seed(0)
-    inputs.add(torch.randn(4, 32, adapter.sizes.hidden_size, generator=generator), None)
+    inputs.add(torch.randn(8, 256, adapter.sizes.hidden_size, generator=generator), None)
     return inputs
 
 

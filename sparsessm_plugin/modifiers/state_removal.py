@@ -38,8 +38,9 @@ from sparsessm_plugin.solvers.subsets import EXHAUSTIVE, best_subsets, choose
 Compensation = Literal["D", "C", "B", "reconstruct", "out_proj"]
 
 # Every how many steps the states are looked at. Neighbouring steps say nearly the same, and in
-# the Mamba-2 layout the sums cost N times the recurrence.
-_EVERY_STATES, _EVERY_HEADS = 4, 16
+# the Mamba-2 layout, and with K N states in place of N, the sums cost far more than the scan.
+# Little text is looked at more closely, so that about _ENOUGH_STEPS are seen.
+_EVERY_STATES, _EVERY_HEADS, _EVERY_EXPANDED, _ENOUGH_STEPS = 4, 16, 16, 1024
 # Cheapest sets by their own cost that are ranked again by what C and D leave of it.
 _RERANKED = 256
 _OUT_PROJ_RIDGE = 1e-2
@@ -277,7 +278,9 @@ def gather(
         length = hidden_states.shape[1]
         # of a short sequence in long padding a step must be seen, too
         real = length if mask is None else max(1, int(mask.bool().sum(1).max()))
-        every = min(_EVERY_STATES if adapter.has_state_transitions else _EVERY_HEADS, real)
+        usual = _EVERY_STATES if adapter.has_state_transitions else _EVERY_HEADS
+        usual = _EVERY_EXPANDED if expand is not None else usual
+        every = min(usual, real, max(1, inputs.tokens // _ENOUGH_STEPS))
         if vote and adapter.has_state_transitions:
             every = 1  # the paper's vote is taken at every step
         # so many sequences at a time that their states take a few hundred megabytes
