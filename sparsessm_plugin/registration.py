@@ -44,7 +44,8 @@ def load_modifiers() -> None:
     """Register every modifier of the entry-point group in ``ModifierFactory``.
 
     An entry point that cannot be loaded, or that is no modifier, costs one warning and
-    harms nobody else. Each entry point is tried once in a process.
+    harms nobody else; those that fail together (one module, one error) share theirs. Each
+    entry point is tried once in a process.
     """
     try:
         from importlib.metadata import entry_points
@@ -55,6 +56,7 @@ def load_modifiers() -> None:
         return
     from llmcompressor.modifiers.factory import ModifierFactory
 
+    failures: dict[tuple[str, str], list[str]] = {}  # a broken module fails for all it holds
     for entry_point in found:
         key = (entry_point.name, entry_point.value)
         if key in _loaded:
@@ -63,10 +65,14 @@ def load_modifiers() -> None:
         try:
             ModifierFactory.register(entry_point.name, entry_point.load())
         except Exception as error:
-            _warn(
-                f"the llmcompressor modifier {entry_point.name!r} ({entry_point.value}) "
-                f"could not be loaded and is left out: {error!r}"
-            )
+            module = entry_point.value.partition(":")[0]
+            failures.setdefault((module, repr(error)), []).append(entry_point.name)
+    for (module, error_text), names in failures.items():
+        plural, be = ("", "is") if len(names) == 1 else ("s", "are")
+        _warn(
+            f"the llmcompressor modifier{plural} {', '.join(map(repr, names))} of {module} "
+            f"could not be loaded and {be} left out: {error_text}"
+        )
 
 
 class _FactoryFinder(importlib.abc.MetaPathFinder):
