@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsessm_plugin.saliency.states import StateStatistics
-from sparsessm_plugin.solvers.compensation import mix_C, ridge_update, skip_update, without_skip
+from sparsessm_plugin.solvers.compensation import (
+    RIDGES,
+    Regression,
+    best_ridge,
+    mix_C,
+    ridge_update,
+    skip_update,
+    without_skip,
+)
 from sparsessm_plugin.solvers.reconstruction import reconstruct
 from sparsessm_plugin.solvers.subsets import (
     EXHAUSTIVE,
@@ -316,3 +324,41 @@ def test_batches_take_turns(problem):
     seen = []
     reconstruct([(weight, None)], lambda i: (seen.append(i), loss(i))[1], 3, 7)
     assert seen == [0, 1, 2, 0, 1, 2, 0]
+
+
+def regressions(samples, noise, seed=0):
+    """Two draws of one linear law from 6 inputs to 2 outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    law = torch.randn(2, 6, generator=generator)
+    pair = []
+    for count in (samples, 400):
+        x = torch.randn(count, 6, generator=generator)
+        error = x @ law.T + noise * torch.randn(count, 2, generator=generator)
+        pair.append((x, error, Regression(torch.zeros(2, 6))))
+        pair[-1][2].add(x.view(-1, 2, 6), error.view(-1, 2, 2))
+    return pair
+
+
+def test_the_gain_of_a_change_is_the_squared_error_it_takes_away():
+    (x, error, sums), (_, _, others) = regressions(40, noise=0.5)
+    change = sums.solve(1e-2)
+    left = (error - x @ change.T.float()).square().sum()
+    assert sums.gain(change) == pytest.approx(float(error.square().sum() - left), rel=1e-4)
+    both = sums + others
+    torch.testing.assert_close(both.gram, sums.gram + others.gram)
+    torch.testing.assert_close(both.cross, sums.cross + others.cross)
+
+
+def test_noise_and_little_data_ask_for_a_stronger_ridge():
+    plenty, held = (r[2] for r in regressions(400, noise=0.01))
+    assert best_ridge(plenty, held, RIDGES) == min(RIDGES)
+    scarce, held = (r[2] for r in regressions(8, noise=3.0))
+    chosen = best_ridge(scarce, held, RIDGES)
+    assert chosen is None or chosen > min(RIDGES)
+
+
+def test_a_fit_that_helps_nobody_else_is_not_taken():
+    fitted, held = (r[2] for r in regressions(40, noise=0.1))
+    opposite = Regression(torch.zeros(2, 6))
+    opposite.gram, opposite.cross = held.gram, -held.cross
+    assert best_ridge(fitted, opposite, RIDGES) is None

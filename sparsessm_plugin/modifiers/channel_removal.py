@@ -23,7 +23,7 @@ Axis = Literal["channels", "heads", "head_dim"]
 
 # what kernels like: whole tiles of channels; a head's channels in vectors of 8
 _MULTIPLES = {"channels": 64, "heads": 1, "head_dim": 8}
-_RIDGE = 1e-2
+_X_PROJ_RIDGE = 1e-2
 
 
 class ChannelRemovalModifier(RemovalModifier):
@@ -166,9 +166,9 @@ class ChannelRemovalModifier(RemovalModifier):
         if "x_proj" in steps:
             kept = _complement(blocks, removed)
             gram, weight = terms["x_proj"].gram, adapter.mixer.x_proj.weight
-            small.mixer.x_proj.weight.copy_(refit(gram, weight, kept, _RIDGE))
+            small.mixer.x_proj.weight.copy_(refit(gram, weight, kept, _X_PROJ_RIDGE))
         if "out_proj" in steps:
-            fit_out_proj(small, inputs, targets, _RIDGE)
+            fit_out_proj(small, inputs, targets)
         entry["error_left"] = relative_error(small, inputs, targets)
         return axis, removed, small, entry
 

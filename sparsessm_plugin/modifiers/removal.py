@@ -23,7 +23,7 @@ from sparsessm_plugin.mixers import MixerAdapter, MixerQuantities, iter_mixers
 from sparsessm_plugin.modifiers.calibration import MixerModifier
 from sparsessm_plugin.modifiers.saving import change_config
 from sparsessm_plugin.scan import scan
-from sparsessm_plugin.solvers.compensation import ridge_update
+from sparsessm_plugin.solvers.compensation import RIDGES, USUAL_RIDGE, Regression, best_ridge
 
 # Tokens that a pass over the calibration inputs looks at together.
 _TOKENS = 8192
@@ -274,22 +274,27 @@ def masked_error(target: Tensor, output: Tensor, mask: Tensor | None) -> Tensor:
     return error if mask is None else error * mask[..., None]
 
 
-def fit_out_proj(
-    small: MixerAdapter, inputs: CalibrationInputs, targets: list[Tensor], ridge: float
-) -> None:
-    """Regress the dense outputs on the smaller mixer's out_proj input, in place."""
+def fit_out_proj(small: MixerAdapter, inputs: CalibrationInputs, targets: list[Tensor]) -> None:
+    """Regress the dense outputs on the smaller mixer's out_proj input, in place.
+
+    How strongly the weight is held where it was is chosen on one sequence in four, which the
+    others do not see; then all of them are fitted. A single sequence gets the usual strength.
+    """
     weight = small.mixer.out_proj.weight
-    gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
-    cross = torch.zeros_like(weight, dtype=torch.float64)
+    fitted, held = Regression(weight), Regression(weight)
+    row = 0
     for i, q in inputs.iterate(small):
         x = small.out_input(q, scan(q))
         error = masked_error(targets[i].to(x.device), small.mixer.out_proj(x), q.mask)
         if q.mask is not None:
             x = x * q.mask[..., None]
-        x, error = x.flatten(0, 1), error.flatten(0, 1)
-        gram += (x.T @ x).double()
-        cross += (error.T @ x).double()
-    weight.add_(ridge_update(gram, cross, ridge).to(weight.dtype))
+        aside = torch.arange(row, row + len(x), device=x.device) % 4 == 3
+        fitted.add(x[~aside], error[~aside])
+        held.add(x[aside], error[aside])
+        row += len(x)
+    ridge = best_ridge(fitted, held, RIDGES) if row > 3 else USUAL_RIDGE
+    if ridge is not None:
+        weight.add_((fitted + held).solve(ridge).to(weight.dtype))
 
 
 def relative_error(small: MixerAdapter, inputs: CalibrationInputs, targets: list[Tensor]) -> float:

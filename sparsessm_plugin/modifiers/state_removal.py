@@ -1,7 +1,7 @@
 """Remove whole state dimensions, and let the remaining weights take over what they did."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -26,12 +26,8 @@ from sparsessm_plugin.saliency.states import (
     lowest,
 )
 from sparsessm_plugin.scan import REFERENCE, scan, scan_states
-from sparsessm_plugin.solvers.compensation import (
-    fit_features,
-    mix_C,
-    skip_update,
-    without_skip,
-)
+from sparsessm_plugin.solvers.compensation import mix_C, skip_update, without_skip
+from sparsessm_plugin.solvers.mixture import MixtureStatistics, best_mixture, fit_mixtures
 from sparsessm_plugin.solvers.reconstruction import reconstruct
 from sparsessm_plugin.solvers.subsets import EXHAUSTIVE, best_subsets, choose
 
@@ -43,14 +39,15 @@ Compensation = Literal["D", "C", "B", "reconstruct", "out_proj"]
 _EVERY_STATES, _EVERY_HEADS, _EVERY_EXPANDED, _ENOUGH_STEPS = 4, 16, 16, 1024
 # Cheapest sets by their own cost that are ranked again by what C and D leave of it.
 _RERANKED = 256
-_OUT_PROJ_RIDGE = 1e-2
 _LEARNING_RATE = 1e-3
-# Times that B and C are fitted in turn, and the largest N for N^2 features.
-_ROUNDS = 1
+# Largest N for N^2 features, to mix C alone. B and C together take N^3, for N as in EXHAUSTIVE.
 _MOST_MIXED = 32
+# Sets that are compared with B and C fitted to each, and rounds of that fit: so many to compare,
+# so many at the end, and the gain from one to the next below which it ends.
+_COMPARED, _ROUNDS_COMPARED, _ROUNDS, _TOLERANCE = 8, 4, 40, 1e-3
 # Memory for the states of one pass, and steps whose products are summed together.
 _STATE_BYTES, _STATE_BYTES_CPU = 2**30, 2**28
-_SAMPLES = 256
+_SAMPLES, _SAMPLE_BYTES = 256, 2**28
 
 
 class StateRemovalModifier(RemovalModifier):
@@ -77,11 +74,11 @@ class StateRemovalModifier(RemovalModifier):
         of states makes together; for comparison ``magnitude`` (row norms of B and C), ``last``,
         ``paper`` (the vote of SparseSSM's code), ``ghost`` (after arXiv 2602.11408)
     :param compensate: any of ``D``; ``C`` and with it ``B`` (rows as mixtures of the old ones,
-        in closed form; Mamba-1 layout without a norm on them); ``reconstruct`` (gradient steps
-        on the rows of B and C and on out_proj, against the layer's own dense output);
-        ``out_proj`` (linear regression); ``none``; default: D, C, B and out_proj where C can be
-        mixed, D and out_proj where B and C are normalised, D, reconstruct and out_proj for the
-        Mamba-2 layout
+        by least squares; Mamba-1 layout without a norm on them, B for up to 16 states);
+        ``reconstruct`` (gradient steps on the rows of B and C and on out_proj, against the
+        layer's own dense output); ``out_proj`` (linear regression); ``none``; default: D, C, B
+        and out_proj where C can be mixed, D and out_proj where B and C are normalised, D,
+        reconstruct and out_proj for the Mamba-2 layout
     :param reconstruct_steps: gradient steps of ``reconstruct`` for each layer
     :param targets: must match all mixers
     :param ignore: must match none
@@ -147,6 +144,8 @@ class StateRemovalModifier(RemovalModifier):
         if adapter.mixes_C:
             if adapter.sizes.state_size > _MOST_MIXED:
                 return ("D", "out_proj")
+            if adapter.sizes.state_size > EXHAUSTIVE:
+                return ("D", "C", "out_proj")
             return ("D", "C", "B", "out_proj")
         if adapter.norms_state:
             return ("D", "out_proj")
@@ -171,6 +170,11 @@ class StateRemovalModifier(RemovalModifier):
         given = self.compensate or ()
         if "B" in given and "C" not in given:
             raise SparseSSMError(f"{who}: compensate: B is fitted in turn with C; give both")
+        if "B" in given and sizes.state_size > EXHAUSTIVE:
+            raise SparseSSMError(
+                f"{who}: compensate: B is possible for up to {EXHAUSTIVE} states; "
+                f"{adapter.name} has {sizes.state_size}"
+            )
         if "C" in given and not adapter.mixes_C:
             reason = "a norm" if adapter.norms_state else "a convolution and SiLU"
             raise SparseSSMError(
@@ -193,7 +197,13 @@ class StateRemovalModifier(RemovalModifier):
                     f"{adapter.name}: NaN or infinite values in its recurrence during "
                     "calibration; nothing was removed from this layer"
                 )
-        removed = self._choose(adapter, statistics, steps)
+        candidates = self._candidates(adapter, statistics, steps)
+        mixture = None
+        if "B" in steps:
+            mixture = mix_rows(adapter, inputs, candidates, "D" in steps)
+            candidates = mixture.kept[None]
+        kept = set(candidates[0].tolist())
+        removed = [n for n in range(adapter.axis_length("state")) if n not in kept]
         small = remove(adapter, "state", removed)
         if statistics is None:
             return "state", removed, small, {}
@@ -201,37 +211,37 @@ class StateRemovalModifier(RemovalModifier):
         if adapter.norms_state:
             fit_scale(adapter, small, inputs)
         entry: dict[str, Any] = {"error_removed": relative_error(small, inputs, targets)}
-        if mixing:
-            with_D = "D" in steps
-            M_C = fit_C(adapter, small, mixing_gram(statistics, with_D), removed)
-            if "B" in steps:
-                kept = [n for n in range(adapter.sizes.state_size) if n not in set(removed)]
-                M_B = torch.eye(adapter.sizes.state_size, dtype=M_C.dtype, device=M_C.device)[kept]
-                for _ in range(_ROUNDS):
-                    M_B = fit_mixture(adapter, small, inputs, M_B, "B", with_D)
-                    M_C = fit_mixture(adapter, small, inputs, M_C, "C", with_D)
+        if mixture is not None:
+            write_rows(adapter, small, mixture.B, mixture.C)
+        elif mixing:
+            M_C, _ = mix_C(mixing_gram(statistics, "D" in steps), candidates)
+            write_rows(adapter, small, None, M_C[0])
         if "D" in steps:
             fit_D(adapter, small, inputs)
         if "reconstruct" in steps:
             fit_state_rows(small, inputs, targets, self.reconstruct_steps)
         if "out_proj" in steps:
-            fit_out_proj(small, inputs, targets, _OUT_PROJ_RIDGE)
+            fit_out_proj(small, inputs, targets)
         entry["error_left"] = relative_error(small, inputs, targets)
         return "state", removed, small, entry
 
-    def _choose(
+    def _candidates(
         self,
         adapter: MixerAdapter,
         statistics: StateStatistics | None,
         steps: tuple[str, ...],
-    ) -> list[int]:
+    ) -> Tensor:
+        """(sets, kept states of all groups) sets of states to keep, the best one first."""
         sizes = adapter.sizes
+        device = adapter.A_log.device
         remove_count = sizes.state_size - self.kept(sizes.state_size)
+        removed: list[int] = []
         if self.saliency != "output_energy":
             score = STATE_SCORES[self.saliency](
                 StateInputs(statistics, *row_norms(adapter), remove_count)
             )
-            return lowest(score, remove_count)
+            removed = lowest(score, remove_count)
+            return _complement(removed, adapter.axis_length("state"), device)
         assert statistics is not None
         assert statistics.gram is not None
         gram = statistics.gram
@@ -242,72 +252,103 @@ class StateRemovalModifier(RemovalModifier):
             )
         if "C" in steps and sizes.state_size <= EXHAUSTIVE:
             candidates = best_subsets(gram[0], remove_count, _RERANKED)
-            features = mixing_gram(statistics, "D" in steps)
             kept = torch.stack([(~c).nonzero().flatten() for c in candidates])
-            _, left = mix_C(features, kept)
-            return candidates[int(left.argmin())].nonzero().flatten().tolist()
-        removed: list[int] = []
+            _, left = mix_C(mixing_gram(statistics, "D" in steps), kept)
+            return kept[left.argsort(stable=True)]
         for group, g in enumerate(gram):
             chosen = choose(g, remove_count).nonzero().flatten()
             removed += (chosen + group * sizes.state_size).tolist()
-        return removed
+        return _complement(removed, adapter.axis_length("state"), device)
+
+
+def _complement(removed: list[int], length: int, device: torch.device) -> Tensor:
+    """(1, kept) indices that stay."""
+    gone = set(removed)
+    return torch.tensor([[n for n in range(length) if n not in gone]], device=device)
 
 
 # -- statistics --------------------------------------------------------------------------
 
 
-def gather(
-    adapter: MixerAdapter,
-    inputs: CalibrationInputs,
-    mixing: bool = False,
-    vote: bool = False,
-    expand: Callable[[MixerQuantities, Tensor, Tensor | None], MixerQuantities] | None = None,
-) -> StateStatistics:
-    """Run the recurrence over the calibration inputs and sum up what each state adds.
+def pieces(
+    adapter: MixerAdapter, inputs: CalibrationInputs, states: int, usual: int
+) -> Iterator[tuple[MixerQuantities, int]]:
+    """The recurrence's quantities, few enough sequences at a time to keep their states.
 
-    :param mixing: also the sums that mixing C needs
-    :param vote: also the scores that the paper's vote needs
-    :param expand: makes other states out of the mixer's quantities, hidden states and mask;
-        Mamba-1 layout only
+    :param states: states of a channel that will be kept
+    :param usual: look at one step of so many, at more where there is little text
+    :return: quantities, and the number of steps from one look to the next
     """
-    statistics = StateStatistics(mixing)
-    out_norm = adapter.out_norm
-    states = adapter.sizes.state_size * (1 if expand is None else adapter.sizes.state_size)
     for i in range(len(inputs)):
         hidden_states, mask = inputs.get(i, adapter.A_log.device)
         length = hidden_states.shape[1]
         # of a short sequence in long padding a step must be seen, too
         real = length if mask is None else max(1, int(mask.bool().sum(1).max()))
-        usual = _EVERY_STATES if adapter.has_state_transitions else _EVERY_HEADS
-        usual = _EVERY_EXPANDED if expand is not None else usual
         every = min(usual, real, max(1, inputs.tokens // _ENOUGH_STEPS))
-        if vote and adapter.has_state_transitions:
-            every = 1  # the paper's vote is taken at every step
         # so many sequences at a time that their states take a few hundred megabytes
         per_row = 4 * (length // every) * adapter.sizes.intermediate_size * states
         rows = max(1, (_STATE_BYTES_CPU if hidden_states.is_cpu else _STATE_BYTES) // per_row)
         for start in range(0, len(hidden_states), rows):
             piece = hidden_states[start : start + rows]
             piece_mask = None if mask is None else mask[start : start + rows]
-            q = adapter.quantities(piece, piece_mask)
-            if expand is not None:
-                q = expand(q, piece, piece_mask)
-            y, h = scan_states(q, every)
-            at = torch.arange(every - 1, every * h.shape[1], every, device=h.device)
-            if vote:
-                votes = _vote_score(adapter, h)
-                if q.mask is not None:
-                    votes = votes * q.mask[:, at, None, None]
-                statistics.add_steps(votes.sum(0))
-            C = q.C if q.C.ndim == 4 else q.C[:, :, None]
-            weight = adapter.out_gain(q, y) * out_norm
-            sampled = [h, C[:, at], q.u[:, at], weight[:, at]]
-            if q.mask is None:
-                flat = [s.flatten(0, 1) for s in sampled]
-            else:
-                flat = [s[q.mask[:, at]] for s in sampled]
-            for samples in zip(*(s.split(_SAMPLES) for s in flat), strict=True):
-                statistics.add(*samples)
+            yield adapter.quantities(piece, piece_mask), every
+
+
+def sampled(q: MixerQuantities, every: int, *tensors: Tensor) -> list[Tensor]:
+    """The steps that are looked at, (steps, ...), without padding.
+
+    :param tensors: (b, L, ...) each, or (b, L // every, ...) where they hold such steps only
+    """
+    length = q.u.shape[1]
+    at = torch.arange(every - 1, every * (length // every), every, device=q.u.device)
+    taken = [t if t.shape[1] == len(at) != length else t[:, at] for t in tensors]
+    if q.mask is None:
+        return [t.flatten(0, 1) for t in taken]
+    return [t[q.mask[:, at]] for t in taken]
+
+
+def gather(
+    adapter: MixerAdapter, inputs: CalibrationInputs, mixing: bool = False, vote: bool = False
+) -> StateStatistics:
+    """Run the recurrence over the calibration inputs and sum up what each state adds.
+
+    :param mixing: also the sums that mixing C needs
+    :param vote: also the scores that the paper's vote needs
+    """
+    statistics = StateStatistics(mixing)
+    out_norm = adapter.out_norm
+    usual = _EVERY_STATES if adapter.has_state_transitions else _EVERY_HEADS
+    if vote and adapter.has_state_transitions:
+        usual = 1  # the paper's vote is taken at every step
+    for q, every in pieces(adapter, inputs, adapter.sizes.state_size, usual):
+        y, h = scan_states(q, every)
+        if vote:
+            votes = _vote_score(adapter, h)
+            if q.mask is not None:
+                length = every * h.shape[1]
+                votes = votes * q.mask[:, every - 1 : length : every, None, None]
+            statistics.add_steps(votes.sum(0))
+        C = q.C if q.C.ndim == 4 else q.C[:, :, None]
+        weight = adapter.out_gain(q, y) * out_norm
+        flat = sampled(q, every, h, C, q.u, weight)
+        for samples in zip(*(s.split(_SAMPLES) for s in flat), strict=True):
+            statistics.add(*samples)
+    return statistics
+
+
+def gather_mixtures(adapter: MixerAdapter, inputs: CalibrationInputs) -> MixtureStatistics:
+    """Run every transition with every row of B, and sum up what B and C can be mixed from."""
+    statistics = MixtureStatistics()
+    N, out_norm = adapter.sizes.state_size, adapter.out_norm
+    chunk = max(1, _SAMPLE_BYTES // (4 * len(out_norm) * N * N))
+    for q, every in pieces(adapter, inputs, N * N, _EVERY_EXPANDED):
+        y = scan(q)
+        B = q.B.repeat(1, 1, N)
+        _, h = scan_states(replace(q, A=q.A.repeat_interleave(N, dim=1), B=B, C=B), every)
+        from_states = y - q.D * q.u
+        flat = sampled(q, every, h, q.C, q.u, adapter.out_gain(q, y) * out_norm, from_states)
+        for samples in zip(*(s.split(chunk) for s in flat), strict=True):
+            statistics.add(*samples)
     return statistics
 
 
@@ -364,67 +405,36 @@ def mixing_gram(statistics: StateStatistics, with_D: bool) -> Tensor:
 # -- compensation ------------------------------------------------------------------------
 
 
-def fit_C(
-    adapter: MixerAdapter, small: MixerAdapter, features: Tensor, removed: list[int]
-) -> Tensor:
-    """New rows of C as mixtures of all old ones; D may be fitted to the rest afterwards.
+@dataclass(frozen=True)
+class MixedRows:
+    """States that stay, (K,), and their rows of B and C as mixtures (K, N) of the old rows."""
 
-    :param features: (N, N, N, N) Gram matrix from :func:`mixing_gram`
-    :return: (K, N) the mixture
+    kept: Tensor
+    B: Tensor
+    C: Tensor
+
+
+def mix_rows(
+    adapter: MixerAdapter, inputs: CalibrationInputs, candidates: Tensor, with_D: bool
+) -> MixedRows:
+    """Choose among sets of states with B and C fitted to each, and fit the best further.
+
+    :param candidates: (sets, K) sets of states, the most promising ones first
+    :param with_D: D will be fitted to what is left
     """
-    N = adapter.sizes.state_size
-    kept = torch.tensor([n for n in range(N) if n not in set(removed)], device=small.A_log.device)
-    M, _ = mix_C(features, kept[None])
-    old, new = adapter.state_rows[1], small.state_rows[1]
-    rows = adapter.mixer.get_parameter(old.tensor)[old.start : old.start + N]
-    target = small.mixer.get_parameter(new.tensor)
-    target[new.start : new.start + len(kept)] = (M[0] @ rows.double()).to(target.dtype)
-    return M[0]
+    problem = gather_mixtures(adapter, inputs).problem(with_D)
+    kept, P, Q, _ = best_mixture(problem, candidates[:_COMPARED], _ROUNDS_COMPARED, _TOLERANCE)
+    P, Q, _ = fit_mixtures(problem.of(kept), P, Q, _ROUNDS, _TOLERANCE)
+    return MixedRows(kept, P, Q)
 
 
-def fit_mixture(
-    adapter: MixerAdapter,
-    small: MixerAdapter,
-    inputs: CalibrationInputs,
-    M: Tensor,
-    which: Literal["B", "C"],
-    with_D: bool,
-) -> Tensor:
-    """Fit the rows of B, or those of C, as mixtures of all old ones, the others being fixed.
-
-    y is linear in either: a row ``B'_k = sum_j M_kj B_j`` gives the states ``sum_j M_kj h_kj``,
-    where h_kj runs with the kept transition A_k and is driven by B_j. So the sums of
-    :class:`StateStatistics` over K N such states, beside the N dense ones, hold the least
-    squares problem.
-
-    :param M: (K, N) mixture that the rows are now
-    :return: (K, N) the new one; the rows are written
-    """
-    K, N = M.shape
-
-    def expand(q: MixerQuantities, hidden: Tensor, mask: Tensor | None) -> MixerQuantities:
-        s = small.quantities(hidden, mask)
-        old, new = {"B": (q.B, s.C), "C": (q.C, s.B)}[which]
-        mixed = torch.cat([old.repeat(1, 1, K), q.B if which == "B" else q.C], dim=-1)
-        fixed = torch.cat([new.repeat_interleave(N, dim=-1), q.C if which == "B" else q.B], dim=-1)
-        A = torch.cat([s.A.repeat_interleave(N, dim=1), q.A], dim=1)
-        B, C = (mixed, fixed) if which == "B" else (fixed, mixed)
-        return replace(q, A=A, B=B, C=C)
-
-    statistics = gather(adapter, inputs, expand=expand)
-    assert statistics.gram is not None
-    gram = statistics.gram[0]
-    if with_D:
-        assert statistics.skip is not None
-        assert statistics.skip_energy is not None
-        gram = without_skip(gram, statistics.skip, statistics.skip_energy)
-    M = fit_features(gram, M)
-    axis = {"B": 0, "C": 1}[which]
-    where, target = adapter.state_rows[axis], small.state_rows[axis]
-    rows = adapter.mixer.get_parameter(where.tensor)[where.start : where.start + N]
-    weight = small.mixer.get_parameter(target.tensor)
-    weight[target.start : target.start + K] = (M @ rows.double()).to(weight.dtype)
-    return M
+def write_rows(adapter: MixerAdapter, small: MixerAdapter, *mixtures: Tensor | None) -> None:
+    """Write mixtures (K, N) of the old rows of B, then of C, where they are given."""
+    for M, old, new in zip(mixtures, adapter.state_rows, small.state_rows, strict=True):
+        if M is not None:
+            rows = adapter.mixer.get_parameter(old.tensor)[old.start : old.start + M.shape[1]]
+            target = small.mixer.get_parameter(new.tensor)
+            target[new.start : new.start + len(M)] = (M @ rows.double()).to(target.dtype)
 
 
 def fit_D(adapter: MixerAdapter, small: MixerAdapter, inputs: CalibrationInputs) -> None:

@@ -10,10 +10,16 @@ squares over the calibration steps, in what stock weights can express:
 - out_proj: linear regression of the dense mixer's output on the smaller mixer's out_proj input.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 C_RIDGE = 1e-4  # of each diagonal entry
+# of out_proj, relative to the mean diagonal entry; with little text the strong ones win
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+USUAL_RIDGE = 1e-2
 
 
 def without_skip(gram: Tensor, skip: Tensor, skip_energy: Tensor) -> Tensor:
@@ -69,24 +75,6 @@ def mix_C(mixing: Tensor, kept: Tensor, ridge: float = C_RIDGE) -> tuple[Tensor,
     return M.view(-1, K, N), left
 
 
-def fit_features(gram: Tensor, M: Tensor, ridge: float = C_RIDGE) -> Tensor:
-    """Coefficients of features that express the sum of other features best.
-
-    :param gram: (F + N, F + N) Gram matrix of F = K N features to use, then of N features
-        whose sum is the target
-    :param M: (K, N) coefficients to start from
-    :param ridge: relative to each diagonal entry; pulls towards ``M``
-    :return: (K, N)
-    """
-    F = M.numel()
-    A, target = gram[:F, :F], gram[:F, F:].sum(1)
-    start = M.flatten()
-    diagonal = A.diagonal()
-    damping = ridge * diagonal + 1e-8 * diagonal.mean() + 1e-30
-    change = torch.linalg.solve(A + torch.diag(damping), target - A @ start)
-    return (start + change).view_as(M)
-
-
 def ridge_update(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """The change of a weight that fits an error best.
 
@@ -98,3 +86,42 @@ def ridge_update(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     damping = ridge * gram.diagonal().mean() + 1e-30
     damped = gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.cholesky_solve(cross.T, torch.linalg.cholesky(damped)).T
+
+
+class Regression:
+    """Sums for the change of a weight (out, in) that takes up an error, in float64."""
+
+    def __init__(self, weight: Tensor) -> None:
+        out_features, in_features = weight.shape
+        new: dict[str, Any] = {"dtype": torch.float64, "device": weight.device}
+        self.gram = torch.zeros(in_features, in_features, **new)
+        self.cross = torch.zeros(out_features, in_features, **new)
+
+    def add(self, x: Tensor, error: Tensor) -> None:
+        """Add inputs (..., in) and the errors (..., out) that the weight leaves there."""
+        x, error = x.flatten(0, -2), error.flatten(0, -2)
+        self.gram += (x.T @ x).double()
+        self.cross += (error.T @ x).double()
+
+    def __add__(self, other: "Regression") -> "Regression":
+        total = Regression(self.cross)
+        total.gram, total.cross = self.gram + other.gram, self.cross + other.cross
+        return total
+
+    def solve(self, ridge: float) -> Tensor:
+        """(out, in) change of the weight; see :func:`ridge_update`."""
+        return ridge_update(self.gram, self.cross, ridge)
+
+    def gain(self, change: Tensor) -> float:
+        """How much of the squared error a change of the weight takes away."""
+        return float((change * (2 * self.cross - change @ self.gram)).sum())
+
+
+def best_ridge(fitted: Regression, held: Regression, ridges: Sequence[float]) -> float | None:
+    """The ridge whose fit to one part of the data helps the other part most.
+
+    :return: one of ``ridges``; None if every fit makes the other part worse
+    """
+    gains = {ridge: held.gain(fitted.solve(ridge)) for ridge in ridges}
+    best = max(gains, key=lambda ridge: gains[ridge])
+    return best if gains[best] > 0 else None
