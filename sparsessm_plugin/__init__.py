@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparsessm_plugin.errors import SparseSSMError
     from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
+    from sparsessm_plugin.evaluation.runtimes import runtime_support
+    from sparsessm_plugin.loading import enable_compressed_loading, load
     from sparsessm_plugin.mixers import find_mixers
     from sparsessm_plugin.modifiers import (
         ChannelRemovalModifier,
+        SensitivitySparseGPTModifier,
+        SparseGPTQModifier,
         SparseSSMModifier,
         StateRemovalModifier,
     )
@@ -26,25 +30,35 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ChannelRemovalModifier": "sparsessm_plugin.modifiers",
+    "SensitivitySparseGPTModifier": "sparsessm_plugin.modifiers",
+    "SparseGPTQModifier": "sparsessm_plugin.modifiers",
     "SparseSSMError": "sparsessm_plugin.errors",
     "SparseSSMModifier": "sparsessm_plugin.modifiers",
     "StateRemovalModifier": "sparsessm_plugin.modifiers",
+    "enable_compressed_loading": "sparsessm_plugin.loading",
     "evaluate_perplexity": "sparsessm_plugin.evaluation.perplexity",
     "fast_forward": "sparsessm_plugin.scan.fast_forward",
     "find_mixers": "sparsessm_plugin.mixers",
+    "load": "sparsessm_plugin.loading",
     "recipe_path": "sparsessm_plugin.recipes",
+    "runtime_support": "sparsessm_plugin.evaluation.runtimes",
 }
 
 __all__ = [
     "ChannelRemovalModifier",
+    "SensitivitySparseGPTModifier",
+    "SparseGPTQModifier",
     "SparseSSMError",
     "SparseSSMModifier",
     "StateRemovalModifier",
     "__version__",
+    "enable_compressed_loading",
     "evaluate_perplexity",
     "fast_forward",
     "find_mixers",
+    "load",
     "recipe_path",
+    "runtime_support",
 ]
 
 

@@ -17,13 +17,14 @@ from rich.table import Table
 from sparsessm_plugin.errors import SparseSSMError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
     from sparsessm_plugin.evaluation.components import Inventory
     from sparsessm_plugin.evaluation.latency import Latency
     from sparsessm_plugin.evaluation.perplexity import Perplexity
+    from sparsessm_plugin.evaluation.runtimes import RuntimeSupport
 
 app = typer.Typer(
     help="Prune state-space language models.",
@@ -205,7 +206,8 @@ def inspect(
     trust_remote_code: Trust = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries.")] = False,
 ) -> None:
-    """Show a model's mixers, what its parameters are spent on, and how sparse they are."""
+    """Show a model's mixers, what its parameters are spent on, how sparse they are, and,
+    for a folder, which runtimes load it."""
     _quiet(verbose)
     source = _source(model, trust_remote_code, dtype, "cpu")
     from sparsessm_plugin.evaluation.components import take_inventory
@@ -213,6 +215,10 @@ def inspect(
 
     find_mixers(source.load_skeleton())  # an unknown model is refused before its weights load
     _print_inventory(model, take_inventory(source.load()))
+    if Path(source.path).is_dir():
+        from sparsessm_plugin.evaluation.runtimes import runtime_support
+
+        _print_runtimes(runtime_support(source.path))
 
 
 @app.command()
@@ -521,11 +527,21 @@ def _print_pruned(report: dict[str, Any], output: Path) -> None:
         done, things = (
             ("removed", _UNITS.get(unit, unit)) if unit is not None else ("pruned", "entries")
         )
+        if "zeros" in total:  # quantized: what was pruned before stayed so
+            done = "kept zero"
         out.print(
             f"{modifier['modifier']}: {done} {total['pruned']:,} of {total['entries']:,} {things} "
             f"({total['sparsity']:.2%}) in {total['seconds']:.1f} s"
         )
     out.print(f"saved to {escape(str(output))}", soft_wrap=True)
+
+
+def _print_runtimes(runtimes: "Iterable[RuntimeSupport]") -> None:
+    out.print("\nLoads in")
+    for runtime in runtimes:
+        out.print(f"  {runtime.runtime}: {runtime.answer}", highlight=False)
+        for reason in runtime.reasons:
+            out.print(f"    {reason}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_inventory(name: str, inventory: "Inventory") -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.loading import load
 from sparsessm_plugin.recipes import CheckedRecipe
 
 DEMO_MODEL = "mamba-demo-0.7m"
@@ -70,7 +71,7 @@ class ModelSource:
         :raises SparseSSMError: it cannot be loaded
         """
         with _model_errors(self.name):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = load(
                 self.path,
                 dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
                 use_safetensors=True,

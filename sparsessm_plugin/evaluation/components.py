@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsessm_plugin.mixers import MixerAdapter, find_mixers
@@ -94,6 +95,9 @@ def take_inventory(model: nn.Module) -> Inventory:
         layer = inventory.layers[adapter.name] = {}
         for name, parameter in adapter.mixer.named_parameters():
             seen.add(id(parameter))
+            if name.endswith("weight_shape"):  # of a packed weight, which is counted unpacked
+                continue
+            parameter = _unpacked(adapter.mixer, name, parameter)
             first = name.split(".")[0]
             kind = first if first in adapter.projections or first == "A_log" else "other in mixer"
             for component in (
@@ -108,6 +112,17 @@ def take_inventory(model: nn.Module) -> Inventory:
         if id(parameter) not in seen:
             inventory.components["outside mixers"].add(parameter.detach())
     return inventory
+
+
+def _unpacked(mixer: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    """The integers of a packed weight, and everything else as it is."""
+    if not name.endswith("weight_packed"):
+        return parameter
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    module: Any = mixer.get_submodule(name.rpartition(".")[0])
+    shape = torch.Size(module.weight_shape.tolist())
+    return unpack_from_int32(parameter, module.quantization_scheme.weights.num_bits, shape)
 
 
 def _kinds(mixers: Iterable[MixerAdapter]) -> list[str]:

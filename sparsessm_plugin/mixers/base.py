@@ -367,6 +367,14 @@ def get_tensor(module: Any, name: str) -> Tensor | None:
     return module
 
 
+def linear_shape(linear: Any) -> tuple[int, int]:
+    """(out, in) of a Linear layer, also where its weight is packed into another tensor."""
+    weight = getattr(linear, "weight", None)
+    if weight is None:
+        return linear.out_features, linear.in_features
+    return weight.shape[0], weight.shape[1]
+
+
 def _float_clone(module: nn.Module) -> nn.Module:
     # not deepcopy: hooks, and a forward that others have put on the instance, stay behind
     clone = nn.Module.__new__(type(module))

@@ -15,6 +15,7 @@ from sparsessm_plugin.mixers.base import (
     MixerSizes,
     TensorAxis,
     get_tensor,
+    linear_shape,
     padding_mask,
 )
 
@@ -32,7 +33,7 @@ class Mamba1Adapter(MixerAdapter):
         mixer = self.mixer
         intermediate_size, state_size = mixer.A_log.shape
         return MixerSizes(
-            hidden_size=mixer.out_proj.weight.shape[0],
+            hidden_size=linear_shape(mixer.out_proj)[0],
             intermediate_size=intermediate_size,
             state_size=state_size,
             conv_kernel_size=mixer.conv1d.weight.shape[-1],

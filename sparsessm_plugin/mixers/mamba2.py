@@ -18,6 +18,7 @@ from sparsessm_plugin.mixers.base import (
     MixerSizes,
     TensorAxis,
     get_tensor,
+    linear_shape,
     padding_mask,
     register_adapter,
 )
@@ -40,9 +41,9 @@ class Mamba2Adapter(MixerAdapter):
     @property
     def sizes(self) -> MixerSizes:
         mixer = self.mixer
-        num_heads, D = mixer.A_log.shape[0], mixer.out_proj.weight.shape[1]
+        num_heads, D = mixer.A_log.shape[0], linear_shape(mixer.out_proj)[1]
         return MixerSizes(
-            hidden_size=mixer.out_proj.weight.shape[0],
+            hidden_size=linear_shape(mixer.out_proj)[0],
             intermediate_size=D,
             state_size=(mixer.conv1d.weight.shape[0] - D) // (2 * mixer.n_groups),
             conv_kernel_size=mixer.conv1d.weight.shape[-1],

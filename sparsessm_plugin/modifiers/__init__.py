@@ -1,7 +1,19 @@
 """LLM Compressor modifiers: lifecycle only, the mathematics is elsewhere."""
 
+from sparsessm_plugin.loading import enable_compressed_loading
 from sparsessm_plugin.modifiers.channel_removal import ChannelRemovalModifier
+from sparsessm_plugin.modifiers.sensitivity import SensitivitySparseGPTModifier
+from sparsessm_plugin.modifiers.sparse_gptq import SparseGPTQModifier
 from sparsessm_plugin.modifiers.sparsessm import SparseSSMModifier
 from sparsessm_plugin.modifiers.state_removal import StateRemovalModifier
 
-__all__ = ["ChannelRemovalModifier", "SparseSSMModifier", "StateRemovalModifier"]
+__all__ = [
+    "ChannelRemovalModifier",
+    "SensitivitySparseGPTModifier",
+    "SparseGPTQModifier",
+    "SparseSSMModifier",
+    "StateRemovalModifier",
+]
+
+# what a recipe has quantized loads again in the same process
+enable_compressed_loading()

@@ -54,8 +54,9 @@ class CheckedRecipe:
         :raises SparseSSMError: no matching mixer, or sizes that a field does not fit
         """
         for modifier in self.modifiers:
-            if hasattr(modifier, "matching_mixers"):
-                modifier.matching_mixers(model)
+            for check in ("matching_mixers", "check_model"):
+                if hasattr(modifier, check):
+                    getattr(modifier, check)(model)
 
 
 def recipe_names() -> list[str]:

@@ -1,0 +1,322 @@
+"""Which runtime can load a checkpoint, read from its files without loading a weight."""
+
+import json
+import os
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from sparsessm_plugin.errors import SparseSSMError
+
+Answer = Literal["yes", "no", "unknown"]
+
+_MAMBA1 = ("mamba", "falcon_mamba", "jamba")
+_MAMBA2 = ("mamba2", "bamba", "zamba2", "granitemoehybrid", "falcon_h1", "nemotron_h")
+# families whose weight initialiser reads, and may divide, out_proj.weight after loading
+_READS_OUT_PROJ = ("mamba", "mamba2", "falcon_mamba")
+# fields of the state size, in the order in which a config is asked for them
+_STATE_FIELDS = ("state_size", "mamba_d_state", "ssm_state_size")
+# compressed-tensors wrote these up to 0.14 and reads them no longer
+_GONE_FORMATS = ("marlin-24", "sparse-bitmask", "sparse-24-bitmask")
+_MAX_STATE_SIZE = 256  # of the scan kernels of mamba_ssm and vLLM
+_MAX_HEADER = 100_000_000  # what safetensors itself allows, bytes
+_COMPRESSED = (".weight_packed", ".weight_scale")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class RuntimeSupport:
+    """Whether a runtime loads a checkpoint and computes what was saved.
+
+    :param runtime: its name
+    :param answer: ``yes``, ``no`` or ``unknown``
+    :param reasons: for ``no`` and ``unknown`` why, for ``yes`` what to know; one line each
+    :param run: False where the answer comes from reading the runtime's code only
+    """
+
+    runtime: str
+    answer: Answer
+    reasons: tuple[str, ...] = ()
+    run: bool = True
+
+
+def runtime_support(folder: str | os.PathLike[str]) -> list[RuntimeSupport]:
+    """What each runtime can do with a checkpoint.
+
+    Reads config.json and the headers of the safetensors files. Looks at what is known to go
+    wrong, which are state sizes, quantization and layouts; it does not compare every shape.
+
+    :param folder: of the checkpoint
+    :return: transformers, transformers + sparsessm_plugin, vLLM, mamba-ssm
+    :raises SparseSSMError: no config.json, no safetensors file, or one that cannot be read
+    """
+    checkpoint = _Checkpoint(Path(folder))
+    return [
+        _transformers(checkpoint),
+        _with_plugin(checkpoint),
+        _vllm(checkpoint),
+        _mamba_ssm(checkpoint),
+    ]
+
+
+class _Checkpoint:
+    """Config and tensor shapes of a folder."""
+
+    def __init__(self, folder: Path):
+        self.config: dict[str, Any] = _read_json(folder / "config.json")
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise SparseSSMError(f"{folder} holds no .safetensors file")
+        self.tensors: dict[str, Mapping[str, Any]] = {}
+        for file in files:
+            self.tensors.update(_read_header(file))
+
+    @property
+    def is_mamba_ssm(self) -> bool:
+        """Whether it has the layout of ``MambaLMHeadModel``."""
+        return "d_model" in self.config and "model_type" not in self.config
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else self.config
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        found = self.config.get("quantization_config")
+        return found if isinstance(found, dict) and found else None
+
+    @cached_property
+    def mixers(self) -> list[str]:
+        """Dotted names of all mixers."""
+        return [name.removesuffix(".A_log") for name in self.tensors if name.endswith(".A_log")]
+
+    @cached_property
+    def state_sizes(self) -> dict[str, int]:
+        """Number of states of each mixer whose shapes tell it."""
+        sizes = {}
+        for mixer in self.mixers:
+            A_log = self.tensors[f"{mixer}.A_log"]["shape"]
+            if len(A_log) == 2:
+                sizes[mixer] = int(A_log[1])
+            elif (size := self._grouped_state_size(mixer)) is not None:
+                sizes[mixer] = size
+        return sizes
+
+    def _grouped_state_size(self, mixer: str) -> int | None:
+        """N = (conv channels - D) / 2 G of the Mamba-2 layout."""
+        conv = self.tensors.get(f"{mixer}.conv1d.weight")
+        norm = self.tensors.get(f"{mixer}.norm.weight")
+        groups = self.text_config.get("n_groups", self.text_config.get("mamba_n_groups"))
+        groups = groups or self.text_config.get("mamba_ngroups")
+        if conv is None or norm is None or not groups:
+            return None
+        return (int(conv["shape"][0]) - int(norm["shape"][0])) // (2 * int(groups))
+
+    @property
+    def config_state_size(self) -> Any:
+        return next(
+            (self.text_config[f] for f in _STATE_FIELDS if f in self.text_config),
+            None,
+        )
+
+    def is_quantized(self, module: str) -> bool:
+        """Whether a layer is stored in fewer bits."""
+        return any(f"{module}{suffix}" in self.tensors for suffix in _COMPRESSED)
+
+    def quantized_parts(self, *parts: str) -> list[str]:
+        """The layers of the mixers, those of the given names only, that are quantized."""
+        stored = (name.rpartition(".")[0] for name in self.tensors if name.endswith(_COMPRESSED))
+        return sorted(
+            {
+                name
+                for name in stored
+                if name.rpartition(".")[0] in self.mixers
+                and (not parts or name.rpartition(".")[2] in parts)
+            }
+        )
+
+    @property
+    def packed_out_proj(self) -> str | None:
+        """An out_proj of a mixer without a tensor ``weight``, if there is one."""
+        packed = (f"{mixer}.out_proj" for mixer in self.mixers)
+        return next((name for name in packed if f"{name}.weight_packed" in self.tensors), None)
+
+
+def _common_problems(checkpoint: _Checkpoint) -> list[str]:
+    """What neither transformers nor any addition of ours can load."""
+    problems = []
+    sizes = checkpoint.state_sizes
+    if len(set(sizes.values())) > 1:
+        low, high = min(sizes, key=lambda n: sizes[n]), max(sizes, key=lambda n: sizes[n])
+        problems.append(
+            f"{low} has {sizes[low]} states and {high} {sizes[high]}; a config has one size"
+        )
+    elif sizes and (stated := checkpoint.config_state_size) is not None:
+        size = next(iter(sizes.values()))
+        if stated != size:
+            problems.append(f"the config states {stated} states, the tensors have {size}")
+    quantization = checkpoint.quantization or {}
+    sparsity = quantization.get("sparsity_config") or checkpoint.config.get("sparsity_config") or {}
+    formats = {part.get("format") for part in (quantization, sparsity, *_groups(quantization))}
+    for gone in _GONE_FORMATS:
+        if gone in formats:
+            problems.append(f"compressed-tensors reads the format {gone} no longer")
+    return problems
+
+
+def _doubts(checkpoint: _Checkpoint) -> list[str]:
+    """What may load and compute something else than was saved."""
+    doubts = []
+    method = (checkpoint.quantization or {}).get("quant_method", "compressed-tensors")
+    if method != "compressed-tensors":
+        doubts.append(f"quantized by {method}, which nobody has tried here")
+    if quantized := checkpoint.quantized_parts("dt_proj", "conv1d"):
+        doubts.append(
+            f"{quantized[0]} is quantized, but no calibration has seen its input; quantize again "
+            "with it in ignore"
+        )
+    if not checkpoint.mixers:
+        doubts.append("no tensor is called A_log, so there is no state-space mixer")
+    elif checkpoint.model_type not in _MAMBA1 + _MAMBA2:
+        doubts.append(f"model_type {checkpoint.model_type!r} is none that this package knows")
+    return doubts
+
+
+def _transformers(checkpoint: _Checkpoint) -> RuntimeSupport:
+    name = "transformers"
+    if checkpoint.is_mamba_ssm:
+        return RuntimeSupport(name, "no", ("this is mamba_ssm's layout, with other tensor names",))
+    problems = _common_problems(checkpoint)
+    problems += _loose_experts(checkpoint)
+    if checkpoint.model_type in _READS_OUT_PROJ:
+        if packed := checkpoint.packed_out_proj:
+            problems.append(
+                f"{packed} is packed, and the weight initialiser of {checkpoint.model_type} reads "
+                "its weight; store it with format int-quantized, or load with sparsessm_plugin"
+            )
+        if checkpoint.text_config.get("rescale_prenorm_residual"):
+            problems.append(
+                "rescale_prenorm_residual is set, and each loading divides out_proj by the square "
+                "root of the number of layers; load with sparsessm_plugin.load"
+            )
+    return _answer(name, problems, _doubts(checkpoint), _needs(checkpoint))
+
+
+def _with_plugin(checkpoint: _Checkpoint) -> RuntimeSupport:
+    name = "transformers + sparsessm_plugin"
+    if checkpoint.is_mamba_ssm:
+        return RuntimeSupport(
+            name, "no", ("this is mamba_ssm's layout; load_mamba_ssm loads it into mamba_ssm",)
+        )
+    problems = _common_problems(checkpoint) + _loose_experts(checkpoint)
+    return _answer(name, problems, _doubts(checkpoint), _needs(checkpoint))
+
+
+def _loose_experts(checkpoint: _Checkpoint) -> list[str]:
+    """Experts of an architecture that reads them as one tensor, stored one by one."""
+    if checkpoint.model_type != "granitemoehybrid":
+        return []
+    loose = (name for name in checkpoint.tensors if re.search(r"\.experts\.\d+\.", name))
+    return [
+        f"{name} stands alone, but {checkpoint.model_type} reads all experts as one tensor; save "
+        "again with the experts in ignore"
+        for name in list(loose)[:1]
+    ]
+
+
+def _needs(checkpoint: _Checkpoint) -> tuple[str, ...]:
+    return ("needs the package compressed-tensors",) if checkpoint.quantization else ()
+
+
+def _vllm(checkpoint: _Checkpoint) -> RuntimeSupport:
+    name = "vLLM"
+    if checkpoint.is_mamba_ssm:
+        return RuntimeSupport(name, "no", ("this is mamba_ssm's layout",), run=False)
+    problems = _common_problems(checkpoint)
+    if checkpoint.model_type in _MAMBA1 and (quantized := checkpoint.quantized_parts()):
+        problems.append(
+            f"{quantized[0]} is quantized, and no quantization reaches vLLM's mixers of the "
+            "Mamba-1 layout"
+        )
+    if (most := max(checkpoint.state_sizes.values(), default=0)) > _MAX_STATE_SIZE:
+        problems.append(f"{most} states; its scan takes at most {_MAX_STATE_SIZE}")
+    doubts = _doubts(checkpoint)
+    four_bits = [g for g in _groups(checkpoint.quantization or {}) if _bits(g) == 4]
+    if any(group.get("format") == "int-quantized" for group in four_bits):
+        doubts.append("4-bit weights stored as int-quantized, which vLLM may want pack-quantized")
+    if checkpoint.model_type in _READS_OUT_PROJ and checkpoint.text_config.get(
+        "rescale_prenorm_residual"
+    ):
+        doubts.append("rescale_prenorm_residual is set; whether vLLM heeds it was not looked at")
+    return _answer(name, problems, doubts, ("not run: by vLLM's code",), run=False)
+
+
+def _mamba_ssm(checkpoint: _Checkpoint) -> RuntimeSupport:
+    name = "mamba-ssm"
+    if checkpoint.is_mamba_ssm:
+        return RuntimeSupport(name, "yes", ("by sparsessm_plugin.export.load_mamba_ssm",))
+    if checkpoint.model_type not in ("mamba", "mamba2"):
+        return RuntimeSupport(name, "no", (f"it has no {checkpoint.model_type} model",))
+    if checkpoint.quantization is not None:
+        return RuntimeSupport(name, "no", ("it knows no quantization",))
+    return RuntimeSupport(
+        name, "no", ("this is transformers' layout; `sparsessm export` writes its own",)
+    )
+
+
+def _answer(
+    name: str,
+    problems: list[str],
+    doubts: list[str],
+    remarks: tuple[str, ...],
+    run: bool = True,
+) -> RuntimeSupport:
+    note = () if run else remarks
+    if problems:
+        return RuntimeSupport(name, "no", (*problems, *note), run)
+    if doubts:
+        return RuntimeSupport(name, "unknown", (*doubts, *note), run)
+    return RuntimeSupport(name, "yes", remarks, run)
+
+
+def _groups(quantization: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    groups = quantization.get("config_groups")
+    found = groups.values() if isinstance(groups, dict) else ()
+    return [group for group in found if isinstance(group, dict)]
+
+
+def _bits(group: Mapping[str, Any]) -> Any:
+    weights = group.get("weights")
+    return weights.get("num_bits") if isinstance(weights, dict) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SparseSSMError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise SparseSSMError(f"{path} holds no mapping")
+    return content
+
+
+def _read_header(path: Path) -> dict[str, Mapping[str, Any]]:
+    """Tensor name -> dtype and shape; eight bytes of length, then JSON."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _MAX_HEADER:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(file.read(length))
+        return {name: entry for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, AttributeError, struct.error) as error:
+        raise SparseSSMError(f"{path} is no safetensors file: {error}") from error

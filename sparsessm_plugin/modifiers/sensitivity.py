@@ -1,0 +1,831 @@
+"""Prune the projections of state-space mixers, each as much as it can bear."""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from compressed_tensors.offload import get_execution_device, update_offload_parameter
+from compressed_tensors.utils import match_named_modules
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.pytorch.utils.helpers import tensors_to_device
+from llmcompressor.utils import calibration_forward_context
+from llmcompressor.utils.helpers import DisableQuantization, disable_cache, eval_context
+from loguru import logger
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsessm_plugin.allocation import optimal_allocation, paper_allocation, uniform_allocation
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.mixers import MixerAdapter, MixerQuantities, find_mixers
+from sparsessm_plugin.modifiers.calibration import MixerModifier
+from sparsessm_plugin.modifiers.removal import CalibrationInputs
+from sparsessm_plugin.modifiers.saving import change_config
+from sparsessm_plugin.scan import scan
+from sparsessm_plugin.scan.fast_forward import offer
+from sparsessm_plugin.solvers.masks import UNSTRUCTURED, check_structure, parse_structure
+from sparsessm_plugin.solvers.objective import DAMPENING, dense_target, relative_error
+from sparsessm_plugin.solvers.projections import SOLVERS
+from sparsessm_plugin.solvers.sparsegpt import error_curve
+
+# What is pruned together; a later stage sees what the stages before have left of its inputs.
+_STAGES = (("in_proj",), ("conv1d", "x_proj", "dt_proj"), ("out_proj",))
+_VARYING = ("in_proj", "out_proj")  # kinds that the paper's allocation varies
+_LINEAR = "linear"  # kind of what stands outside of the mixers
+_UPDATING = ("sparsegpt", "alps")  # solvers that write new values into what is kept
+# share of W* in the mean of W and W* that is pruned
+_TARGET_SHARE = {"own": 0.0, "mixer": 1.0, "half_way": 0.5, "dense": 1.0}
+_OF_DENSE_PREFIX = ("half_way", "dense")
+_CURVE = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
+_CURVE_ROWS = 64
+# The optimal allocation raises no projection's sparsity further than this above the mean.
+_MOST_MORE = 0.3
+# What each projection's harm is measured with: tokens of the data, and how much is pruned.
+_PROBE_ROWS, _PROBE_LENGTH, _PROBE_SPARSITY = 4, 256, 0.5
+_LEAST_DIVERGENCE = 1e-9  # nats a token
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """A weight to prune, and the mixer it belongs to if it does."""
+
+    name: str
+    kind: str
+    module: Any
+    adapter: MixerAdapter | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in), of a conv1d (D, 1, K)."""
+        return self.module.weight.detach()
+
+    @property
+    def entries(self) -> int:
+        return self.module.weight.numel()
+
+
+class SensitivitySparseGPTModifier(MixerModifier):
+    """Prunes the projections of every mixer, dt_proj and the convolution included.
+
+    transformers never calls dt_proj and conv1d as modules, so LLM Compressor's own modifiers
+    leave them dense without a word; here each gets the Hessian of what its weight multiplies. How
+    many zeros a projection gets follows from its sensitivity. One-shot, without training.
+
+    Sample yaml::
+
+        prune_stage:
+          prune_modifiers:
+            SensitivitySparseGPTModifier:
+              sparsity: 0.5
+
+    Lifecycle:
+
+    - on_initialize: find the projections, check them, the settings and the data
+    - on_calibration_start: unless nothing needs it, run the dense model over the data once: every
+      projection's Hessian, from these the sparsity of each, and for a dense target what enters
+      each mixer
+    - hooks: keep what enters each mixer behind the pruned layers before it
+    - on_sequential_epoch_end: prune the projections of the mixers that are done, in the order in
+      which data passes them, each with what those before it leave of its inputs
+    - on_calibration_end: prune what is left, remove the hooks
+    - on_finalize: restore the mixers, write the report
+
+    :param sparsity: share of zeros in [0, 1), over all projections together; zeros of an earlier
+        pruning stay and count. May be left out if ``mask_structure`` says it
+    :param mask_structure: ``"0:0"`` unstructured, or ``"n:m"``: n zeros in every m inputs
+    :param solver: ``alps`` (default) | ``sparsegpt`` | ``wanda`` | ``magnitude``; the last two
+        leave the kept weights as they are
+    :param allocation: ``uniform``: the same sparsity everywhere | ``paper``: SparseSSM, Eq. 7:
+        in_proj and out_proj by rank of their Hessians' traces, all others alike | ``optimal``:
+        least summed loss. Default optimal; uniform for n:m and for magnitude
+    :param alpha: of ``paper``: how far a projection's sparsity may be from the mean
+    :param target_output: what a projection of a mixer is to reproduce from the inputs that
+        everything pruned before it leaves: ``own``: what the dense weight makes of these |
+        ``mixer``: what it gives in the dense mixer behind the pruned layers | ``dense``: what it
+        gives in the dense model | ``half_way``: the mean of own and dense. Default mixer for alps
+        and sparsegpt. dense and half_way keep every mixer's dense input in main memory: layers x
+        tokens x hidden_size numbers. Linear layers elsewhere have ``own``
+    :param targets: mixers, their projections, or Linear layers elsewhere, by name, class name,
+        ``re:`` pattern, or the projection's bare name such as ``in_proj``; a mixer stands for all
+        its projections. Default all projections of all mixers
+    :param ignore: what to leave alone, likewise
+    :param block_size: columns whose mask SparseGPT chooses together
+    :param dampening_frac: added to each Hessian's diagonal, of its mean
+    :param offload_hessians: keep Hessians in main memory between batches: slower, and needs
+        less of the accelerator's. Unless allocation is uniform, those of all projections are held
+        at once
+    :param report_path: ``.json`` file to write the report to
+    """
+
+    requires_calibration_data: bool = True
+
+    sparsity: float | None = None
+    mask_structure: str = UNSTRUCTURED
+    solver: Literal["magnitude", "wanda", "sparsegpt", "alps"] = "alps"
+    allocation: Literal["uniform", "paper", "optimal"] | None = None
+    alpha: float | None = None
+    target_output: Literal["own", "mixer", "half_way", "dense"] | None = None
+    block_size: int = Field(default=128, ge=1)
+    dampening_frac: float = Field(default=DAMPENING, ge=0.0, allow_inf_nan=False)
+    offload_hessians: bool = False
+
+    _projections: dict[str, _Projection] = PrivateAttr(default_factory=dict)
+    _linears: dict[str, _Projection] = PrivateAttr(default_factory=dict)
+    _zeros: dict[str, int] = PrivateAttr(default_factory=dict)
+    _hessians: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+    _tokens: dict[str, int] = PrivateAttr(default_factory=dict)
+    _inputs: dict[str, CalibrationInputs] = PrivateAttr(default_factory=dict)
+    _dense_inputs: dict[str, CalibrationInputs] = PrivateAttr(default_factory=dict)
+    _sensitivities: dict[str, float] = PrivateAttr(default_factory=dict)
+    _masks: list[Tensor | None] = PrivateAttr(default_factory=list)
+    _state: Any = PrivateAttr(default=None)
+    _layers: list[dict[str, Any]] = PrivateAttr(default_factory=list)
+    _first_pass_seconds: float = PrivateAttr(default=0.0)
+    _gather_seconds: float = PrivateAttr(default=0.0)
+
+    # -- settings --------------------------------------------------------------------
+
+    @field_validator("sparsity")
+    @classmethod
+    def _check_sparsity(cls, value: float | None) -> float | None:
+        if value is not None and not 0.0 <= value < 1.0:
+            raise ValueError(f"must be at least 0 and less than 1, got {value}")
+        return value
+
+    @field_validator("mask_structure", mode="before")
+    @classmethod
+    def _check_mask_structure(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            raise ValueError(
+                f'must be quoted, as in "2:4"; YAML reads it as the number {value} otherwise'
+            )
+        if isinstance(value, str):
+            parse_structure(value)
+        return value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "SensitivitySparseGPTModifier":
+        n, m = parse_structure(self.mask_structure)
+        if m and self.sparsity is None:
+            self.sparsity = n / m
+        if self.sparsity is None:
+            raise ValueError('give sparsity, or mask_structure "n:m"')
+        if m and abs(self.sparsity - n / m) > 1e-6:
+            raise ValueError(
+                f"mask_structure {self.mask_structure} makes {n / m:g} of the entries zero, "
+                f"sparsity says {self.sparsity:g}"
+            )
+        if self.allocation is None:
+            self.allocation = "uniform" if m or self.solver == "magnitude" else "optimal"
+        if m and self.allocation != "uniform":
+            raise ValueError(
+                f"allocation {self.allocation!r} varies the sparsity, which mask_structure "
+                f"{self.mask_structure} fixes; only uniform is allowed with it"
+            )
+        self._check_alpha()
+        updates = self.solver in _UPDATING
+        if self.target_output is None:
+            self.target_output = "mixer" if updates else "own"
+        if self.target_output != "own" and not updates:
+            raise ValueError(
+                f"target_output {self.target_output!r} needs new weights, and solver "
+                f"{self.solver!r} writes none; allowed: own"
+            )
+        self.requires_calibration_data = self.solver != "magnitude" or self._needs_first_pass
+        return self
+
+    def _check_alpha(self) -> None:
+        assert self.sparsity is not None
+        if self.allocation != "paper":
+            if self.alpha is not None:
+                raise ValueError(f"alpha has no meaning for allocation {self.allocation!r}")
+            return
+        self.alpha = 0.04 if self.alpha is None else self.alpha  # as the authors published it
+        low, high = self.sparsity - self.alpha, self.sparsity + self.alpha
+        if not (self.alpha >= 0 and low >= 0 and high < 1):
+            raise ValueError(
+                f"alpha {self.alpha:g} makes sparsities of {low:g} to {high:g} around "
+                f"{self.sparsity:g}; all must lie in [0, 1)"
+            )
+
+    @property
+    def _needs_first_pass(self) -> bool:
+        return self.allocation != "uniform" or self.target_output in _OF_DENSE_PREFIX
+
+    # -- before calibration ----------------------------------------------------------
+
+    def matching_mixers(self, model: nn.Module) -> list[MixerAdapter]:
+        """The mixers with a projection that ``targets`` and ``ignore`` leave.
+
+        Looks at names and shapes only, so a model on the meta device will do.
+
+        :raises SparseSSMError: a target without a projection, the embeddings or lm_head among the
+            targets, or settings that do not fit a projection's shape
+        """
+        adapters = {
+            p.adapter.name: p.adapter for p in self.matching_projections(model) if p.adapter
+        }
+        return list(adapters.values())
+
+    def matching_projections(self, model: nn.Module) -> list[_Projection]:
+        """What ``targets`` and ``ignore`` leave, checked against the settings.
+
+        :raises SparseSSMError: see :meth:`matching_mixers`
+        """
+        who = type(self).__name__
+        adapters = find_mixers(model)
+        known = _prunable(model, adapters)
+        by_mixer = {a.name: {n for n, p in known.items() if p.adapter is a} for a in adapters}
+
+        def named(pattern: str) -> tuple[set[str], set[str]]:
+            """Names of projections that a pattern stands for, and of all that it matches."""
+            matched = {name for name, _ in match_named_modules(model, [pattern])}
+            found = {name for name in matched if name in known}
+            for name in matched & by_mixer.keys():
+                found |= by_mixer[name]
+            bare = {n for n, p in known.items() if p.adapter and p.kind == pattern}
+            return found | bare, matched
+
+        ignored: set[str] = set()
+        for pattern in self.ignore:
+            found, matched = named(pattern)
+            if not found and not matched:
+                raise SparseSSMError(f"{who}.ignore: {pattern!r} matches nothing in the model")
+            ignored |= found | matched
+        names = {n for n, p in known.items() if p.adapter} if not self.targets else set()
+        for target in self.targets:
+            found, matched = named(target)
+            vocabulary = _vocabulary_modules(model) & (matched - ignored)
+            if vocabulary:
+                name = min(vocabulary)
+                raise SparseSSMError(
+                    f"{who}.targets: {target!r} matches {name}, which embeds or predicts tokens "
+                    f"and is never pruned; add {name!r} to ignore"
+                )
+            found -= _vocabulary_modules(model)
+            if not found:
+                raise SparseSSMError(
+                    f"{who}.targets: {target!r} matches no projection of a mixer and no Linear "
+                    f"layer; projections are {', '.join(adapters[0].projections)} of "
+                    f"{adapters[0].name} and so on"
+                )
+            names |= found
+        projections = [p for name, p in known.items() if name in names - ignored]
+        if not projections:
+            raise SparseSSMError(f"{who}.ignore: {self.ignore} leaves no projection")
+        self._check_projections(model, projections)
+        return projections
+
+    def _check_projections(self, model: nn.Module, projections: list[_Projection]) -> None:
+        who = type(self).__name__
+        owners: dict[int, str] = {}
+        for name, module in model.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, nn.Parameter):
+                owners.setdefault(id(weight), name)
+        for projection in projections:
+            owner = owners[id(projection.module.weight)]
+            if owner != projection.name:
+                raise SparseSSMError(
+                    f"{who}: {projection.name} shares its weight with {owner}; add "
+                    f"{projection.name!r} to ignore"
+                )
+            assert self.sparsity is not None
+            try:
+                check_structure(self.mask_structure, projection.weight.shape[-1], self.sparsity)
+            except SparseSSMError as error:
+                raise SparseSSMError(
+                    f"{who}: {error} in {projection.name}; add {projection.name!r} to ignore"
+                ) from error
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        super().on_initialize(state, **kwargs)
+        self._projections = {p.name: p for p in self.matching_projections(state.model)}
+        self._linears = {n: p for n, p in self._projections.items() if p.adapter is None}
+        for name, projection in self._linears.items():
+            if not torch.isfinite(projection.weight).all():
+                raise SparseSSMError(f"{name}.weight holds NaN or infinite values")
+        data: Any = state.data.calib if state.data is not None else None
+        if self._needs_first_pass and iter(data) is data:
+            raise SparseSSMError(
+                f"{type(self).__name__} reads its data twice, and the dataset can be read once; "
+                "allocation uniform with target_output mixer or own reads it once"
+            )
+        return True
+
+    # -- calibration -----------------------------------------------------------------
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        started = time.perf_counter()
+        super().on_calibration_start(state, event, **kwargs)
+        with self._released_on_error():
+            if self.requires_calibration_data:
+                self._state = state
+                if self._linears:
+                    self._masks = _attention_masks(state.data.calib)
+                for projection in self._linears.values():
+                    hook = partial(self._linear_hook, projection)
+                    self.register_hook(projection.module, hook, "forward_pre")
+            if self._needs_first_pass:
+                self._first_pass(state)
+            self._allocate()
+        self._first_pass_seconds = time.perf_counter() - started
+
+    @torch.no_grad()
+    def _first_pass(self, state: State) -> None:
+        """Run the dense model over the data; Hessians, and what enters the mixers."""
+        handles = {
+            self.register_hook(
+                adapter.mixer, partial(self._dense_hook, adapter), "forward_pre", with_kwargs=True
+            )
+            for adapter in self._pending.values()
+        }
+        if self.allocation != "uniform":
+            handles |= {
+                self.register_hook(p.module, partial(self._linear_hook, p), "forward_pre")
+                for p in self._linears.values()
+            }
+        model: Any = state.model
+        device = get_execution_device(model)
+        with (
+            HooksMixin.disable_hooks(keep=handles),
+            calibration_forward_context(model),
+            DisableQuantization(model),
+            torch.random.fork_rng(devices=[]),  # a shuffled loader keeps its order for later
+        ):
+            for index, batch in enumerate(state.data.calib):
+                state.current_batch_idx = index
+                model(**tensors_to_device(batch, device))
+        self.remove_hooks(handles)
+
+    def _dense_hook(
+        self,
+        adapter: MixerAdapter,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        attention_mask = kwargs.get("attention_mask")
+        with self._released_on_error():
+            _check_finite(adapter.name, hidden_states)
+            if self.target_output in _OF_DENSE_PREFIX:
+                inputs = self._dense_inputs.setdefault(adapter.name, CalibrationInputs())
+                inputs.add(hidden_states, attention_mask)
+            if self.allocation == "uniform":
+                return
+            quantities = adapter.quantities(hidden_states, attention_mask)
+            y = scan(quantities)
+            offer(adapter.mixer, hidden_states, attention_mask, quantities, y)
+            for projection in self._of(adapter):
+                x = _input_of(projection.kind, adapter, quantities, y)
+                gram = _gram(projection, x, x, quantities.mask)
+                self._add_hessian(projection, gram, _count(x, quantities.mask))
+
+    def _linear_hook(
+        self, projection: _Projection, module: nn.Module, args: tuple[Any, ...]
+    ) -> None:
+        if projection.name not in self._linears:
+            return
+        with torch.no_grad(), self._released_on_error():
+            x = args[0]
+            _check_finite(projection.name, x)
+            mask = _mask_for(x, self._masks[self._state.current_batch_idx])
+            self._add_hessian(projection, _gram(projection, x, x, mask), _count(x, mask))
+
+    def _add_hessian(self, projection: _Projection, gram: Tensor, tokens: int) -> None:
+        name = projection.name
+        self._tokens[name] = self._tokens.get(name, 0) + tokens
+        gram = gram.cpu() if self.offload_hessians else gram
+        if name in self._hessians:
+            self._hessians[name] += gram
+        else:
+            self._hessians[name] = gram
+
+    def _of(self, adapter: MixerAdapter) -> list[_Projection]:
+        return [
+            p for p in self._projections.values() if p.adapter and p.adapter.name == adapter.name
+        ]
+
+    def observe(
+        self, adapter: MixerAdapter, hidden_states: Tensor, attention_mask: Tensor | None
+    ) -> None:
+        inputs = self._inputs.setdefault(adapter.name, CalibrationInputs())
+        inputs.add(hidden_states, attention_mask)
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[nn.Module] | None = None, **kwargs: Any
+    ) -> None:
+        super().on_sequential_epoch_end(state, event, modules=modules, **kwargs)
+        done = {id(module) for module in modules or ()}
+        self._compress_linears([p for p in self._linears.values() if id(p.module) in done])
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._compress_linears(list(self._linears.values()))
+        super().on_calibration_end(state, event, **kwargs)
+
+    # -- sparsities ------------------------------------------------------------------
+
+    def _allocate(self) -> None:
+        """Decide the zeros of every projection; forget the Hessians of the dense model."""
+        assert self.sparsity is not None
+        projections = list(self._projections.values())
+        sizes = [p.entries for p in projections]
+        if self.allocation != "uniform":
+            for projection in projections:
+                self._check_seen(projection.name, self._tokens.get(projection.name, 0))
+                hessian = self._hessians[projection.name]
+                trace = hessian.double().diagonal(dim1=-2, dim2=-1).sum()
+                self._sensitivities[projection.name] = float(trace)
+        if self.allocation == "optimal" and 0 < self.sparsity < _CURVE[-1]:
+            zeros = self._optimal_zeros(projections, sizes)
+        else:
+            zeros = uniform_allocation(sizes, self.sparsity)
+        self._zeros = {p.name: count for p, count in zip(projections, zeros, strict=True)}
+        if self.allocation == "paper":
+            for kind in _VARYING:
+                names = [p.name for p in projections if p.kind == kind]
+                if not names:
+                    continue
+                assert self.alpha is not None
+                counts = paper_allocation(
+                    [self._sensitivities[name] for name in names],
+                    [self._projections[name].entries for name in names],
+                    self.sparsity,
+                    self.alpha,
+                )
+                self._zeros.update(zip(names, counts, strict=True))
+        self._hessians.clear()
+        self._tokens.clear()
+
+    def _optimal_zeros(self, projections: list[_Projection], sizes: list[int]) -> list[int]:
+        """Least summed divergence of the predicted tokens, by the error that SparseGPT leaves."""
+        assert self.sparsity is not None
+        there = [int((p.weight == 0).sum()) for p in projections]
+        if sum(there) >= self.sparsity * sum(sizes):
+            return there
+        harms = self._harms(projections)
+        losses = []
+        for projection, harm in zip(projections, harms, strict=True):
+            weight = projection.weight.float()
+            curve = error_curve(
+                weight,
+                self._hessians[projection.name].to(weight.device),
+                _CURVE,
+                rows=_CURVE_ROWS,
+                block_size=self.block_size,
+                dampening_frac=self.dampening_frac,
+            )
+            losses.append([harm * loss for loss in curve.tolist()])
+        return optimal_allocation(
+            _CURVE,
+            losses,
+            sizes,
+            self.sparsity,
+            lowest=[count / size for count, size in zip(there, sizes, strict=True)],
+            highest=max(self.sparsity, min(_CURVE[-1], self.sparsity + _MOST_MORE)),
+        )
+
+    @torch.no_grad()
+    def _harms(self, projections: list[_Projection]) -> list[float]:
+        """How much a unit of squared output error of each projection changes the predictions.
+
+        Each is pruned alone for a moment, by Wanda as that costs nothing, and the divergence from
+        the dense model's predictions on a little of the data is divided by the error made. It
+        grows with the error evenly enough: SparseGPT at another sparsity gives about the same.
+        """
+        batch = _probe(next(iter(self._state.data.calib)))
+        model: Any = self._state.model
+        batch = tensors_to_device(batch, get_execution_device(model))
+        mask = batch.get("attention_mask")
+        harms = []
+        with (
+            HooksMixin.disable_hooks(),
+            eval_context(model),
+            disable_cache(model),
+            DisableQuantization(model),
+        ):
+            reference = model(**batch).logits
+            for projection in projections:
+                weight = projection.weight.clone()
+                solved = SOLVERS["wanda"](
+                    weight, self._hessians[projection.name].to(weight.device), _PROBE_SPARSITY
+                )
+                try:
+                    update_offload_parameter(projection.module, "weight", solved.weight)
+                    changed = _divergence(reference, model(**batch).logits, mask)
+                finally:
+                    update_offload_parameter(projection.module, "weight", weight)
+                harms.append(max(changed, _LEAST_DIVERGENCE) / max(solved.error, 1e-30))
+        return harms
+
+    # -- pruning ---------------------------------------------------------------------
+
+    def compress(self, adapter: MixerAdapter) -> None:
+        inputs = self._inputs.pop(adapter.name, CalibrationInputs())
+        dense_inputs = inputs if self.target_output == "mixer" else None
+        dense_inputs = self._dense_inputs.pop(adapter.name, dense_inputs)
+        if self.requires_calibration_data:
+            self._check_seen(adapter.name, inputs.tokens)
+        if dense_inputs is not None and dense_inputs.tokens != inputs.tokens:
+            raise SparseSSMError(
+                f"{adapter.name} saw {inputs.tokens} tokens, and {dense_inputs.tokens} when the "
+                "data was read first; the data must come in the same order each time"
+            )
+        pruned = adapter.float_clone()  # takes the new weights stage by stage
+        dense = adapter.float_clone() if dense_inputs is not None else None
+        own = self._of(adapter)
+        for stage in _STAGES:
+            members = [p for p in own if p.kind in stage]
+            if not members:
+                continue
+            started = time.perf_counter()
+            hessians, crosses = _stage_statistics(members, pruned, inputs, dense, dense_inputs)
+            self._gather_seconds += time.perf_counter() - started
+            for projection in members:
+                weight = self._solve(
+                    projection, hessians[projection.name], crosses.get(projection.name)
+                )
+                pruned.mixer.get_submodule(projection.kind).weight.copy_(weight)
+                self._layers[-1]["tokens"] = inputs.tokens
+        logger.info(f"{adapter.name}: pruned {', '.join(p.kind for p in own)}")
+
+    def _compress_linears(self, projections: list[_Projection]) -> None:
+        for projection in projections:
+            with torch.no_grad(), self._released_on_error():
+                name = projection.name
+                tokens = self._tokens.pop(name, 0)
+                if self.requires_calibration_data:
+                    self._check_seen(name, tokens)
+                size = projection.weight.shape[-1]
+                hessian = self._hessians.pop(name, torch.eye(size))
+                self._solve(projection, hessian.to(projection.weight.device), None)
+                self._layers[-1]["tokens"] = tokens
+                del self._linears[name]
+
+    def _solve(self, projection: _Projection, hessian: Tensor, cross: Tensor | None) -> Tensor:
+        """Prune one projection of the model; returns its weight as it is stored."""
+        started = time.perf_counter()
+        weight, name = projection.weight, projection.name
+        zeros_before = weight == 0
+        keep = ~zeros_before if bool(zeros_before.any()) else None
+        try:
+            target = weight.float()
+            if cross is not None:
+                assert self.target_output is not None
+                moved = dense_target(target, hessian, cross, self.dampening_frac)
+                target = target.lerp(moved, _TARGET_SHARE[self.target_output])
+            solved = SOLVERS[self.solver](
+                target,
+                hessian,
+                self._zeros[name] / projection.entries,
+                self.mask_structure,
+                keep=keep,
+                block_size=self.block_size,
+                dampening_frac=self.dampening_frac,
+            )
+        except SparseSSMError as error:
+            raise SparseSSMError(f"{name} cannot be pruned: {error}") from error
+        stored = solved.weight.to(weight.dtype)
+        # before the dense weight is overwritten in place
+        wrong = relative_error(weight, stored, hessian) if self.requires_calibration_data else None
+        update_offload_parameter(projection.module, "weight", stored)
+        pruned = int((~solved.mask).sum())
+        self._layers.append(
+            {
+                "name": name,
+                "kind": projection.kind,
+                "shape": list(weight.shape),
+                "entries": projection.entries,
+                "pruned": pruned,
+                "zero_before": int(zeros_before.sum()),
+                "sparsity": pruned / projection.entries,
+                "sensitivity": self._sensitivities.get(name),
+                "relative_error": wrong,
+                "seconds": round(time.perf_counter() - started, 3),
+            }
+        )
+        return stored
+
+    def _check_seen(self, name: str, tokens: int) -> None:
+        if tokens == 0:
+            raise SparseSSMError(f"{name} saw no calibration tokens; it is not pruned")
+
+    # -- report ----------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """What was done: settings, one entry a projection, totals.
+
+        ``pruned`` counts entries that are zero, those of earlier stages among them.
+        ``relative_error`` is ``|(W - W') X|^2 / |W X|^2`` for the inputs X that the pruned
+        layers before leave; with a target other than ``own`` W' is not made to keep it small.
+        ``sensitivity`` is the trace of the dense model's Hessian. Seconds of a projection are
+        those of its solver; the total has also what gathering took.
+        """
+        entries = sum(layer["entries"] for layer in self._layers)
+        pruned = sum(layer["pruned"] for layer in self._layers)
+        solving = sum(layer["seconds"] for layer in self._layers)
+        return {
+            "modifier": type(self).__name__,
+            "settings": self.model_dump(exclude=set(Modifier.model_fields), exclude_none=True),
+            "layers": self._layers,
+            "total": {
+                "entries": entries,
+                "pruned": pruned,
+                "sparsity": pruned / entries if entries else 0.0,
+                "first_pass_seconds": round(self._first_pass_seconds, 3),
+                "seconds": round(self._first_pass_seconds + self._gather_seconds + solving, 3),
+            },
+        }
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        self._forget()
+        # also packs experts, which oneshot() takes apart, as their architecture reads them
+        change_config(state.model, {})
+        return super().on_finalize(state, **kwargs)
+
+    def release(self) -> None:
+        super().release()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._inputs.clear()
+        self._dense_inputs.clear()
+        self._hessians.clear()
+        self._masks.clear()
+        self._state = None
+
+
+# -- which weights -----------------------------------------------------------------------
+
+
+def _prunable(model: nn.Module, adapters: list[MixerAdapter]) -> dict[str, _Projection]:
+    """Every projection of a mixer, and every Linear layer elsewhere, in model order."""
+    inside = {
+        id(adapter.mixer.get_submodule(kind)): (kind, adapter)
+        for adapter in adapters
+        for kind in adapter.projections
+    }
+    found = {}
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            found[name] = _Projection(name, inside[id(module)][0], module, inside[id(module)][1])
+        elif isinstance(module, nn.Linear):
+            found[name] = _Projection(name, _LINEAR, module)
+    return found
+
+
+def _vocabulary_modules(model: Any) -> set[str]:
+    """Names of the embeddings and of what predicts tokens."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or any(module is m for m in modules)
+    }
+
+
+# -- what the predictions say ----------------------------------------------------------------
+
+
+def _probe(batch: dict[str, Any]) -> dict[str, Any]:
+    """A little of a batch, from where its first row has tokens."""
+    shape = batch["input_ids"].shape
+    mask = batch.get("attention_mask")
+    start = 0 if mask is None else int(mask[0].bool().int().argmax())
+    columns = slice(start, start + _PROBE_LENGTH)
+    return {
+        key: value[:_PROBE_ROWS, columns] if value.shape[:2] == shape else value
+        for key, value in batch.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _divergence(reference: Tensor, logits: Tensor, mask: Tensor | None) -> float:
+    """Mean Kullback-Leibler divergence of two predictions, in nats a token.
+
+    :param reference: (b, L, vocabulary) logits
+    :param logits: likewise
+    :param mask: (b, L), zero at padding, or None
+    """
+    total, count = 0.0, 0
+    for row in range(len(logits)):  # float32 logits of a whole batch would be large
+        expected, found = (x[row].float().log_softmax(-1) for x in (reference, logits))
+        each = (expected.exp() * (expected - found)).sum(-1)
+        if mask is not None:
+            each = each[mask[row].bool()]
+        total += float(each.double().sum())
+        count += each.numel()
+    return total / max(count, 1)
+
+
+# -- what weights multiply -----------------------------------------------------------------
+
+
+def _input_of(kind: str, adapter: MixerAdapter, quantities: MixerQuantities, y: Tensor) -> Tensor:
+    """(b, L, in) what a mixer's projection multiplies; of conv1d (b, L, D)."""
+    if kind == "out_proj":
+        return adapter.out_input(quantities, y)
+    return quantities.inputs[kind]
+
+
+def _gram(projection: _Projection, left: Tensor, right: Tensor, mask: Tensor | None) -> Tensor:
+    """``sum left right^T`` over all positions but padding, as the solvers take it.
+
+    :param left: (b, L, in); (tokens, in) outside of mixers
+    :param right: likewise
+    :param mask: bool, of their leading dimensions, or None
+    :return: (in, in) float32; of a conv1d (D, K, K), over the K inputs that each output reads
+    """
+    left, right = left.float(), right.float()
+    if projection.kind != "conv1d":
+        if mask is not None:
+            left = left * mask[..., None]
+        return left.flatten(0, -2).T @ right.flatten(0, -2)
+    kernel, length = projection.weight.shape[-1], left.shape[1]
+    left, right = (F.pad(x, (0, 0, kernel - 1, 0)) for x in (left, right))
+    rows = []
+    for i in range(kernel):
+        seen = left[:, i : i + length]
+        if mask is not None:  # outputs at padding are not used, though inputs there may be read
+            seen = seen * mask[..., None]
+        products = [(seen * right[:, j : j + length]).sum((0, 1)) for j in range(kernel)]
+        rows.append(torch.stack(products, -1))
+    return torch.stack(rows, -2)
+
+
+def _stage_statistics(
+    members: list[_Projection],
+    pruned: MixerAdapter,
+    inputs: CalibrationInputs,
+    dense: MixerAdapter | None,
+    dense_inputs: CalibrationInputs | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Hessians, and products of dense and present inputs, of some projections of a mixer.
+
+    :param pruned: the mixer as it is now
+    :param inputs: what the pruned layers before it make of the data
+    :param dense: the mixer as it was, or None where nothing is to be compared with it
+    :param dense_inputs: what the dense layers before it make of the data
+    :return: by name
+    """
+    needs_scan = any(p.kind == "out_proj" for p in members)
+    hessians: dict[str, Tensor] = {}
+    crosses: dict[str, Tensor] = {}
+    for p in members:
+        size = p.weight.shape[-1]
+        shape = (p.weight.shape[0], size, size) if p.kind == "conv1d" else (size, size)
+        hessians[p.name] = torch.zeros(shape, device=pruned.A_log.device)
+        if dense is not None:
+            crosses[p.name] = torch.zeros(shape, device=pruned.A_log.device)
+    for i, q in inputs.iterate(pruned):
+        y = scan(q) if needs_scan else q.u
+        if dense is not None and dense_inputs is not None:
+            dense_q = dense.quantities(*dense_inputs.get(i, q.u.device))
+            dense_y = scan(dense_q) if needs_scan else dense_q.u
+        for p in members:
+            x = _input_of(p.kind, pruned, q, y)
+            hessians[p.name] += _gram(p, x, x, q.mask)
+            if dense is not None:
+                dense_x = _input_of(p.kind, dense, dense_q, dense_y)
+                crosses[p.name] += _gram(p, dense_x, x, q.mask)
+    return hessians, crosses
+
+
+def _count(x: Tensor, mask: Tensor | None) -> int:
+    return x[..., 0].numel() if mask is None else int(mask.sum())
+
+
+def _check_finite(name: str, x: Tensor) -> None:
+    if not bool(torch.isfinite(x.detach().sum(dtype=torch.float64))):
+        raise SparseSSMError(
+            f"{name}: its input holds NaN or infinite values during calibration; "
+            "this layer was not pruned"
+        )
+
+
+def _attention_masks(dataloader: Any) -> list[Tensor | None]:
+    """(b, L) bool of every batch, or None where nothing is padded."""
+    masks: list[Tensor | None] = []
+    with torch.random.fork_rng(devices=[]):  # a shuffled loader keeps its order for later
+        for batch in dataloader:
+            mask = batch.get("attention_mask")
+            mask = None if mask is None else mask.bool()
+            masks.append(None if mask is None or bool(mask.all()) else mask)
+    return masks
+
+
+def _mask_for(x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask of a batch for the input of a Linear layer; None if that is not its tokens.
+
+    Experts see tokens that a router chose.
+    """
+    if mask is None:
+        return None
+    if x.shape[:-1] == mask.shape:
+        return mask.to(x.device)
+    return mask.flatten().to(x.device) if x.shape[:-1] == mask.flatten().shape else None

@@ -1,0 +1,261 @@
+"""Quantize pruned weights by GPTQ without losing their zeros."""
+
+import re
+import time
+from collections.abc import Iterable
+from copy import copy
+from functools import partial
+from typing import Any
+
+import torch
+from compressed_tensors.offload import disable_offloading
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationStrategy,
+    fake_quantize,
+)
+from compressed_tensors.utils import match_named_modules
+from llmcompressor.core import State
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.gptq.helpers import (
+    column_scale_window,
+    prepare_batch,
+    update_batch_qparams,
+)
+from llmcompressor.utils.metric_logging import CompressionLogger
+from loguru import logger
+from pydantic import PrivateAttr
+from torch import Tensor, nn
+
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.mixers import is_mixer, iter_mixers
+from sparsessm_plugin.modifiers.saving import change_config
+from sparsessm_plugin.solvers.gptq import masked_gptq
+
+# transformers multiplies by the weights of these without calling the modules
+_NEVER_CALLED = ("conv1d", "dt_proj")
+_GROUPED = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
+
+
+class SparseGPTQModifier(GPTQModifier):
+    """Quantizes weights by GPTQ (arXiv 2210.17323) and keeps every zero that it finds.
+
+    LLM Compressor's GPTQModifier writes into the zeros of a pruned weight; this one rounds and
+    masks each column, and lets the columns to come make up for both. A weight without a zero
+    is quantized by LLM Compressor's own code. Zeros are added where a small weight rounds to zero,
+    as with every quantization.
+
+    Sample yaml::
+
+        prune_stage:
+          prune_modifiers:
+            SparseGPTModifier:
+              sparsity: 0.5
+              mask_structure: "2:4"
+              targets: ["re:.*in_proj$", "re:.*out_proj$"]
+        quantization_stage:
+          quantization_modifiers:
+            SparseGPTQModifier:
+              targets: [Linear]
+              scheme: W4A16
+              ignore: [lm_head, "re:.*dt_proj$"]
+
+    ``ignore`` should hold lm_head: it is often tied to the embeddings, and costs most. It must
+    hold dt_proj in the Mamba-1 layout: transformers reads its weight without calling it, so that
+    its input is never seen and its scale would stay empty.
+
+    Lifecycle: that of GPTQModifier, after the targets have been checked on initialization.
+
+    :param scheme: preset such as ``W4A16``, ``W8A8`` or ``FP8_DYNAMIC``, or a mapping of presets
+        to targets
+    :param config_groups: schemes with targets, in place of ``scheme``
+    :param targets: modules to quantize, by name, class name or ``re:`` pattern; default Linear
+    :param ignore: modules to leave alone, likewise
+    :param block_size: columns quantized before the updates reach the rest of the weight
+    :param dampening_frac: added to the diagonal of the Hessian, as a share of its mean; raised
+        for a pruned weight whose Hessian is singular even so
+    :param actorder: order of the columns, ``static`` (default) or null
+    :param batched_quantization: how many weights of one shape LLM Compressor's code takes at
+        once; pruned ones are taken one by one
+
+    and all others of GPTQModifier.
+    """
+
+    _layers: list[dict[str, Any]] = PrivateAttr(default_factory=list)
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        self.check_model(state.model)
+        return super().on_initialize(state, **kwargs)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse targets that cannot be calibrated, or that do not fit the group size.
+
+        Looks at names and shapes only, so a model on the meta device will do.
+
+        :raises SparseSSMError: naming the first such module and what to add to ``ignore``
+        """
+        who = type(self).__name__
+        inside = {
+            f"{name}.{part}": part for name, _ in iter_mixers(model) for part in _NEVER_CALLED
+        }
+        for scheme in self.resolved_config.config_groups.values():
+            for name, module in match_named_modules(model, scheme.targets, self.ignore):
+                if scheme.weights is None or isinstance(module, nn.Embedding):
+                    continue
+                if name in inside:
+                    raise SparseSSMError(
+                        f"{who}: {name} would be quantized, but the model reads its weight without "
+                        f'calling it, so it cannot be calibrated; add "re:.*{inside[name]}$" to '
+                        "ignore"
+                    )
+                weight = getattr(module, "weight", None)
+                if is_mixer(module) or not isinstance(weight, Tensor) or weight.ndim < 2:
+                    raise SparseSSMError(
+                        f"{who}: {name} would be quantized, but a {type(module).__name__} has no "
+                        f'weight matrix of its own; add "re:{_anchored(name)}" to ignore'
+                    )
+                self._check_group_size(name, module, scheme.weights)
+
+    def _check_group_size(self, name: str, module: Any, args: QuantizationArgs) -> None:
+        size = args.group_size
+        if self.bypass_divisibility_checks or args.strategy not in _GROUPED or not size:
+            return
+        width = int(module.weight.shape[-1])
+        if width % size:
+            raise SparseSSMError(
+                f"{type(self).__name__}: {name} has {width} inputs, which groups of {size} do not "
+                f'divide; add "re:{_anchored(name)}" to ignore or choose another group_size'
+            )
+
+    def compress_module_list(self, module_list: Iterable[nn.Module]) -> None:
+        """Quantize modules from their Hessians: those with zeros here, the others upstream."""
+        modules = list(module_list)
+        pruned = [module for module in modules if _has_zeros(module)]
+        super().compress_module_list([module for module in modules if module not in set(pruned)])
+        for module in pruned:
+            with torch.no_grad(), disable_offloading():
+                self._compress_pruned(module)
+
+    def _compress_pruned(self, module: Any) -> None:
+        started = time.perf_counter()
+        name = self._module_names[module]
+        args = module.quantization_scheme.weights
+        qparams = [module.weight_observer.get_qparams()]
+        # (1, rows, columns), (1, columns, columns), and the observer's layouts with the 1 before
+        weights, hessians, scales, zero_points, global_scales = prepare_batch(
+            [module], qparams, self._hessians, self._num_samples
+        )
+        keep = weights[0] != 0
+        scale, zero_point = _of_each_entry(args, weights, scales, zero_points, global_scales)
+        device = weights.device
+        logger.info(f"Quantizing {name}, of which {1 - float(keep.float().mean()):.1%} is zero")
+        with CompressionLogger(module) as compression:
+            try:
+                result = masked_gptq(
+                    weights[0],
+                    hessians[0].to(device),
+                    keep,
+                    partial(_fake_quantize, _by_channel(args)),
+                    scale.to(device),
+                    zero_point.to(device) if zero_point is not None else None,
+                    block_size=self.block_size,
+                    dampening=self.dampening_frac or 0.0,
+                    activation_order=bool(args.actorder),
+                )
+            except ValueError as error:
+                self.release()
+                raise SparseSSMError(f"{name} cannot be quantized: {error}") from error
+            compression.set_results(name="GPTQ", loss=result.error / 2)
+        update_batch_qparams(
+            [module], result.weight[None], scales, zero_points, global_scales, args
+        )
+        self._num_compressed_modules += 1
+        self._layers.append(
+            {
+                "name": name,
+                "shape": list(keep.shape),
+                "entries": keep.numel(),
+                "pruned": int((~keep).sum()),
+                "zeros": int((result.weight == 0).sum()),
+                "error": result.error,
+                "dampening": result.dampening,
+                "seconds": round(time.perf_counter() - started, 3),
+            }
+        )
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        # also packs experts that are not quantized, as their architecture reads them
+        change_config(state.model, {})
+        return super().on_finalize(state, **kwargs)
+
+    def report(self) -> dict[str, Any]:
+        """What was done to pruned weights: settings, one entry a weight, totals.
+
+        ``pruned`` counts the zeros that were found and kept, ``zeros`` all zeros afterwards;
+        ``error`` is tr((W - Q) H (W - Q)^T), with H the mean over sequences of 2 X X^T.
+        """
+        settings = self.model_dump(
+            mode="json", exclude=set(Modifier.model_fields), exclude_none=True, fallback=str
+        )
+        entries = sum(layer["entries"] for layer in self._layers)
+        pruned = sum(layer["pruned"] for layer in self._layers)
+        return {
+            "modifier": type(self).__name__,
+            "settings": settings,
+            "layers": self._layers,
+            "total": {
+                "entries": entries,
+                "pruned": pruned,
+                "sparsity": pruned / entries if entries else 0.0,
+                "zeros": sum(layer["zeros"] for layer in self._layers),
+                "seconds": round(sum(layer["seconds"] for layer in self._layers), 3),
+            },
+        }
+
+    def release(self) -> None:
+        """Take the hooks off the model again; safe to call at any time."""
+        self.remove_hooks()
+
+
+def _has_zeros(module: Any) -> bool:
+    return module.weight.ndim == 2 and bool((module.weight == 0).any())
+
+
+def _of_each_entry(
+    args: QuantizationArgs,
+    weights: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    global_scales: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point (rows, columns) of a weight, whatever the strategy."""
+    _, rows, columns = weights.shape
+    group_of = None
+    if args.strategy in (*_GROUPED, QuantizationStrategy.BLOCK):
+        blocks = args.strategy == QuantizationStrategy.BLOCK
+        width = args.block_structure[1] if blocks else args.group_size
+        group_of = torch.arange(columns, device=scales.device, dtype=torch.int) // width
+    scale, zero_point = column_scale_window(
+        scales, zero_points, global_scales, group_of, args, rows, 0, columns
+    )
+    return scale[0], zero_point[0] if zero_point is not None else None
+
+
+def _by_channel(args: QuantizationArgs) -> QuantizationArgs:
+    """The same grid for a single column, which has a scale a row."""
+    channel = copy(args)
+    channel.strategy = QuantizationStrategy.CHANNEL
+    return channel
+
+
+def _fake_quantize(
+    args: QuantizationArgs, values: Tensor, scale: Tensor, zero_point: Tensor | None
+) -> Tensor:
+    return fake_quantize(values, scale, zero_point, args)
+
+
+def _anchored(name: str) -> str:
+    """A pattern for this layer in every block: ``.*mixer.x_proj$`` for ``...3.mixer.x_proj``."""
+    tail = re.split(r"\.\d+\.", name)[-1]
+    return f".*{tail}$"

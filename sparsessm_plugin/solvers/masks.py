@@ -1,0 +1,111 @@
+"""Which entries of a projection stay, given a score of each."""
+
+import re
+
+import torch
+from torch import Tensor
+
+from sparsessm_plugin.errors import SparseSSMError
+
+UNSTRUCTURED = "0:0"
+
+
+def parse_structure(structure: str) -> tuple[int, int]:
+    """LLM Compressor's ``mask_structure``: ``"n:m"`` prunes n of every m along the inputs.
+
+    :param structure: ``"2:4"``, for instance; ``"0:0"`` is unstructured
+    :return: n and m, both 0 if unstructured
+    :raises SparseSSMError: anything else
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", structure)
+    n, m = (int(match[1]), int(match[2])) if match else (-1, -1)
+    if not (0 < n < m or n == m == 0):
+        raise SparseSSMError(
+            f"mask_structure must be 0:0 or n:m with 0 < n < m (n zeros in every m), "
+            f"got {structure!r}"
+        )
+    return n, m
+
+
+def check_structure(structure: str, size: int, sparsity: float) -> tuple[int, int]:
+    """:func:`parse_structure` for a weight.
+
+    :param structure: see :func:`parse_structure`
+    :param size: input features, of which groups of m are made
+    :param sparsity: must lie between 0 and 1
+    :raises SparseSSMError: a value that is not allowed, or groups that do not fit
+    """
+    if not 0 <= sparsity <= 1:
+        raise SparseSSMError(f"sparsity must lie between 0 and 1, got {sparsity}")
+    n, m = parse_structure(structure)
+    if m and size % m:
+        raise SparseSSMError(
+            f"mask_structure {structure} needs input features in groups of {m}, got {size}"
+        )
+    return n, m
+
+
+def choose_mask(
+    scores: Tensor,
+    sparsity: float,
+    structure: str = UNSTRUCTURED,
+    *,
+    keep: Tensor | None = None,
+    per_row: bool = False,
+) -> Tensor:
+    """Prune the entries with the lowest scores.
+
+    Unstructured, ``round(sparsity * numel)`` entries go, chosen among all rows and problems, or
+    more if ``keep`` leaves fewer. With ``per_row`` rows differ by one entry at most.
+
+    :param scores: (..., out, in) not negative
+    :param sparsity: share of the entries to prune; n:m decides it alone
+    :param structure: ``"0:0"`` or ``"n:m"``, n zeros in every m inputs
+    :param keep: (..., out, in) bool or None; False for entries that are pruned already, which
+        count
+    :param per_row: compare within rows only
+    :return: (..., out, in) bool, True where an entry stays
+    :raises SparseSSMError: structure or sparsity is not allowed
+    """
+    n, m = check_structure(structure, scores.shape[-1], sparsity)
+    if keep is not None:
+        scores = scores.masked_fill(~keep, -1.0)
+    if m:
+        mask = _keep_in_groups(scores, n, m)
+    elif per_row:
+        mask = _keep_in_rows(scores, sparsity)
+    else:
+        gone = round(sparsity * scores.numel())
+        mask = keep_largest(scores.flatten(), scores.numel() - gone).view_as(scores)
+    return mask if keep is None else mask & keep
+
+
+def keep_largest(scores: Tensor, count: int) -> Tensor:
+    """Exactly ``count`` of the largest scores (n,): bool (n,). Equal ones go by position."""
+    size = len(scores)
+    if count <= 0 or count >= size:
+        return torch.full_like(scores, count > 0, dtype=torch.bool)
+    threshold = scores.kthvalue(size - count).values  # the largest score that goes
+    mask = scores > threshold
+    missing = count - int(mask.sum())
+    if missing:
+        ties = (scores == threshold).nonzero().flatten()
+        mask[ties[:missing]] = True
+    return mask
+
+
+def _keep_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
+    groups = scores.unflatten(-1, (-1, m))
+    gone = groups.topk(n, dim=-1, largest=False).indices
+    mask = torch.ones_like(groups, dtype=torch.bool).scatter_(-1, gone, False)
+    return mask.flatten(-2)
+
+
+def _keep_in_rows(scores: Tensor, sparsity: float) -> Tensor:
+    size = scores.shape[-1]
+    rows = scores.reshape(-1, size)
+    # cumulative, so that the total is that of all rows together
+    ends = [round(sparsity * size * r) for r in range(len(rows) + 1)]
+    gone = torch.tensor(ends, device=scores.device).diff()
+    rank = rows.argsort(-1).argsort(-1)
+    return (rank >= gone[:, None]).view_as(scores)

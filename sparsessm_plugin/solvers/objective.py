@@ -1,0 +1,249 @@
+"""The layer-wise objective that all projection solvers share, and the Hessian made invertible.
+
+A projection reads inputs x (in,) of the calibration; its Hessian is ``H = sum x x^T``. A pruned
+weight W' costs ``tr((W - W') H (W - W')^T)``, the squared output error summed over the
+calibration. Leading dimensions are independent problems: a depthwise conv1d has a weight
+(D, 1, K) and a Hessian (D, K, K).
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsessm_plugin.errors import SparseSSMError
+
+DAMPENING = 0.01  # of the mean diagonal entry, as SparseGPT and GPTQ have it
+_FIRST_RAISE = 1e-8  # where raising starts if no dampening was asked for
+_LAST_RAISE = 10.0  # a sum of x x^T needs far less, whatever its rounding errors
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A pruned weight and what it costs.
+
+    :param weight: as the dense one in shape and dtype, exactly zero where ``mask`` is False
+    :param mask: same shape, bool; True where a weight may stay
+    :param error: ``tr((W - W') H (W - W')^T)`` of ``weight`` as it is stored, over all problems
+    :param relative_error: ``error`` over ``tr(W H W^T)``; 0 if the dense output is zero
+    """
+
+    weight: Tensor
+    mask: Tensor
+    error: float
+    relative_error: float
+
+
+class InverseCholesky(NamedTuple):
+    """The inverse of a dampened Hessian, as a factor.
+
+    :param factor: (..., in, in) float64 upper triangular U with ``U^T U = (H + damp)^-1``
+    :param hessian: (..., in, in) float64 ``H + damp``
+    :param dead: (..., in) bool, inputs that were always zero
+    :param dampening_frac: (...) what was needed, at least what was asked for
+    """
+
+    factor: Tensor
+    hessian: Tensor
+    dead: Tensor
+    dampening_frac: Tensor
+
+
+def row_errors(weight: Tensor, pruned: Tensor, hessian: Tensor) -> Tensor:
+    """``(w - w') H (w - w')^T`` of every row: (..., out) float64.
+
+    :param weight: (..., out, in) dense
+    :param pruned: (..., out, in)
+    :param hessian: (..., in, in) sum of x x^T
+    """
+    # In float64: a good solver leaves an error that H's large directions do not see, so the
+    # terms of this sum cancel.
+    change = weight.double() - pruned.double()
+    return ((change @ hessian.to(change)) * change).sum(-1).clamp(min=0)
+
+
+def objective(weight: Tensor, pruned: Tensor, hessian: Tensor) -> Tensor:
+    """``tr((W - W') H (W - W')^T)`` of every problem: (...) float64.
+
+    :param weight: (..., out, in) dense
+    :param pruned: (..., out, in)
+    :param hessian: (..., in, in) sum of x x^T
+    """
+    return row_errors(weight, pruned, hessian).sum(-1)
+
+
+def relative_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
+    """The objective over the dense output's energy ``tr(W H W^T)``, summed over all problems.
+
+    :param weight: (..., out, in) dense
+    :param pruned: (..., out, in)
+    :param hessian: (..., in, in) sum of x x^T
+    """
+    energy = float(objective(weight, torch.zeros_like(weight), hessian).sum())
+    return float(objective(weight, pruned, hessian).sum()) / energy if energy > 0 else 0.0
+
+
+def finish(weight: Tensor, pruned: Tensor, mask: Tensor, hessian: Tensor) -> Solved:
+    """Store a result in the dense weight's dtype and say what that costs.
+
+    :param weight: (..., out, in) dense
+    :param pruned: (..., out, in) in any precision
+    :param mask: (..., out, in) bool, True where a weight may stay
+    :param hessian: (..., in, in) sum of x x^T
+    """
+    limits = torch.finfo(weight.dtype)
+    stored = pruned.clamp(limits.min, limits.max).to(weight.dtype)
+    stored = torch.where(mask, stored, torch.zeros_like(stored))
+    error = float(objective(weight, stored, hessian).sum())
+    energy = float(objective(weight, torch.zeros_like(weight), hessian).sum())
+    return Solved(stored, mask, error, error / energy if energy > 0 else 0.0)
+
+
+def check(weight: Tensor, hessian: Tensor, keep: Tensor | None = None) -> None:
+    """Refuse what no solver can work with.
+
+    :param weight: (..., out, in)
+    :param hessian: (..., in, in)
+    :param keep: None or a mask (..., out, in) bool
+    :raises SparseSSMError: shapes that do not fit, entries that are not finite, or a diagonal
+        that no sum of squares can have
+    """
+    wanted = (*weight.shape[:-2], weight.shape[-1], weight.shape[-1])
+    if weight.dim() < 2 or not weight.numel():
+        raise SparseSSMError(f"a weight must be (..., out, in), got {tuple(weight.shape)}")
+    if tuple(hessian.shape) != wanted:
+        raise SparseSSMError(
+            f"the Hessian of a weight {tuple(weight.shape)} must be {wanted}, "
+            f"got {tuple(hessian.shape)}"
+        )
+    if keep is not None and (keep.shape != weight.shape or keep.dtype != torch.bool):
+        raise SparseSSMError(
+            f"a mask must be bool and {tuple(weight.shape)}, got {keep.dtype} {tuple(keep.shape)}"
+        )
+    if not torch.isfinite(weight).all():
+        count = int((~torch.isfinite(weight)).sum())
+        raise SparseSSMError(f"the weight has {count} entries that are not finite")
+    _check_hessian(hessian)
+
+
+def _check_hessian(hessian: Tensor) -> None:
+    if not torch.isfinite(hessian).all():
+        count = int((~torch.isfinite(hessian)).sum())
+        raise SparseSSMError(
+            f"the Hessian has {count} entries that are not finite; the calibration overflowed"
+        )
+    lowest = float(hessian.diagonal(dim1=-2, dim2=-1).min())
+    if lowest < 0:
+        raise SparseSSMError(f"the Hessian's diagonal must not be negative, got {lowest:g}")
+
+
+def dampen(hessian: Tensor, dampening_frac: float | Tensor = DAMPENING) -> tuple[Tensor, Tensor]:
+    """H plus a multiple of the identity; inputs that were always zero stand alone.
+
+    :param hessian: (..., in, in) sum of x x^T
+    :param dampening_frac: of the mean diagonal entry over inputs that are not dead; a number
+        or (...)
+    :return: (..., in, in) float64, and dead inputs (..., in) bool
+    """
+    H = hessian.double()
+    H = (H + H.mT) / 2
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal == 0
+    live = (~dead).sum(-1).clamp(min=1)
+    mean = diagonal.sum(-1) / live
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    # SparseGPT sets a dead diagonal entry to 1; the mean of the others is the same in any unit
+    added = dead * mean[..., None] + (torch.as_tensor(dampening_frac).to(mean) * mean)[..., None]
+    return H + torch.diag_embed(added), dead
+
+
+def damped_inverse_cholesky(hessian: Tensor, dampening_frac: float = DAMPENING) -> InverseCholesky:
+    """The Cholesky factor of ``(H + damp)^-1`` along which SparseGPT walks.
+
+    See arXiv 2301.00774, Section 3. Dampening is raised tenfold, with one warning, until the
+    factor exists; that needs an indefinite or singular H and little dampening.
+
+    :param hessian: (..., in, in) sum of x x^T
+    :param dampening_frac: of the mean diagonal entry over inputs that are not dead
+    :raises SparseSSMError: H is not finite, has a negative diagonal entry, or is so indefinite
+        that no dampening helps
+    """
+    _check_hessian(hessian)
+    if not dampening_frac >= 0:
+        raise SparseSSMError(f"dampening_frac must not be negative, got {dampening_frac}")
+    fracs = torch.full(
+        hessian.shape[:-2], dampening_frac, dtype=torch.float64, device=hessian.device
+    )
+    # what a singular H of this precision may have for pivots by rounding alone
+    noise = hessian.shape[-1] * torch.finfo(hessian.dtype).eps
+    while True:
+        H, dead = dampen(hessian, fracs)
+        factor, failed = _inverse_factor(H, noise * (fracs < noise))
+        if not failed.any():
+            break
+        if float(fracs[failed].max()) >= _LAST_RAISE:
+            raise SparseSSMError(
+                f"the Hessian is no sum of x x^T: it cannot be inverted with dampening of "
+                f"{float(fracs[failed].max()):g} of its mean diagonal entry"
+            )
+        fracs = torch.where(failed, (10 * fracs).clamp(min=_FIRST_RAISE), fracs)
+    if (fracs > dampening_frac).any():
+        warnings.warn(
+            f"a Hessian could not be inverted; dampening was raised from {dampening_frac:g} to "
+            f"{float(fracs.max()):g} of its mean diagonal entry. More calibration data may help",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return InverseCholesky(factor, H, dead, fracs)
+
+
+def _inverse_factor(H: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """Upper Cholesky factor of H^-1, and (...) bool where there is none.
+
+    :param H: (..., in, in)
+    :param least: (...) that pivots must exceed, in units of the diagonal
+    """
+    # in units of the diagonal, so that inputs of very different size do no harm
+    size = H.diagonal(dim1=-2, dim2=-1).sqrt()
+    scaled = H / size[..., :, None] / size[..., None, :]
+    lower, info = torch.linalg.cholesky_ex(scaled)
+    failed = (info > 0) | (lower.diagonal(dim1=-2, dim2=-1).amin(-1).square() <= least)
+    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+    lower = torch.where(failed[..., None, None], eye, lower)
+    upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return upper / size[..., None, :], failed | (info > 0)
+
+
+def dense_target(
+    weight: Tensor, gram: Tensor, cross: Tensor, dampening_frac: float = DAMPENING
+) -> Tensor:
+    """The weight that gives the dense model's outputs from the inputs that a pruned prefix gives.
+
+    ``W* = W (X_dense X^T + damp) (X X^T + damp)^-1`` is least squares of ``W X_dense`` on X with
+    a ridge towards W: no change where the prefix changed nothing, nor for dead inputs. Prune W*
+    or a mean of W and W* in place of W.
+
+    :param weight: (..., out, in) dense
+    :param gram: (..., in, in) ``X X^T`` of the inputs as they are now
+    :param cross: (..., in, in) ``X_dense X^T``, rows by the dense input
+    :param dampening_frac: of the mean diagonal entry of ``gram``
+    :return: (..., out, in) float32, float64 if the weight is
+    :raises SparseSSMError: shapes that do not fit, or entries that are not finite
+    """
+    check(weight, gram)
+    if cross.shape != gram.shape or not torch.isfinite(cross).all():
+        raise SparseSSMError(
+            f"the cross product must be finite and {tuple(gram.shape)}, got {tuple(cross.shape)}"
+        )
+    inverse = damped_inverse_cholesky(gram, dampening_frac)
+    dense = weight.double()
+    moved = dense @ (cross.double() - gram.double())
+    change = moved @ inverse.factor.mT @ inverse.factor
+    return (dense + change).to(working_dtype(weight, gram))
+
+
+def working_dtype(weight: Tensor, hessian: Tensor) -> torch.dtype:
+    """float32, or float64 if either tensor is."""
+    return torch.promote_types(torch.promote_types(weight.dtype, hessian.dtype), torch.float32)

@@ -1,0 +1,458 @@
+"""SensitivitySparseGPTModifier through llmcompressor's own oneshot()."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import batches, tiny_model
+from llmcompressor import oneshot
+from pydantic import ValidationError
+from test_modifier import nothing_left_behind, run
+from torch import nn
+
+from sparsessm_plugin import SensitivitySparseGPTModifier, find_mixers
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.solvers.objective import relative_error
+from sparsessm_plugin.solvers.projections import SOLVERS
+
+UNIFORM = {"sparsity": 0.5, "solver": "sparsegpt", "allocation": "uniform", "target_output": "own"}
+
+
+def modifier(**changes):
+    return SensitivitySparseGPTModifier(**{**UNIFORM, **changes})
+
+
+def projections(model):
+    return {
+        f"{a.name}.{kind}": a.mixer.get_submodule(kind)
+        for a in find_mixers(model)
+        for kind in a.projections
+    }
+
+
+def weights(model):
+    return {name: module.weight.detach().clone() for name, module in projections(model).items()}
+
+
+def zeros(model):
+    return {name: int((w == 0).sum()) for name, w in weights(model).items()}
+
+
+def record(monkeypatch, solver="sparsegpt"):
+    """What the solver is given, call by call: weight, Hessian, sparsity."""
+    calls, real = [], SOLVERS[solver]
+
+    def wrapped(weight, hessian, sparsity, structure="0:0", **kwargs):
+        calls.append((weight.clone(), hessian.clone(), sparsity))
+        return real(weight, hessian, sparsity, structure, **kwargs)
+
+    monkeypatch.setitem(SOLVERS, solver, wrapped)
+    return calls
+
+
+def test_every_family(family):
+    """Two passes, unequal sparsities, padding: the sum is exact, and all else is as it was."""
+    model = tiny_model(family)
+    names = {f"{name}.weight" for name in projections(model)}
+    others = {
+        k: v.clone()
+        for k, v in model.state_dict().items()
+        if k not in names and ".experts." not in k  # which oneshot() takes apart
+    }
+    chosen = modifier(allocation="optimal", target_output="half_way")
+    run(model, chosen, batches(padded=True))
+    sizes = {name: w.numel() for name, w in weights(model).items()}
+    assert sum(zeros(model).values()) == round(0.5 * sum(sizes.values()))
+    assert len(set(zeros(model).values())) > 3
+    for name, value in others.items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert nothing_left_behind(model)
+    report = chosen.report()
+    assert {layer["name"]: layer["pruned"] for layer in report["layers"]} == zeros(model)
+    assert report["total"]["pruned"] == sum(zeros(model).values())
+    assert all(0 < layer["relative_error"] < 1 for layer in report["layers"])
+
+
+@pytest.mark.parametrize("pipeline", ["independent", "sequential", "basic"])
+@pytest.mark.parametrize("target_output", ["mixer", "dense"])
+def test_pipelines(pipeline, target_output):
+    model = tiny_model("mamba")
+    run(model, modifier(target_output=target_output), pipeline=pipeline)
+    for name, weight in weights(model).items():
+        assert zeros(model)[name] == weight.numel() // 2
+    assert nothing_left_behind(model)
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2", "nemotron_h"])
+def test_semi_structured(family):
+    model = tiny_model(family)
+    run(model, SensitivitySparseGPTModifier(mask_structure="2:4", solver="sparsegpt"))
+    for weight in weights(model).values():
+        assert ((weight == 0).unflatten(-1, (-1, 4)).sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize("solver", list(SOLVERS))
+def test_every_solver(solver):
+    model = tiny_model("mamba")
+    dense = weights(model)
+    run(model, modifier(solver=solver))
+    for name, weight in weights(model).items():
+        kept = weight != 0
+        assert kept.sum() == weight.numel() // 2
+        unchanged = torch.equal(weight[kept], dense[name][kept])
+        assert unchanged == (solver in ("magnitude", "wanda")), name
+
+
+def hooked(model, module_name, ready, output=False):
+    """What goes into a module that transformers does call, or what comes out: (b, L, n) each."""
+    seen = []
+
+    def hook(module, args, result):
+        seen.append((result if output else args[0]).detach())
+
+    handle = model.get_submodule(module_name).register_forward_hook(hook)
+    with torch.no_grad():
+        for batch in ready:
+            model(**batch, use_cache=False)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_hessian_of_dt_proj(monkeypatch, padded):
+    calls, model, ready = record(monkeypatch), tiny_model("mamba"), batches(padded=padded)
+    low_rank = hooked(model, "backbone.layers.1.mixer.x_proj", ready, output=True)
+    kept = [batch["attention_mask"].bool() for batch in ready]
+    x = torch.cat([y[..., :4][m] for y, m in zip(low_rank, kept, strict=True)])
+    run(model, modifier(targets="re:.*1.mixer.dt_proj"), ready)
+    ((_, hessian, _),) = calls
+    torch.testing.assert_close(hessian, x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "start"), [("mamba", 0), ("mamba2", 64)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_hessians_of_conv1d(monkeypatch, family, start, padded):
+    calls, model, ready = record(monkeypatch), tiny_model(family), batches(padded=padded)
+    name = "backbone.layers.1.mixer"
+    channels = model.get_submodule(name).conv1d.weight.shape[0]
+    expected = torch.zeros(channels, 4, 4)
+    outputs = hooked(model, f"{name}.in_proj", ready, output=True)
+    for output, batch in zip(outputs, ready, strict=True):
+        x = nn.functional.pad(output[..., start : start + channels], (0, 0, 3, 0))
+        for row in range(len(x)):
+            for t in range(int(batch["attention_mask"][row].sum())):
+                window = x[row, t : t + 4].T  # (channels, 4)
+                expected += window[:, :, None] * window[:, None, :]
+    run(model, modifier(targets="conv1d", ignore="re:.*0.mixer.conv1d"), ready)
+    ((weight, hessian, _),) = calls
+    assert weight.shape == (channels, 1, 4)
+    torch.testing.assert_close(hessian, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [("mamba", "out_proj"), ("mamba", "x_proj"), ("mamba2", "out_proj"), ("falcon_h1", "in_proj")],
+)
+def test_hessians_of_what_is_called(monkeypatch, family, target):
+    calls, model, ready = record(monkeypatch), tiny_model(family), batches()
+    name = find_mixers(model)[0].name
+    x = torch.cat([x.flatten(0, 1) for x in hooked(model, f"{name}.{target}", ready)])
+    run(model, modifier(targets=f"{name}.{target}"), ready)
+    ((_, hessian, _),) = calls
+    torch.testing.assert_close(hessian, x.T @ x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["jamba", "bamba"])
+@pytest.mark.parametrize("pipeline", ["sequential", "basic"])
+def test_attention_of_hybrids(monkeypatch, family, pipeline):
+    calls, model, ready = record(monkeypatch), tiny_model(family), batches(padded=True)
+    name = next(n for n, _ in model.named_modules() if n.endswith("self_attn.q_proj"))
+    rows = zip(hooked(model, name, ready), ready, strict=True)
+    x = torch.cat([x[batch["attention_mask"].bool()] for x, batch in rows])
+    before = weights(model)
+    run(model, modifier(targets="re:.*q_proj"), ready, pipeline=pipeline)
+    ((dense, hessian, _),) = calls
+    torch.testing.assert_close(hessian, x.T @ x, rtol=1e-3, atol=1e-3)
+    assert (model.get_submodule(name).weight == 0).sum() == dense.numel() // 2
+    assert all(torch.equal(before[n], w) for n, w in weights(model).items())
+    assert nothing_left_behind(model)
+
+
+def test_linear_layers_and_mixers_together():
+    model = tiny_model("jamba")
+    chosen = modifier(
+        targets=["Linear", "conv1d"], ignore="lm_head", allocation="optimal", target_output="dense"
+    )
+    run(model, chosen, batches(padded=True))
+    pruned = {
+        name: module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv1d)) and name != "lm_head"
+    }
+    total = sum(w.numel() for w in pruned.values())
+    assert sum(int((w == 0).sum()) for w in pruned.values()) == round(0.5 * total)
+    assert (model.lm_head.weight != 0).all()
+    assert {layer["name"] for layer in chosen.report()["layers"]} == set(pruned)
+
+
+def test_relative_error_of_the_report(monkeypatch):
+    calls, model = record(monkeypatch), tiny_model("mamba2")
+    dense = weights(model)
+    chosen = modifier(target_output="half_way")
+    run(model, chosen)
+    for (_, hessian, _), layer in zip(calls, chosen.report()["layers"], strict=True):
+        pruned = weights(model)[layer["name"]]
+        expected = relative_error(dense[layer["name"]], pruned, hessian)
+        assert layer["relative_error"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_later_projections_see_what_earlier_ones_leave(monkeypatch):
+    """out_proj of the first mixer gets the Hessian behind the pruned rest of it."""
+    calls, model, ready = record(monkeypatch), tiny_model("mamba"), batches()
+    run(model, modifier(ignore="re:.*layers.1.*"), ready)
+    name = "backbone.layers.0.mixer.out_proj"
+    x = torch.cat([x.flatten(0, 1) for x in hooked(model, name, ready)])
+    torch.testing.assert_close(calls[-1][1], x.T @ x, rtol=1e-3, atol=1e-3)
+
+
+def test_targets_of_the_dense_model(monkeypatch):
+    calls, model, ready = record(monkeypatch), tiny_model("mamba"), batches()
+    dense = weights(model)
+    name = "backbone.layers.1.mixer.in_proj"
+    before = torch.cat([x.flatten(0, 1) for x in hooked(model, name, ready)]).double()
+    run(model, modifier(target_output="dense", dampening_frac=0.0), ready)
+    after = torch.cat([x.flatten(0, 1) for x in hooked(model, name, ready)]).double()
+    # nothing is pruned before the first in_proj
+    torch.testing.assert_close(
+        calls[0][0], dense["backbone.layers.0.mixer.in_proj"], rtol=1e-4, atol=1e-4
+    )
+    expected = torch.linalg.lstsq(after, before @ dense[name].double().T).solution.T
+    given = next(w for w, h, _ in calls[1:] if w.shape == dense[name].shape)
+    torch.testing.assert_close(given.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_padding_does_not_count():
+    rows = [b["input_ids"][i : i + 1] for b in batches() for i in range(2)]
+    plain = [{"input_ids": r, "attention_mask": torch.ones_like(r)} for r in rows]
+    padded = [{k: nn.functional.pad(v, (0, 9)) for k, v in batch.items()} for batch in plain]
+    results = []
+    for ready in (plain, padded):
+        model = tiny_model("mamba")
+        run(model, modifier(allocation="paper", target_output="half_way"), ready)
+        results.append(weights(model))
+    for name, weight in results[0].items():
+        torch.testing.assert_close(results[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_zeros_of_an_earlier_stage_count_in_the_sum():
+    model = tiny_model("mamba")
+    conv1d = projections(model)["backbone.layers.0.mixer.conv1d"]
+    with torch.no_grad():
+        conv1d.weight[:60] = 0  # more than the allocation would take
+    run(model, modifier(sparsity=0.3, allocation="optimal"))
+    total = sum(w.numel() for w in weights(model).values())
+    assert sum(zeros(model).values()) == round(0.3 * total)
+    assert (conv1d.weight[:60] == 0).all()
+
+
+@pytest.mark.parametrize("solver", ["sparsegpt", "alps"])
+def test_zeros_of_an_earlier_stage_stay_and_count(solver):
+    model = tiny_model("mamba")
+    generator = torch.Generator().manual_seed(0)
+    gone = {}
+    with torch.no_grad():
+        for name, module in projections(model).items():
+            gone[name] = torch.rand(module.weight.shape, generator=generator) < 0.3
+            module.weight[gone[name]] = 0
+    chosen = modifier(solver=solver, target_output="dense")
+    run(model, chosen)
+    for name, weight in weights(model).items():
+        assert (weight[gone[name]] == 0).all()
+        assert (weight == 0).sum() == weight.numel() // 2
+    for layer in chosen.report()["layers"]:
+        assert layer["zero_before"] == int(gone[layer["name"]].sum())
+
+
+def test_paper_allocation():
+    model = tiny_model("mamba")
+    chosen = modifier(allocation="paper", alpha=0.1)
+    run(model, chosen)
+    by_kind = {}
+    for layer in chosen.report()["layers"]:
+        by_kind.setdefault(layer["kind"], []).append((layer["sensitivity"], layer["sparsity"]))
+    for kind, values in by_kind.items():
+        (_, less_sensitive), (_, more_sensitive) = sorted(values)
+        spread = 0.1 if kind in ("in_proj", "out_proj") else 0.0
+        assert less_sensitive == pytest.approx(0.5 + spread, abs=1e-3), kind
+        assert more_sensitive == pytest.approx(0.5 - spread, abs=1e-3), kind
+
+
+def test_nothing_to_prune_changes_nothing():
+    model = tiny_model("mamba")
+    dense = weights(model)
+    run(model, modifier(sparsity=0.0))
+    for name, weight in weights(model).items():
+        torch.testing.assert_close(weight, dense[name])
+
+
+def test_magnitude_needs_no_data():
+    model = tiny_model("mamba")
+    dense = weights(model)
+    oneshot(model=model, recipe=SensitivitySparseGPTModifier(sparsity=0.5, solver="magnitude"))
+    for name, weight in weights(model).items():
+        cut = dense[name].abs().flatten().sort().values[weight.numel() // 2 - 1]
+        assert torch.equal(weight, torch.where(dense[name].abs() <= cut, 0.0, dense[name]))
+
+
+def test_two_runs_are_bit_identical():
+    results = []
+    for _ in range(2):
+        model = tiny_model("mamba")
+        run(model, SensitivitySparseGPTModifier(sparsity=0.5))
+        results.append(weights(model))
+    assert all(torch.equal(results[0][name], weight) for name, weight in results[1].items())
+
+
+def test_bfloat16_with_offloaded_hessians():
+    model = tiny_model("mamba").bfloat16()
+    run(model, modifier(allocation="optimal", offload_hessians=True))
+    assert sum(zeros(model).values()) == sum(w.numel() for w in weights(model).values()) // 2
+    assert all(w.dtype == torch.bfloat16 for w in weights(model).values())
+
+
+def test_report_file(tmp_path):
+    path = tmp_path / "report.json"
+    run(tiny_model("mamba2"), modifier(report_path=str(path)))
+    report = json.loads(path.read_text())
+    assert report["modifier"] == "SensitivitySparseGPTModifier"
+    assert report["settings"]["solver"] == "sparsegpt"
+    assert report["total"]["sparsity"] == 0.5
+    layer = report["layers"][0]
+    assert layer["tokens"] == 3 * 2 * 24
+    assert {"name", "kind", "sparsity", "relative_error", "seconds"} <= layer.keys()
+
+
+@pytest.mark.parametrize("family", ["mamba", "granitemoehybrid"])
+def test_saved_checkpoint_reloads_in_a_process_without_the_package(tmp_path, family):
+    model = tiny_model(family)
+    run(model, modifier(allocation="optimal"), output_dir=str(tmp_path / "out"))
+    ids = torch.randint(1, 96, (2, 15))
+    with torch.no_grad():
+        torch.save((ids, model(ids).logits), tmp_path / "expected.pt")
+    script = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+ids, expected = torch.load(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    logits = model(ids).logits
+assert torch.equal(logits, expected), (logits - expected).abs().max()
+assert "sparsessm_plugin.modifiers" not in sys.modules
+"""
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "out"), str(tmp_path / "expected.pt")],
+        check=True,
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+    )
+
+
+# -- what is refused ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sparsity": 1.0}, "at least 0 and less than 1, got 1.0"),
+        ({"sparsity": -0.1}, "at least 0 and less than 1, got -0.1"),
+        ({"sparsity": float("nan")}, "got nan"),
+        ({}, "give sparsity, or mask_structure"),
+        ({"mask_structure": "4:2"}, "got '4:2'"),
+        ({"mask_structure": 124}, "must be quoted"),
+        ({"mask_structure": "2:4", "sparsity": 0.6}, "makes 0.5 of the entries zero"),
+        ({"mask_structure": "2:4", "allocation": "optimal"}, "only uniform is allowed"),
+        ({"sparsity": 0.5, "allocation": "owl"}, "'uniform', 'paper' or 'optimal'"),
+        ({"sparsity": 0.5, "alpha": 0.1}, "alpha has no meaning for allocation 'optimal'"),
+        (
+            {"sparsity": 0.7, "allocation": "paper", "alpha": 0.3},
+            "alpha 0.3 makes sparsities of 0.4 to 1",
+        ),
+        ({"sparsity": 0.1, "allocation": "paper", "alpha": 0.2}, "sparsities of -0.1 to 0.3"),
+        ({"sparsity": 0.5, "allocation": "paper", "alpha": -0.1}, "alpha -0.1"),
+        ({"sparsity": 0.5, "solver": "wanda", "target_output": "dense"}, "needs new weights"),
+        ({"sparsity": 0.5, "solver": "obs"}, "'magnitude', 'wanda', 'sparsegpt' or 'alps'"),
+        ({"sparsity": 0.5, "block_size": 0}, "greater than or equal to 1"),
+        ({"sparsity": 0.5, "dampening_frac": -1}, "greater than or equal to 0"),
+        ({"sparsity": 0.5, "report_path": "report.txt"}, "must end with .json"),
+        ({"sparsity": 0.5, "sparsty": 0.5}, "Extra inputs"),
+    ],
+)
+def test_bad_settings(fields, message):
+    with pytest.raises(ValidationError) as error:
+        SensitivitySparseGPTModifier(**fields)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("mamba", {"targets": "re:nothing"}, "targets: 're:nothing' matches no projection"),
+        ("mamba", {"targets": "MambaRMSNorm"}, "projections are in_proj, conv1d, x_proj"),
+        ("mamba2", {"targets": "dt_proj"}, "targets: 'dt_proj' matches no projection"),
+        ("mamba", {"targets": "lm_head"}, "add 'lm_head' to ignore"),
+        ("mamba", {"targets": "Linear"}, "matches lm_head, which embeds or predicts tokens"),
+        ("mamba", {"targets": "Embedding"}, "matches backbone.embeddings, which embeds"),
+        ("mamba", {"ignore": "MambaMixer"}, "leaves no projection"),
+        ("mamba", {"ignore": "re:nothing"}, "ignore: 're:nothing' matches nothing"),
+        (
+            "mamba",
+            {"mask_structure": "2:5", "sparsity": 0.4},
+            "groups of 5, got 4 in backbone.layers.0.mixer.conv1d; add",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(family, settings, message):
+    model = tiny_model(family)
+    dense = weights(model)
+    with pytest.raises(SparseSSMError) as error:
+        run(model, modifier(**settings))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(dense[name], w) for name, w in weights(model).items())
+
+
+def test_weights_that_are_shared():
+    model = tiny_model("jamba")
+    first = model.model.layers[1].self_attn
+    first.k_proj.weight = first.v_proj.weight
+    with pytest.raises(SparseSSMError, match=r"v_proj shares its weight with .*k_proj"):
+        run(model, modifier(targets="re:.*self_attn.v_proj"))
+
+
+def test_no_data_and_nothing_but_padding():
+    with pytest.raises(SparseSSMError, match="needs calibration data"):
+        oneshot(model=tiny_model("mamba"), recipe=modifier(solver="wanda"))
+    with pytest.raises(SparseSSMError, match="needs calibration data"):
+        oneshot(
+            model=tiny_model("mamba"),
+            recipe=SensitivitySparseGPTModifier(
+                sparsity=0.5, solver="magnitude", allocation="paper"
+            ),
+        )
+    ready = batches(1)
+    ready[0]["attention_mask"] = torch.zeros_like(ready[0]["attention_mask"])
+    for allocation in ("uniform", "optimal"):
+        with pytest.raises(SparseSSMError, match="no calibration tokens"):
+            run(tiny_model("mamba"), modifier(allocation=allocation), ready)
+
+
+@pytest.mark.parametrize("target_output", ["own", "dense"])
+def test_inputs_that_are_not_finite(target_output):
+    model = tiny_model("mamba")
+    with torch.no_grad():
+        model.backbone.layers[1].norm.weight[3] = float("inf")
+    with pytest.raises(SparseSSMError, match=r"layers\.1\.mixer: its input holds NaN"):
+        run(model, modifier(target_output=target_output))
+    assert nothing_left_behind(model)

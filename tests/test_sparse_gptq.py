@@ -1,0 +1,278 @@
+"""SparseGPTQModifier through oneshot(): zeros survive, bad targets are refused early."""
+
+import pytest
+import torch
+from conftest import DEMO, Loader, batches, tiny_model
+from llmcompressor import active_session, oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from torch import nn
+from transformers import AutoTokenizer
+
+from sparsessm_plugin import SparseGPTQModifier
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.recipes import parse_recipe
+
+IGNORE = ["lm_head", "re:.*dt_proj$"]
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
+SCHEMES = {
+    "W4A16": {"config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4}}},
+    "W8A8": {"targets": ["Linear"], "scheme": "W8A8"},
+    "FP8": {"targets": ["Linear"], "scheme": "FP8"},
+    "FP8_DYNAMIC": {"targets": ["Linear"], "scheme": "FP8_DYNAMIC"},
+}
+PRUNED = ("in_proj.weight", "out_proj.weight")
+
+PRUNE = """\
+prune_stage:
+  prune_modifiers:
+    SparseGPTModifier:
+      sparsity: 0.5
+      mask_structure: "2:4"
+      targets: ["re:.*in_proj$", "re:.*out_proj$"]
+"""
+QUANTIZE = """\
+    SparseGPTQModifier:
+      ignore: [lm_head, "re:.*dt_proj$"]
+"""
+YAML = {
+    "W4A16": """\
+      config_groups:
+        group_0:
+          targets: [Linear]
+          weights: {num_bits: 4, type: int, symmetric: true, strategy: group, group_size: 16}
+""",
+    "W8A8": "      targets: [Linear]\n      scheme: W8A8\n",
+    "FP8_DYNAMIC": "      targets: [Linear]\n      scheme: FP8_DYNAMIC\n",
+}
+
+
+def run(model, recipe, **kwargs):
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    return oneshot(
+        model=model, recipe=recipe, dataset=Loader(batches()), processor=tokenizer, **kwargs
+    )
+
+
+def prune_by_hand(model):
+    """2:4 by magnitude in in_proj and out_proj; returns the masks of what is zero."""
+    masks = {}
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(PRUNED):
+                fours = weight.view(weight.shape[0], -1, 4)
+                fours.scatter_(-1, fours.abs().topk(2, largest=False).indices, 0.0)
+                masks[name] = weight == 0
+    return masks
+
+
+def weights(model):
+    return {n: p.detach() for n, p in model.named_parameters() if n.endswith("proj.weight")}
+
+
+def is_2_of_4(weight):
+    return bool(((weight.reshape(-1, 4) == 0).sum(1) >= 2).all())
+
+
+def on_the_grid(module):
+    """Whether quantizing the stored weight once more changes nothing."""
+    from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+    weight = module.weight.detach()
+    again = forward_quantize(module, weight, "weight", module.quantization_scheme.weights)
+    return torch.equal(again, weight)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_zeros_survive(family, scheme):
+    model = tiny_model(family)
+    masks = prune_by_hand(model)
+    run(model, SparseGPTQModifier(ignore=IGNORE, **SCHEMES[scheme]))
+    after = weights(model)
+    for name, mask in masks.items():
+        assert not after[name][mask].any(), name
+        assert is_2_of_4(after[name]), name
+        assert after[name].any()
+        assert on_the_grid(model.get_submodule(name.removesuffix(".weight"))), name
+        if scheme != "W4A16":  # on four bits small weights become zero besides
+            assert (after[name] == 0).sum() < mask.sum() * 1.02
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8"])
+def test_weights_without_zeros_are_quantized_by_upstream(scheme):
+    model, expected = tiny_model("mamba"), tiny_model("mamba")
+    run(model, SparseGPTQModifier(ignore=IGNORE, **SCHEMES[scheme]))
+    run(expected, GPTQModifier(ignore=IGNORE, **SCHEMES[scheme]))
+    theirs = expected.state_dict()
+    assert model.state_dict().keys() == theirs.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8"])
+def test_the_solver_gives_what_upstream_gives(scheme, monkeypatch):
+    """The same with every weight sent through the masked solver."""
+    monkeypatch.setattr("sparsessm_plugin.modifiers.sparse_gptq._has_zeros", lambda module: True)
+    model, expected = tiny_model("mamba2"), tiny_model("mamba2")
+    run(model, SparseGPTQModifier(ignore=IGNORE, **SCHEMES[scheme]))
+    run(expected, GPTQModifier(ignore=IGNORE, **SCHEMES[scheme]))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name
+
+
+def test_upstream_would_lose_the_zeros():
+    """When this fails, upstream keeps them and this modifier is not needed any more."""
+    model = tiny_model("mamba")
+    masks = prune_by_hand(model)
+    run(model, GPTQModifier(ignore=IGNORE, **SCHEMES["W4A16"]))
+    assert any(weights(model)[name][mask].any() for name, mask in masks.items())
+
+
+def test_it_costs_less_than_rounding():
+    """Output error of a pruned layer on the calibration inputs, against round-to-nearest."""
+    ready = torch.cat([b["input_ids"] for b in batches()])
+    results = {}
+    for kind in (SparseGPTQModifier, QuantizationModifier):
+        model = tiny_model("mamba")
+        prune_by_hand(model)
+        # the first layer sees the same inputs whatever is done to it
+        layer = model.backbone.layers[0]
+        dense = layer.mixer.in_proj.weight.detach().clone()
+        with torch.no_grad():
+            inputs = layer.norm(model.backbone.embeddings(ready))
+            run(model, kind(ignore=IGNORE, **SCHEMES["W4A16"]))
+            quantized = weights(model)["backbone.layers.0.mixer.in_proj.weight"]
+            if kind is QuantizationModifier:  # keeps its weights and rounds them when called
+                from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+                module = model.backbone.layers[0].mixer.in_proj
+                args = module.quantization_scheme.weights
+                quantized = forward_quantize(module, quantized, "weight", args)
+            results[kind] = float((inputs @ (quantized - dense).T).square().sum())
+            assert is_2_of_4(quantized)
+    assert results[SparseGPTQModifier] < 0.9 * results[QuantizationModifier]
+
+
+@pytest.mark.parametrize("scheme", YAML)
+@pytest.mark.parametrize(
+    ("stages", "pipeline"),
+    [("one", "independent"), ("one", "sequential"), ("two", "independent")],
+)
+def test_prune_and_quantize_in_one_recipe(stages, pipeline, scheme):
+    between = "" if stages == "one" else "quantization_stage:\n  quantization_modifiers:\n"
+    recipe = PRUNE + between + QUANTIZE + YAML[scheme]
+    assert len(parse_recipe(recipe).modifiers) == 2
+    model = tiny_model("mamba2" if scheme == "W8A8" else "mamba")
+    run(model, recipe, pipeline=pipeline)
+    for name, weight in weights(model).items():
+        if name.endswith(PRUNED):
+            assert is_2_of_4(weight), name
+            module = model.get_submodule(name.removesuffix(".weight"))
+            assert on_the_grid(module), name
+    modifier = active_session().lifecycle.recipe.modifiers[-1]
+    assert modifier.report()["total"]["sparsity"] >= 0.5
+
+
+def test_bfloat16_and_other_options():
+    model = tiny_model("mamba").bfloat16()
+    masks = prune_by_hand(model)
+    modifier = SparseGPTQModifier(
+        ignore=IGNORE, actorder=None, block_size=24, dampening_frac=0.1, **SCHEMES["W4A16"]
+    )
+    run(model, modifier)
+    for name, mask in masks.items():
+        assert weights(model)[name].dtype == torch.bfloat16
+        assert not weights(model)[name][mask].any()
+        assert on_the_grid(model.get_submodule(name.removesuffix(".weight")))
+
+
+def test_asymmetric_grids_hold_zero_too():
+    model = tiny_model("mamba")
+    masks = prune_by_hand(model)
+    scheme = {"targets": ["Linear"], "weights": {**INT4, "symmetric": False}}
+    run(model, SparseGPTQModifier(ignore=IGNORE, config_groups={"group_0": scheme}))
+    for name, mask in masks.items():
+        assert not weights(model)[name][mask].any()
+        assert on_the_grid(model.get_submodule(name.removesuffix(".weight")))
+
+
+def test_the_report_names_what_was_done():
+    model = tiny_model("mamba")
+    masks = prune_by_hand(model)
+    modifier = SparseGPTQModifier(ignore=IGNORE, **SCHEMES["W8A8"])
+    run(model, modifier)
+    report = modifier.report()
+    layers = {f"{layer['name']}.weight": layer for layer in report["layers"]}
+    assert layers.keys() == masks.keys()  # x_proj has no zeros
+    for name, layer in layers.items():
+        assert layer["shape"] == list(masks[name].shape)
+        assert layer["pruned"] == int(masks[name].sum()) <= layer["zeros"]
+        assert layer["error"] > 0
+    assert report["total"]["pruned"] == sum(int(mask.sum()) for mask in masks.values())
+    assert report["total"]["entries"] == sum(mask.numel() for mask in masks.values())
+    import json
+
+    assert json.loads(json.dumps(report))["settings"]["scheme"] == "W8A8"
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "words"),
+    [
+        (
+            "mamba",
+            {"scheme": "W8A8", "ignore": ["lm_head"]},
+            ["layers.0.mixer.dt_proj", '"re:.*dt_proj$"', "ignore"],
+        ),
+        (
+            "jamba",
+            {"scheme": "W8A8", "ignore": ["lm_head"]},
+            ["mamba.dt_proj", '"re:.*dt_proj$"'],
+        ),
+        (
+            "mamba2",
+            {"scheme": "W8A8", "targets": ["Linear", "Conv1d"], "ignore": ["lm_head"]},
+            ["layers.0.mixer.conv1d", '"re:.*conv1d$"'],
+        ),
+        (
+            "mamba",
+            {"scheme": "W8A8", "targets": ["re:.*mixer$"]},
+            ["layers.0.mixer would", "MambaMixer has no weight matrix", '"re:.*mixer$"'],
+        ),
+        (
+            "mamba",
+            {"scheme": "W8A8", "targets": ["re:.*norm$"]},
+            ["layers.0.norm would", "MambaRMSNorm has no weight matrix", '"re:.*norm$"'],
+        ),
+        (
+            "mamba",
+            {"scheme": "W4A16", "ignore": IGNORE},
+            ["in_proj has 32 inputs", "groups of 128", '"re:.*mixer.in_proj$"', "group_size"],
+        ),
+    ],
+)
+def test_bad_targets_are_refused_before_calibration(family, fields, words):
+    model = tiny_model(family)
+    modifier = SparseGPTQModifier(**fields)
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    for check in (lambda: modifier.check_model(skeleton), lambda: run(model, modifier)):
+        with pytest.raises(SparseSSMError) as error:
+            check()
+        for word in ("SparseGPTQModifier: ", *words):
+            assert word in str(error.value)
+        assert "\n" not in str(error.value)
+    assert not any(hasattr(module, "quantization_scheme") for module in model.modules())
+
+
+def test_a_layer_with_infinite_inputs_is_named_and_nothing_stays_hooked():
+    model = tiny_model("mamba")
+    prune_by_hand(model)
+    with torch.no_grad():
+        model.backbone.layers[0].norm.weight[3] = float("inf")
+    modifier = SparseGPTQModifier(ignore=IGNORE, **SCHEMES["W8A8"])
+    with pytest.raises(SparseSSMError, match=r"layers\.0\.mixer\..* cannot be quantized"):
+        run(model, modifier)
+    for module in model.modules():
+        assert not isinstance(module, nn.Linear) or not module._forward_hooks
