@@ -290,7 +290,7 @@ def saved_tiny_model(folder, family="mamba", **changes):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--recipe", "alog-51"), "built in: alog-2of4"),
+        (("--recipe", "alog-51"), "built in: all-50-w8a8, alog-2of4"),
         (("--recipe", "none.yaml"), "does not exist"),
         (("--recipe", "alog-50", "--calibration", "none.txt"), "none.txt does not exist"),
         (("--recipe", "alog-50"), "give --calibration"),
