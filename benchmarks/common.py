@@ -2,7 +2,9 @@
 
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from sparsessm_plugin.files import write_json
 from sparsessm_plugin.pruning import versions
@@ -16,6 +18,25 @@ def assets() -> Path:
     if not (root / "models").is_dir():
         raise SystemExit(f"{root} holds no models; set SPARSESSM_ASSETS")
     return root
+
+
+def perplexities(model: Any, tests: dict[str, Any], batch_size: int) -> dict[str, float]:
+    """Perplexity on each text, given as windows."""
+    from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
+
+    return {
+        kind: evaluate_perplexity(model, samples, batch_size).perplexity
+        for kind, samples in tests.items()
+    }
+
+
+def row_of(rows: list[dict[str, Any]], key: dict[str, Any], kinds: Iterable[str]) -> dict[str, Any]:
+    """The row with this key, made with empty lists for seconds and each kind if it is new."""
+    for row in rows:
+        if all(row.get(k) == v for k, v in key.items()):
+            return row
+    rows.append({**key, **{kind: [] for kind in kinds}, "seconds": []})
+    return rows[-1]
 
 
 def cpu_name() -> str:

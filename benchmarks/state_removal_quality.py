@@ -17,11 +17,9 @@ os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-import torch
-from common import assets, save
+from common import assets, perplexities, row_of, save
 
 from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
-from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
 from sparsessm_plugin.mixers import find_mixers
 from sparsessm_plugin.pruning import ModelSource, prune
 from sparsessm_plugin.recipes import parse_recipe
@@ -94,7 +92,7 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
     }
     dense_model = source.load()
     sizes = find_mixers(dense_model)[0].sizes
-    dense = perplexities(dense_model, tests, options)
+    dense = perplexities(dense_model, tests, options.batch_size)
     rows.append({"model": name, "criterion": "dense", **{k: [v] for k, v in dense.items()}})
     del dense_model
     cases = options.divide or ([2, 4] if sizes.n_groups == sizes.head_dim == 1 else [2, 4, 8])
@@ -126,8 +124,10 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                     begun = time.perf_counter()
                     result = one(source, tokenizer, built, tokens, calibration, seed, options)
                     seconds = time.perf_counter() - begun
-                    measured = perplexities(result.model, tests, options)
-                    row = row_of(rows, name, label, criterion, None if data_free else calibration)
+                    measured = perplexities(result.model, tests, options.batch_size)
+                    key = {"model": name, "case": label, "criterion": criterion}
+                    key["calibration"] = None if data_free else calibration
+                    row = row_of(rows, key, TEXTS)
                     for kind, value in measured.items():
                         row[kind].append(value / dense[kind])
                     row["seconds"].append(seconds)
@@ -139,18 +139,6 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                     del result
 
 
-def row_of(
-    rows: list[dict[str, Any]], model: str, label: str, criterion: str, calibration: str | None
-) -> dict[str, Any]:
-    """The row of a case, made if it is new."""
-    key = {"model": model, "case": label, "criterion": criterion, "calibration": calibration}
-    for row in rows:
-        if all(row.get(k) == v for k, v in key.items()):
-            return row
-    rows.append({**key, **{kind: [] for kind in TEXTS}, "seconds": []})
-    return rows[-1]
-
-
 def one(
     source: Any, tokenizer: Any, built: Any, tokens: Any, calibration: str, seed: int, options: Any
 ) -> Any:
@@ -160,13 +148,6 @@ def one(
         samples = samples[: -max(1, HELD_BACK * 512 // options.length)]
     loader = calibration_loader(samples, options.windows, options.batch_size, seed)
     return prune(source.load(), built, loader, tokenizer)
-
-
-def perplexities(model: Any, tests: dict[str, torch.Tensor], options: Any) -> dict[str, float]:
-    return {
-        kind: evaluate_perplexity(model, samples, options.batch_size).perplexity
-        for kind, samples in tests.items()
-    }
 
 
 def kept_states(row: dict[str, Any]) -> int:

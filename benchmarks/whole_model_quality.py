@@ -20,10 +20,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
-from common import assets, save
+from common import assets, perplexities, row_of, save
 
 from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
-from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
 from sparsessm_plugin.pruning import ModelSource, prune
 from sparsessm_plugin.recipes import parse_recipe
 from sparsessm_plugin.scan.fast_forward import fast_forward
@@ -92,7 +91,7 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
         for kind, tokens in evaluation_streams(stream, tokenizer, options).items()
     }
     model = source.load()
-    dense = perplexities(model, tests, options)
+    dense = perplexities(model, tests, options.batch_size)
     rows.append({"model": name, "case": "", "method": "dense", "seconds": []})
     rows[-1].update({kind: [value] for kind, value in dense.items()})
     print(name, "dense", dense, flush=True)
@@ -114,8 +113,8 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                 # before the first pass the fast path must be there for upstream's modifier, too
                 with fast_forward(model):
                     result = prune(model, parse_recipe(text, "benchmark"), loader, tokenizer)
-                row = row_of(rows, name, case, method, tests)
-                for kind, value in perplexities(result.model, tests, options).items():
+                row = row_of(rows, {"model": name, "case": case, "method": method}, tests)
+                for kind, value in perplexities(result.model, tests, options.batch_size).items():
                     row[kind].append(value)
                 row["seconds"].append(result.seconds)
                 print(
@@ -132,25 +131,6 @@ def evaluation_streams(stream: torch.Tensor, tokenizer: Any, options: Any) -> di
         kind: tokenize(read_texts(assets() / "data" / path), tokenizer)
         for kind, path in TESTS.items()
     }
-
-
-def perplexities(model: Any, tests: dict[str, torch.Tensor], options: Any) -> dict[str, float]:
-    return {
-        kind: evaluate_perplexity(model, samples, options.batch_size).perplexity
-        for kind, samples in tests.items()
-    }
-
-
-def row_of(
-    rows: list[dict[str, Any]], model: str, case: str, method: str, kinds: Any
-) -> dict[str, Any]:
-    """The row of a method, made if it is new."""
-    key = {"model": model, "case": case, "method": method}
-    for row in rows:
-        if all(row[k] == v for k, v in key.items()):
-            return row
-    rows.append({**key, **{kind: [] for kind in kinds}, "seconds": []})
-    return rows[-1]
 
 
 def remaining(rows: list[dict[str, Any]], row: dict[str, Any], kind: str) -> str:

@@ -3,6 +3,8 @@
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
@@ -239,3 +241,32 @@ def topics():
     from pydoc_data.topics import topics
 
     return topics
+
+
+RELOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+ids, expected = torch.load(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    logits = model(ids).logits
+assert torch.equal(logits, expected), (logits - expected).abs().max()
+{more}
+assert "sparsessm_plugin.modifiers" not in sys.modules
+"""
+
+
+def check_reload(model, saved, more=""):
+    """A process without the package gets the model's logits, bit by bit, from what was saved.
+
+    :param more: further statements of that process, which has ids and the model
+    """
+    ids = torch.randint(1, VOCAB, (2, 15))
+    expected = saved.with_name("expected.pt")
+    with torch.no_grad():
+        torch.save((ids, model(ids).logits), expected)
+    subprocess.run(
+        [sys.executable, "-c", RELOAD.replace("{more}", more), str(saved), str(expected)],
+        check=True,
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+    )

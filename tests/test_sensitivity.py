@@ -1,13 +1,10 @@
 """SensitivitySparseGPTModifier through llmcompressor's own oneshot()."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import batches, tiny_model
+from conftest import batches, check_reload, tiny_model
 from llmcompressor import oneshot
 from pydantic import ValidationError
 from test_modifier import nothing_left_behind, run
@@ -339,24 +336,7 @@ def test_report_file(tmp_path):
 def test_saved_checkpoint_reloads_in_a_process_without_the_package(tmp_path, family):
     model = tiny_model(family)
     run(model, modifier(allocation="optimal"), output_dir=str(tmp_path / "out"))
-    ids = torch.randint(1, 96, (2, 15))
-    with torch.no_grad():
-        torch.save((ids, model(ids).logits), tmp_path / "expected.pt")
-    script = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-ids, expected = torch.load(sys.argv[2])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
-with torch.no_grad():
-    logits = model(ids).logits
-assert torch.equal(logits, expected), (logits - expected).abs().max()
-assert "sparsessm_plugin.modifiers" not in sys.modules
-"""
-    subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "out"), str(tmp_path / "expected.pt")],
-        check=True,
-        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-    )
+    check_reload(model, tmp_path / "out")
 
 
 # -- what is refused ---------------------------------------------------------------------

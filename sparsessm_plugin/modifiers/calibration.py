@@ -179,14 +179,9 @@ class MixerModifier(Modifier):
     ) -> None:
         if adapter.name not in self._pending:
             return
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        attention_mask = kwargs.get("attention_mask")
+        hidden_states, attention_mask = what_enters(args, kwargs)
         with torch.no_grad(), self._released_on_error():
-            if not _is_finite(hidden_states):
-                raise SparseSSMError(
-                    f"{adapter.name}: its input holds NaN or infinite values during "
-                    "calibration; this layer was not pruned"
-                )
+            check_finite_input(adapter.name, hidden_states)
             self.observe(adapter, hidden_states, attention_mask)
 
     def on_sequential_epoch_end(
@@ -227,6 +222,34 @@ class MixerModifier(Modifier):
         except BaseException:
             self.release()
             raise
+
+
+def what_enters(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """hidden_states (b, L, hidden_size) and attention_mask of a call of a mixer."""
+    return args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask")
+
+
+def check_finite_input(name: str, x: Tensor) -> None:
+    """Refuse to prune a layer by inputs that are no numbers.
+
+    :raises SparseSSMError: naming the layer
+    """
+    if not _is_finite(x):
+        raise SparseSSMError(
+            f"{name}: its input holds NaN or infinite values during calibration; "
+            "this layer was not pruned"
+        )
+
+
+def check_quoted(structure: Any) -> None:
+    """Refuse what YAML makes of an N:M structure without quotes, a sexagesimal number.
+
+    :raises ValueError: showing how to write it
+    """
+    if isinstance(structure, int):
+        raise ValueError(
+            f'must be quoted, as in "2:4"; YAML reads it as the number {structure} otherwise'
+        )
 
 
 def _check_vocabulary(dataloader: Any, embeddings: Any) -> None:

@@ -22,7 +22,12 @@ from torch.nn import functional as F
 from sparsessm_plugin.allocation import optimal_allocation, paper_allocation, uniform_allocation
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import MixerAdapter, MixerQuantities, find_mixers
-from sparsessm_plugin.modifiers.calibration import MixerModifier
+from sparsessm_plugin.modifiers.calibration import (
+    MixerModifier,
+    check_finite_input,
+    check_quoted,
+    what_enters,
+)
 from sparsessm_plugin.modifiers.removal import CalibrationInputs
 from sparsessm_plugin.modifiers.saving import change_config
 from sparsessm_plugin.scan import scan
@@ -159,10 +164,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
     @field_validator("mask_structure", mode="before")
     @classmethod
     def _check_mask_structure(cls, value: Any) -> Any:
-        if isinstance(value, int):
-            raise ValueError(
-                f'must be quoted, as in "2:4"; YAML reads it as the number {value} otherwise'
-            )
+        check_quoted(value)
         if isinstance(value, str):
             parse_structure(value)
         return value
@@ -257,16 +259,17 @@ class SensitivitySparseGPTModifier(MixerModifier):
                 raise SparseSSMError(f"{who}.ignore: {pattern!r} matches nothing in the model")
             ignored |= found | matched
         names = {n for n, p in known.items() if p.adapter} if not self.targets else set()
+        never = _vocabulary_modules(model) if self.targets else set()
         for target in self.targets:
             found, matched = named(target)
-            vocabulary = _vocabulary_modules(model) & (matched - ignored)
+            vocabulary = never & (matched - ignored)
             if vocabulary:
                 name = min(vocabulary)
                 raise SparseSSMError(
                     f"{who}.targets: {target!r} matches {name}, which embeds or predicts tokens "
                     f"and is never pruned; add {name!r} to ignore"
                 )
-            found -= _vocabulary_modules(model)
+            found -= never
             if not found:
                 raise SparseSSMError(
                     f"{who}.targets: {target!r} matches no projection of a mixer and no Linear "
@@ -369,10 +372,9 @@ class SensitivitySparseGPTModifier(MixerModifier):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        attention_mask = kwargs.get("attention_mask")
+        hidden_states, attention_mask = what_enters(args, kwargs)
         with self._released_on_error():
-            _check_finite(adapter.name, hidden_states)
+            check_finite_input(adapter.name, hidden_states)
             if self.target_output in _OF_DENSE_PREFIX:
                 inputs = self._dense_inputs.setdefault(adapter.name, CalibrationInputs())
                 inputs.add(hidden_states, attention_mask)
@@ -393,7 +395,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
             return
         with torch.no_grad(), self._released_on_error():
             x = args[0]
-            _check_finite(projection.name, x)
+            check_finite_input(projection.name, x)
             mask = _mask_for(x, self._masks[self._state.current_batch_idx])
             self._add_hessian(projection, _gram(projection, x, x, mask), _count(x, mask))
 
@@ -543,8 +545,12 @@ class SensitivitySparseGPTModifier(MixerModifier):
             members = [p for p in own if p.kind in stage]
             if not members:
                 continue
+            # the dense mixer's in_proj reads the same inputs, so it has nothing to make up for
+            alike = stage == _STAGES[0] and dense_inputs is inputs
             started = time.perf_counter()
-            hessians, crosses = _stage_statistics(members, pruned, inputs, dense, dense_inputs)
+            hessians, crosses = _stage_statistics(
+                members, pruned, inputs, None if alike else dense, dense_inputs
+            )
             self._gather_seconds += time.perf_counter() - started
             for projection in members:
                 weight = self._solve(
@@ -798,14 +804,6 @@ def _stage_statistics(
 
 def _count(x: Tensor, mask: Tensor | None) -> int:
     return x[..., 0].numel() if mask is None else int(mask.sum())
-
-
-def _check_finite(name: str, x: Tensor) -> None:
-    if not bool(torch.isfinite(x.detach().sum(dtype=torch.float64))):
-        raise SparseSSMError(
-            f"{name}: its input holds NaN or infinite values during calibration; "
-            "this layer was not pruned"
-        )
 
 
 def _attention_masks(dataloader: Any) -> list[Tensor | None]:

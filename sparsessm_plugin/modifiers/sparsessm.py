@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import MixerAdapter
-from sparsessm_plugin.modifiers.calibration import MixerModifier
+from sparsessm_plugin.modifiers.calibration import MixerModifier, check_quoted
 from sparsessm_plugin.saliency import (
     SALIENCIES,
     Decay,
@@ -100,10 +100,7 @@ class SparseSSMModifier(MixerModifier):
     @field_validator("mask_structure", mode="before")
     @classmethod
     def _check_mask_structure(cls, value: Any) -> Any:
-        if isinstance(value, int):
-            raise ValueError(
-                f'must be quoted, as in "2:4"; YAML reads it as the number {value} otherwise'
-            )
+        check_quoted(value)
         if isinstance(value, str):
             SemiStructured.parse(value)
         return value

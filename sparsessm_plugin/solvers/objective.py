@@ -81,8 +81,13 @@ def relative_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
     :param pruned: (..., out, in)
     :param hessian: (..., in, in) sum of x x^T
     """
+    return _of_energy(float(objective(weight, pruned, hessian).sum()), weight, hessian)
+
+
+def _of_energy(error: float, weight: Tensor, hessian: Tensor) -> float:
+    """An error over ``tr(W H W^T)``; 0 if the dense output is zero."""
     energy = float(objective(weight, torch.zeros_like(weight), hessian).sum())
-    return float(objective(weight, pruned, hessian).sum()) / energy if energy > 0 else 0.0
+    return error / energy if energy > 0 else 0.0
 
 
 def finish(weight: Tensor, pruned: Tensor, mask: Tensor, hessian: Tensor) -> Solved:
@@ -97,8 +102,7 @@ def finish(weight: Tensor, pruned: Tensor, mask: Tensor, hessian: Tensor) -> Sol
     stored = pruned.clamp(limits.min, limits.max).to(weight.dtype)
     stored = torch.where(mask, stored, torch.zeros_like(stored))
     error = float(objective(weight, stored, hessian).sum())
-    energy = float(objective(weight, torch.zeros_like(weight), hessian).sum())
-    return Solved(stored, mask, error, error / energy if energy > 0 else 0.0)
+    return Solved(stored, mask, error, _of_energy(error, weight, hessian))
 
 
 def check(weight: Tensor, hessian: Tensor, keep: Tensor | None = None) -> None:
