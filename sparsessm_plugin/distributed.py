@@ -1,0 +1,480 @@
+"""Several ranks that calibrate together: sums, choices and errors that all of them share.
+
+Each rank reads its share of the data, as LLM Compressor deals it out under ``torchrun``. What is
+summed over data is summed over ranks once a layer, never once a batch, so that shares may differ
+in size. Without a process group every function here does nothing but hand back what it was given.
+
+Ranks meet through the key-value store of their process group, whatever the backend: a small value
+from each, a check that all stand at the same point, and one decision, the same everywhere, to
+go on or to stop. Only after that are tensors sent, so that no rank waits for one that has failed.
+Every rank gives signs of life to the store; one that falls silent stops the others.
+"""
+
+import atexit
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store
+
+from sparsessm_plugin.errors import SparseSSMError
+
+T = TypeVar("T")
+
+# Seconds between signs of life, and without one until a rank counts as dead. Python code that
+# does not let other threads run, a compiled CPU kernel say, must end well before that.
+_SIGN, _SILENT = 2.0, 40.0
+# A rank that lives but does not come: it has left the run by an error that nobody told us of.
+_LONGEST = 1800.0
+_BUCKET = 2**24  # numbers that are summed over ranks in one go
+
+
+class RanksError(SparseSSMError):
+    """Another rank failed, died, or does not fit; the message names it on every rank."""
+
+
+def is_distributed() -> bool:
+    """Whether there are several ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """This process's number, 0 without a process group."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def gather(what: str, value: T) -> list[T]:
+    """What every rank gives, in the order of ranks.
+
+    :param what: names the point of the program; all ranks must come to the same one
+    :param value: something that JSON can hold
+    :raises RanksError: a rank has failed, died or stands at another point; on every rank alike
+    """
+    return _Ranks.get().meet(what, value) if is_distributed() else [value]
+
+
+def total(what: str, *numbers: float) -> list[float]:
+    """Sums over ranks, in the order of ranks, so the same bits everywhere; see :func:`gather`."""
+    each = gather(what, list(numbers))
+    return [sum(column) for column in zip(*each, strict=True)]
+
+
+def first(what: str, value: T) -> T:
+    """What rank 0 gives; see :func:`gather`."""
+    return gather(what, value if rank() == 0 else None)[0]  # type: ignore[return-value]
+
+
+def reduce_sum(
+    what: str, tensors: Mapping[str, Tensor | None], to: int | None = None
+) -> dict[str, Tensor]:
+    """Sums over ranks, in float64 whatever the dtype, the same bits on every rank.
+
+    :param what: see :func:`gather`
+    :param tensors: by name; one that a rank lacks, or has None of, counts as zeros there. Shapes
+        may differ in the first dimension: shorter ones count as zeros behind their end. They are
+        overwritten where the shape stays
+    :param to: the only rank that gets the sums; what the others are given back is of no use
+    :return: the sums, in the dtype and on the device of what was given
+    """
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if not is_distributed():
+        return given
+    described = {name: [list(t.shape), str(t.dtype)] for name, t in given.items()}
+    plan: dict[str, tuple[list[int], torch.dtype]] = {}
+    for other, has in enumerate(gather(what, described)):
+        for name, (shape, dtype) in has.items():
+            known = plan.setdefault(name, (shape, _dtype(dtype)))[0]
+            if shape[1:] != known[1:] or len(shape) != len(known):
+                raise RanksError(
+                    f"{what}: {name} is {tuple(shape)} on rank {other}, {tuple(known)} before it"
+                )
+            if shape:
+                known[0] = max(known[0], shape[0])
+    device = next((t.device for t in given.values()), torch.device("cpu"))
+    sums = {
+        name: _grown(given.get(name), shape, dtype, device) for name, (shape, dtype) in plan.items()
+    }
+    for bucket in _buckets(list(sums.values())):
+        packed = torch.cat([t.reshape(-1).to(_device(), torch.float64) for t in bucket])
+        _finish(what, dist.reduce(packed, dst=to or 0, async_op=True))
+        if to is None:  # and not all_reduce, which need not give all ranks the same bits
+            _finish(what, dist.broadcast(packed, src=0, async_op=True))
+        if to in (None, rank()):
+            for t, part in zip(bucket, packed.split([t.numel() for t in bucket]), strict=True):
+                t.copy_(part.view(t.shape))
+    return sums
+
+
+def share(
+    what: str,
+    compute: Callable[[], Sequence[Tensor]],
+    source: int = 0,
+    device: torch.device | None = None,
+) -> list[Tensor]:
+    """Let one rank compute, and give all of them what it found, bit by bit.
+
+    :param what: see :func:`gather`
+    :param compute: called on rank ``source`` only; where it raises, all ranks stop
+    :param source: the rank that computes
+    :param device: where the others want the tensors; default the CPU
+    """
+    if not is_distributed():
+        return list(compute())
+    tensors: list[Tensor] | None = None
+    if rank() == source:
+        try:
+            tensors = [t.detach() for t in compute()]
+        except BaseException as error:
+            fail(error)
+            raise
+    described = [[list(t.shape), str(t.dtype)] for t in tensors or ()]
+    received = []
+    for i, (shape, dtype) in enumerate(gather(what, described)[source]):
+        new = torch.empty(shape, dtype=_dtype(dtype), device=_device())
+        if tensors is not None:
+            new.copy_(tensors[i])
+        # as bytes: not every backend knows every dtype
+        _finish(what, dist.broadcast(new.view(-1).view(torch.uint8), src=source, async_op=True))
+        received.append(new.to(device or "cpu"))
+    return received if tensors is None else tensors
+
+
+def fail(error: BaseException) -> None:
+    """Tell the other ranks that this one stops; they raise when they come to meet it."""
+    if is_distributed() and not isinstance(error, RanksError):
+        with suppress(Exception):  # the error itself must not be hidden
+            _Ranks.get().leave(str(error).strip() or type(error).__name__)
+
+
+@contextmanager
+def together(what: str) -> Iterator[None]:
+    """Raise on all ranks what is raised inside on any, naming the ranks unless all agree.
+
+    For checks before anything is changed. All ranks can go on afterwards.
+    """
+    try:
+        yield
+    except RanksError:
+        raise
+    except SparseSSMError as error:
+        messages: list[str | None] = gather(what, str(error))
+        if len(set(messages)) == 1:
+            raise
+        raise RanksError(_by_rank(messages)) from error
+    except BaseException as error:
+        fail(error)
+        raise
+    else:
+        messages = gather(what, None)
+        if any(messages):
+            raise RanksError(_by_rank(messages))
+
+
+def check_ranks(who: str, model: nn.Module, data: Any = None, settings: Any = None) -> None:
+    """Refuse ranks that do not belong together, before anything is changed.
+
+    :param who: the modifier
+    :param model: parameters must agree by name, shape, dtype and bits
+    :param data: calibration batches, or None. Every rank needs one. The number of batches may
+        differ by one, where samples do not divide; and where every rank's sequences are all of
+        one length, it must be the same length, as windows of a text are. Text in its natural
+        lengths may differ: positions are counted from the start of a sequence.
+    :param settings: what JSON can hold, the same on every rank
+    :raises RanksError: naming the ranks and what differs, the same on every rank
+    """
+    if not is_distributed():
+        return
+    settings = json.dumps(settings, sort_keys=True, default=str)
+    _check_same(who, "settings", gather(f"{who}: settings", settings))
+    tensors = {
+        name: f"{name} {tuple(p.shape)} {p.dtype} {_bits(p)}"
+        for name, p in model.named_parameters()
+    }
+    digest = hashlib.sha256("\n".join(tensors.values()).encode()).hexdigest()
+    digests = gather(f"{who}: model", digest)
+    if len(set(digests)) > 1:
+        differing = [r for r, d in enumerate(digests) if d != digests[0]]
+        each = gather(f"{who}: parameters", list(tensors.values()))
+        there, here = each[0], each[differing[0]]
+        unlike = next((a, b) for a, b in zip([*there, "none"], [*here, "none"]) if a != b)
+        raise RanksError(
+            f"{who}: {_named(differing)} {'has' if len(differing) == 1 else 'have'} another model "
+            f"than rank 0; the first parameter that differs is {_short(unlike[1])}, on rank 0 "
+            f"{_short(unlike[0])} (name, shape, dtype, checksum)"
+        )
+    if data is not None:
+        _check_data(who, gather(f"{who}: data", _describe(data)))
+
+
+def _check_same(who: str, what: str, values: list[str]) -> None:
+    differing = [r for r, value in enumerate(values) if value != values[0]]
+    if differing:
+        raise RanksError(f"{who}: {_named(differing)} and rank 0 have different {what}")
+
+
+def _check_data(who: str, each: list[dict[str, Any]]) -> None:
+    counts = [e["batches"] for e in each]
+    empty = [r for r, count in enumerate(counts) if count == 0]
+    if empty:
+        raise RanksError(f"{who}: {_named(empty)} got no calibration data; give at least one batch")
+    known = [count for count in counts if count is not None]
+    if known and max(known) - min(known) > 1:
+        most, least = counts.index(max(known)), counts.index(min(known))
+        raise RanksError(
+            f"{who}: rank {most} has {max(known)} calibration batches and rank {least} has "
+            f"{min(known)}; shares may differ by one"
+        )
+    lengths = [e["lengths"] for e in each]
+    if all(found and found[0] == found[1] for found in lengths):
+        differing = [r for r, found in enumerate(lengths) if found != lengths[0]]
+        if differing:
+            raise RanksError(
+                f"{who}: the calibration sequences of {_named(differing)} have "
+                f"{lengths[differing[0]][0]} tokens, those of rank 0 have {lengths[0][0]}"
+            )
+
+
+def _describe(data: Any) -> dict[str, Any]:
+    """Number of batches, and the shortest and longest of them, where they can be read twice."""
+    try:
+        batches = len(data)
+    except TypeError:
+        return {"batches": None, "lengths": None}
+    lengths = set()
+    with torch.random.fork_rng(devices=[]):  # a shuffled loader keeps its order for later
+        for batch in data:
+            ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+            if isinstance(ids, Tensor):
+                lengths.add(ids.shape[-1])
+    return {"batches": batches, "lengths": [min(lengths), max(lengths)] if lengths else None}
+
+
+def _bits(tensor: Tensor) -> int:
+    """A checksum that does not depend on the order of summation."""
+    if tensor.is_meta:
+        return 0
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().view(integer[tensor.element_size()])
+    return int(bits.sum(dtype=torch.int64))
+
+
+def _named(ranks: Sequence[int]) -> str:
+    numbers = [str(r) for r in ranks]
+    if len(numbers) == 1:
+        return f"rank {numbers[0]}"
+    return f"ranks {', '.join(numbers[:-1])} and {numbers[-1]}"
+
+
+def _by_rank(messages: list[str | None]) -> str:
+    by_message: dict[str, list[int]] = {}
+    for r, message in enumerate(messages):
+        if message:
+            by_message.setdefault(message, []).append(r)
+    return "; ".join(f"{_named(ranks)}: {message}" for message, ranks in by_message.items())
+
+
+def _short(text: str) -> str:
+    return text.replace("torch.", "")
+
+
+# -- tensors -----------------------------------------------------------------------------
+
+
+def _device() -> torch.device:
+    """Where the process group's backend wants tensors."""
+    for entry in dist.get_backend_config().split(","):
+        kind, _, backend = entry.partition(":")
+        if backend not in ("gloo", "mpi"):
+            return torch.device(kind, torch.accelerator.current_device_index())
+    return torch.device("cpu")
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."))
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _grown(
+    tensor: Tensor | None, shape: list[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if tensor is not None and list(tensor.shape) == shape:
+        return tensor.detach()
+    grown = torch.zeros(shape, dtype=dtype, device=device)
+    if tensor is not None:
+        grown[: len(tensor)] = tensor
+    return grown
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Views of the tensors, a limited number of numbers at a time."""
+    bucket: list[Tensor] = []
+    count = 0
+    for tensor in tensors:
+        if tensor.ndim > 0 and tensor.numel() > _BUCKET:
+            pieces = tensor.split(max(1, _BUCKET // tensor[0].numel()))
+        else:
+            pieces = (tensor,)
+        for piece in pieces:
+            if bucket and count + piece.numel() > _BUCKET:
+                yield bucket
+                bucket, count = [], 0
+            bucket.append(piece)
+            count += piece.numel()
+    if bucket:
+        yield bucket
+
+
+def _finish(what: str, work: Any) -> None:
+    """Wait for a collective, and for no rank that has died in it."""
+    ranks, pause = _Ranks.get(), 1e-5
+    try:
+        while not work.is_completed():
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+            if pause == 0.05 and (reason := ranks.who_is_gone(what, range(ranks.size))):
+                raise RanksError(reason)
+        work.wait()
+    except RuntimeError as error:  # gloo's way to say that a connection was closed
+        until = time.monotonic() + _SILENT + _SIGN
+        while time.monotonic() < until:
+            if reason := ranks.who_is_gone(what, range(ranks.size)):
+                raise RanksError(reason) from error
+            time.sleep(0.1)
+        raise RanksError(f"{what}: {str(error).splitlines()[0]}") from error
+
+
+# -- meeting -----------------------------------------------------------------------------
+
+
+class _Ranks:
+    """This process among the ranks of the default process group."""
+
+    _known: "_Ranks | None" = None
+
+    def __init__(self) -> None:
+        self.group = dist.group.WORLD
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.store = dist.PrefixStore("sparsessm", _get_default_store())
+        self.meetings = 0
+        # rank -> its latest sign of life, and when it was first seen
+        self.signs: dict[int, tuple[bytes, float]] = {}
+        self.ended = threading.Event()
+        # a connection of its own: a store's connection does one thing at a time
+        threading.Thread(target=self._live, args=(self.store.clone(),), daemon=True).start()
+        atexit.register(self._exit)
+
+    @classmethod
+    def get(cls) -> "_Ranks":
+        if cls._known is None or cls._known.group is not dist.group.WORLD:
+            if cls._known is not None:
+                cls._known.ended.set()
+            cls._known = cls()
+        return cls._known
+
+    def _live(self, store: Any) -> None:
+        me, count = f"{socket.gethostname()}, process {os.getpid()}", 0
+        with suppress(Exception):  # the store ends with the run
+            while not self.ended.is_set():
+                store.set(f"alive/{self.rank}", f"{me}\n{count}")
+                count += 1
+                self.ended.wait(_SIGN)
+
+    def _exit(self) -> None:
+        if dist.is_initialized() and dist.group.WORLD is self.group:
+            with suppress(Exception):
+                self.leave("its process ended")
+
+    def leave(self, reason: str) -> None:
+        """Leave word that this rank comes to no meeting any more."""
+        self.store.compare_set(f"failed/{self.rank}", "", reason)
+
+    def meet(self, what: str, value: Any) -> list[Any]:
+        """See :func:`gather`."""
+        self.meetings += 1
+        n = self.meetings
+        keys = [f"{n}/{r}" for r in range(self.size)]
+        with self._store_errors(what):
+            self.store.set(keys[self.rank], json.dumps([what, value]))
+            decision = self._decide(what, n, keys)
+            if decision:
+                raise RanksError(decision)
+            each = [json.loads(self.store.get(key)) for key in keys]
+            # all have come here, so nobody reads what the meeting before the last one left
+            self.store.delete_key(f"{n - 2}/{self.rank}")
+            if self.rank == 0:
+                self.store.delete_key(f"{n - 2}/decision")
+        points = [point for point, _ in each]
+        if len(set(points)) > 1:
+            raise RanksError(
+                "the ranks do different things, so their scripts or recipes differ: "
+                + _by_rank(points)
+            )
+        return [value for _, value in each]
+
+    def _decide(self, what: str, n: int, keys: list[str]) -> str:
+        """Empty once all ranks have come; why to stop if one of them never will.
+
+        Whoever knows first decides for all: otherwise one rank might go on, and then wait for
+        another that has seen a reason to stop.
+        """
+        decided = f"{n}/decision"
+        missing = [r for r in range(self.size) if r != self.rank]
+        started, pause = time.monotonic(), 1e-4
+        while not self.store.check([decided]):
+            missing = [r for r in missing if not self.store.check([keys[r]])]
+            reason = self.who_is_gone(what, missing)
+            if missing and not reason and time.monotonic() - started > _LONGEST:
+                reason = f"{_named(missing)} did not come to {what} for {_LONGEST / 60:.0f} minutes"
+            if reason or not missing:
+                return self._decision(decided, reason)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+        return self._decision(decided, "")
+
+    def _decision(self, key: str, reason: str) -> str:
+        proposal = json.dumps(reason)
+        return str(json.loads(self.store.compare_set(key, "", proposal)))
+
+    def who_is_gone(self, what: str, ranks: Sequence[int]) -> str:
+        """Which of these ranks has failed or died, and why; empty if none has."""
+        for r in ranks:
+            if self.store.check([f"failed/{r}"]):
+                return f"rank {r} stopped: {self.store.get(f'failed/{r}').decode()}"
+            if r == self.rank or not self.store.check([f"alive/{r}"]):
+                continue
+            now, sign = time.monotonic(), self.store.get(f"alive/{r}")
+            if r not in self.signs or self.signs[r][0] != sign:
+                self.signs[r] = sign, now
+            elif now - self.signs[r][1] > _SILENT:
+                where = sign.decode().partition("\n")[0]
+                return (
+                    f"rank {r} ({where}) has died: no sign of life for {_SILENT:.0f} s; the others "
+                    f"have come to {what}"
+                )
+        return ""
+
+    @contextmanager
+    def _store_errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            keeper = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") else "rank 0"
+            raise RanksError(
+                f"{keeper}, which keeps what the ranks have in common, has stopped; this rank has "
+                f"come to {what}"
+            ) from error
