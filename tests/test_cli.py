@@ -303,6 +303,16 @@ def test_bad_arguments(refused, tmp_path, arguments, message):
     assert message in refused("prune", DEMO, "--output", tmp_path / "out", *arguments)
 
 
+def test_a_recipe_that_undoes_itself_is_refused_before_the_model_is_looked_for(refused, tmp_path):
+    recipe = tmp_path / "m.yaml"
+    recipe.write_text(
+        "a_stage: {a_modifiers: {SensitivitySparseGPTModifier: {sparsity: 0.5}, "
+        "StateRemovalModifier: {keep: 8}}}"
+    )
+    message = refused("prune", "no/model", "--recipe", recipe, "--output", tmp_path / "out")
+    assert "StateRemovalModifier would write into the zeros that Sensitivity" in message
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_no_cuda_device(refused):
     assert "no CUDA device" in refused("evaluate", DEMO, "--text", "x.txt", "--device", "cuda")

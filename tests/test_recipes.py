@@ -168,6 +168,145 @@ def test_a_recipe_is_checked_against_a_model_without_weights():
         recipe.check_model(model)
 
 
+def recipe_of(*modifiers):
+    """The modifiers, given as name and fields in flow style, in one stage each."""
+    return "".join(
+        f"s{i}_stage:\n  s{i}_modifiers:\n    {name}: {{{fields}}}\n"
+        for i, (name, fields) in enumerate(modifiers)
+    )
+
+
+OURS = ("SensitivitySparseGPTModifier", "sparsity: 0.5")
+UPSTREAM = ("SparseGPTModifier", 'sparsity: 0.5, targets: ["re:.*in_proj$"]')
+W4 = "{num_bits: 4, type: int, symmetric: true, strategy: group, group_size: 48}"
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "parts"),
+    [
+        (
+            [OURS, UPSTREAM],
+            ["SparseGPTModifier would write into the zeros that SensitivitySparseGPTModifier has"],
+        ),
+        ([UPSTREAM, UPSTREAM], ["made in in_proj", "preserve_sparsity_mask: true"]),
+        (
+            [OURS, ("GPTQModifier", "scheme: W8A8, targets: [Linear], ignore: [lm_head]")],
+            ["GPTQModifier would", "SparseGPTQModifier quantizes without that"],
+        ),
+        (
+            [OURS, ("StateRemovalModifier", "keep: 8")],
+            ["out_proj", "put StateRemovalModifier first"],
+        ),
+        ([OURS, ("ChannelRemovalModifier", "sparsity: 0.5")], ["put ChannelRemovalModifier first"]),
+        (
+            [
+                ("SparseSSMModifier", "sparsity: 0.5, pruned_value: zero"),
+                ("SparseSSMModifier", "sparsity: 0.5, pruned_value: memoryless"),
+            ],
+            ["pruned_value memoryless would undo", "with zero has pruned"],
+        ),
+        (
+            [("SparseGPTQModifier", 'scheme: W8A8, targets: ["re:.*dt_proj$"]')],
+            ["would quantize dt_proj", "without calling it", '"re:.*dt_proj$" to ignore'],
+        ),
+        (
+            [("QuantizationModifier", "scheme: W8A8, targets: [Linear, Conv1d]")],
+            ["QuantizationModifier would quantize conv1d"],
+        ),
+    ],
+)
+def test_what_is_wrong_for_every_model_is_seen_in_the_recipe(modifiers, parts):
+    with pytest.raises(SparseSSMError) as error:
+        parse_recipe(recipe_of(*modifiers), "my.yaml")
+    assert str(error.value).startswith("my.yaml: ")
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "modifiers",
+    [
+        [UPSTREAM, OURS],  # keeps the zeros that it finds
+        [OURS, ("SparseGPTModifier", "sparsity: 0.5, preserve_sparsity_mask: true")],
+        [("StateRemovalModifier", "keep: 8"), OURS],
+        [OURS, ("StateRemovalModifier", "keep: 8, compensate: D")],
+        [OURS, ("SparseGPTQModifier", 'scheme: W8A8, ignore: [lm_head, "re:.*dt_proj$"]')],
+        [OURS, ("QuantizationModifier", "scheme: FP8_DYNAMIC, ignore: [lm_head]")],
+        [UPSTREAM, ("SparseGPTModifier", 'sparsity: 0.5, targets: ["re:.*out_proj$"]')],
+        [
+            ("SensitivitySparseGPTModifier", "sparsity: 0.5, targets: [x_proj]"),
+            ("GPTQModifier", 'scheme: W8A8, ignore: [lm_head, "re:.*[xt]_proj$"]'),
+        ],
+        [("SparseSSMModifier", "sparsity: 0.5"), ("SparseSSMModifier", "sparsity: 0.7")],
+    ],
+)
+def test_modifiers_that_leave_each_other_alone(modifiers):
+    assert len(parse_recipe(recipe_of(*modifiers)).modifiers) == len(modifiers)
+
+
+@pytest.mark.parametrize(
+    ("family", "modifiers", "parts"),
+    [
+        (  # in_proj of layer 1 only
+            "mamba",
+            [
+                (
+                    "SensitivitySparseGPTModifier",
+                    'sparsity: 0.5, targets: ["re:.*1.mixer.in_proj"]',
+                ),
+                ("SparseGPTModifier", 'sparsity: 0.5, targets: ["re:.*[12].mixer.in_proj"]'),
+            ],
+            ["zeros", "backbone.layers.1.mixer.in_proj"],
+        ),
+        (  # a mixer stands for its projections, and a layer for what is in it
+            "jamba",
+            [OURS, ("SparseGPTModifier", "sparsity: 0.5, targets: [JambaMambaDecoderLayer]")],
+            ["model.layers.0.mamba.in_proj"],
+        ),
+        (
+            "mamba",
+            [("QuantizationModifier", "scheme: W8A8, ignore: [lm_head]")],
+            ["QuantizationModifier: backbone.layers.0.mixer.dt_proj", '"re:.*dt_proj$"'],
+        ),
+        (
+            "mamba2",
+            [
+                (
+                    "QuantizationModifier",
+                    f"ignore: [lm_head], config_groups: {{g: {{targets: [Linear], weights: {W4}}}}}",
+                )
+            ],
+            ["in_proj has 32 inputs", "groups of 48"],
+        ),
+        (
+            "mamba",
+            [("SparseGPTModifier", 'sparsity: 0.4, mask_structure: "2:5", ignore: [lm_head]')],
+            ["SparseGPTModifier: mask_structure 2:5", "groups of 5, got 32 in backbone.layers.0"],
+        ),
+    ],
+)
+def test_what_is_wrong_for_a_model_is_seen_in_its_skeleton(family, modifiers, parts):
+    recipe = parse_recipe(recipe_of(*modifiers))
+    model = tiny_model(family)
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    with pytest.raises(SparseSSMError) as error:
+        recipe.check_model(skeleton)
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_2_of_4_on_a_width_that_4_does_not_divide():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, time_step_rank=6)
+        )
+    with pytest.raises(SparseSSMError, match=r"groups of 4, got 6 in .*dt_proj; add .* to ignore"):
+        load_recipe("whole-2of4").check_model(model)
+
+
 def test_built_in_recipes_fit_every_family(family):
     model = tiny_model(family)
     for name in recipe_names():

@@ -89,44 +89,11 @@ class SparseGPTQModifier(GPTQModifier):
         return super().on_initialize(state, **kwargs)
 
     def check_model(self, model: nn.Module) -> None:
-        """Refuse targets that cannot be calibrated, or that do not fit the group size.
-
-        Looks at names and shapes only, so a model on the meta device will do.
+        """:func:`check_quantized` for this modifier.
 
         :raises SparseSSMError: naming the first such module and what to add to ``ignore``
         """
-        who = type(self).__name__
-        inside = {
-            f"{name}.{part}": part for name, _ in iter_mixers(model) for part in _NEVER_CALLED
-        }
-        for scheme in self.resolved_config.config_groups.values():
-            for name, module in match_named_modules(model, scheme.targets, self.ignore):
-                if scheme.weights is None or isinstance(module, nn.Embedding):
-                    continue
-                if name in inside:
-                    raise SparseSSMError(
-                        f"{who}: {name} would be quantized, but the model reads its weight without "
-                        f'calling it, so it cannot be calibrated; add "re:.*{inside[name]}$" to '
-                        "ignore"
-                    )
-                weight = getattr(module, "weight", None)
-                if is_mixer(module) or not isinstance(weight, Tensor) or weight.ndim < 2:
-                    raise SparseSSMError(
-                        f"{who}: {name} would be quantized, but a {type(module).__name__} has no "
-                        f'weight matrix of its own; add "re:{_anchored(name)}" to ignore'
-                    )
-                self._check_group_size(name, module, scheme.weights)
-
-    def _check_group_size(self, name: str, module: Any, args: QuantizationArgs) -> None:
-        size = args.group_size
-        if self.bypass_divisibility_checks or args.strategy not in _GROUPED or not size:
-            return
-        width = int(module.weight.shape[-1])
-        if width % size:
-            raise SparseSSMError(
-                f"{type(self).__name__}: {name} has {width} inputs, which groups of {size} do not "
-                f'divide; add "re:{_anchored(name)}" to ignore or choose another group_size'
-            )
+        check_quantized(self, model)
 
     def compress_module_list(self, module_list: Iterable[nn.Module]) -> None:
         """Quantize modules from their Hessians: those with zeros here, the others upstream."""
@@ -216,6 +183,57 @@ class SparseGPTQModifier(GPTQModifier):
     def release(self) -> None:
         """Take the hooks off the model again; safe to call at any time."""
         self.remove_hooks()
+
+
+def quantized_weights(modifier: Any, model: nn.Module) -> dict[str, tuple[Any, QuantizationArgs]]:
+    """The modules whose weights a modifier quantizes, by name, each with its grid.
+
+    :param modifier: any of LLM Compressor's that have a ``scheme`` or ``config_groups``
+    :param model: the meta device will do
+    """
+    return {
+        name: (module, scheme.weights)
+        for scheme in modifier.resolved_config.config_groups.values()
+        if scheme.weights is not None
+        for name, module in match_named_modules(model, scheme.targets, modifier.ignore)
+        if not isinstance(module, nn.Embedding)
+    }
+
+
+def never_called(model: nn.Module) -> dict[str, str]:
+    """Modules of the mixers whose weights are read without a call: name -> name in the mixer."""
+    return {f"{name}.{part}": part for name, _ in iter_mixers(model) for part in _NEVER_CALLED}
+
+
+def check_quantized(modifier: Any, model: nn.Module) -> None:
+    """Refuse targets that cannot be calibrated, or that do not fit the group size.
+
+    Looks at names and shapes only, so a model on the meta device will do.
+
+    :param modifier: see :func:`quantized_weights`
+    :raises SparseSSMError: naming the first such module and what to add to ``ignore``
+    """
+    who, inside = type(modifier).__name__, never_called(model)
+    for name, (module, args) in quantized_weights(modifier, model).items():
+        if name in inside:
+            raise SparseSSMError(
+                f"{who}: {name} would be quantized, but the model reads its weight without "
+                f'calling it, so it cannot be calibrated; add "re:.*{inside[name]}$" to ignore'
+            )
+        weight = getattr(module, "weight", None)
+        if is_mixer(module) or not isinstance(weight, Tensor) or weight.ndim < 2:
+            raise SparseSSMError(
+                f"{who}: {name} would be quantized, but a {type(module).__name__} has no "
+                f'weight matrix of its own; add "re:{_anchored(name)}" to ignore'
+            )
+        width, size = int(weight.shape[-1]), args.group_size
+        if modifier.bypass_divisibility_checks or args.strategy not in _GROUPED or not size:
+            continue
+        if width % size:
+            raise SparseSSMError(
+                f"{who}: {name} has {width} inputs, which groups of {size} do not divide; "
+                f'add "re:{_anchored(name)}" to ignore or choose another group_size'
+            )
 
 
 def _has_zeros(module: Any) -> bool:

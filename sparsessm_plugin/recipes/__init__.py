@@ -49,14 +49,18 @@ class CheckedRecipe:
                 )
 
     def check_model(self, model: "nn.Module") -> None:
-        """Check the modifiers of this package against a model; the meta device will do.
+        """Check the modifiers against a model; the meta device will do.
 
-        :raises SparseSSMError: no matching mixer, or sizes that a field does not fit
+        :raises SparseSSMError: no matching mixer, sizes that a field does not fit, weights that
+            cannot be quantized, or a modifier that writes into what an earlier one has pruned
         """
+        from sparsessm_plugin.recipes.conflicts import check_modifiers
+
         for modifier in self.modifiers:
             for check in ("matching_mixers", "check_model"):
                 if hasattr(modifier, check):
                     getattr(modifier, check)(model)
+        check_modifiers(self.modifiers, model)
 
 
 def recipe_names() -> list[str]:
@@ -107,12 +111,17 @@ def load_recipe(name_or_path: str | os.PathLike[str]) -> CheckedRecipe:
 def parse_recipe(text: str, name: str = "recipe") -> CheckedRecipe:
     """Check the text of a recipe.
 
+    Also refuses what is wrong for every model: quantizing what cannot be calibrated, and modifiers
+    that write into what earlier ones have pruned.
+
     :raises SparseSSMError: one line that names the field, its value and what is allowed
     """
     try:
         stages = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise SparseSSMError(f"{name} is not valid YAML: {_yaml_problem(error)}") from error
+    from sparsessm_plugin.recipes.conflicts import check_alone
+
     modifiers: list[Any] = []
     for stage, groups in _mapping(stages, name).items():
         if stage == "args":
@@ -128,6 +137,10 @@ def parse_recipe(text: str, name: str = "recipe") -> CheckedRecipe:
     for path in reports:
         if reports.count(path) > 1:
             raise SparseSSMError(f"{name}: two modifiers have the report_path {path!r}")
+    try:
+        check_alone(modifiers)
+    except SparseSSMError as error:
+        raise SparseSSMError(f"{name}: {error}") from error
     return CheckedRecipe(name=name, text=text, modifiers=tuple(modifiers))
 
 
