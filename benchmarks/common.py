@@ -2,9 +2,13 @@
 
 import os
 import platform
-from collections.abc import Iterable
+import time
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sparsessm_plugin.files import write_json
 from sparsessm_plugin.pruning import versions
@@ -59,3 +63,57 @@ def save(name: str, markdown: str, numbers: dict[str, object]) -> None:
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
     write_json(RESULTS / f"{name}.json", {**numbers, "versions": found})
     print(text)
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+class OutOfTime(Exception):
+    """The budget is used up; what follows is left out and said so."""
+
+
+class Result:
+    """Tables and numbers of all sections, and what went wrong in them."""
+
+    def __init__(self, budget: float):
+        self.budget = budget
+        self.started = time.monotonic()
+        self.parts: list[str] = []
+        self.numbers: dict[str, Any] = {}
+        self.failures: dict[str, str] = {}
+
+    def section(self, name: str, work: Callable[["Result"], None]) -> None:
+        """Run one section; a failure in it is noted and the next one still runs."""
+        started = time.monotonic()
+        try:
+            work(self)
+        except OutOfTime:
+            self.note(name, f"stopped after {self.budget:.0f} s, the rest was not measured")
+        except Exception as error:
+            traceback.print_exc()
+            self.note(name, first_line(error))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f"[{name}: {time.monotonic() - started:.0f} s]", flush=True)
+
+    def case(self, name: str, work: Callable[[], None]) -> None:
+        """Run one case of a section; a failure in it is noted and the next one still runs."""
+        if time.monotonic() - self.started > self.budget:
+            raise OutOfTime
+        try:
+            work()
+        except Exception as error:
+            traceback.print_exc()
+            self.note(name, first_line(error))
+
+    def note(self, name: str, failure: str) -> None:
+        print(f"FAILED {name}: {failure}", flush=True)
+        self.failures[name] = failure
+
+    def table(self, title: str, text: str, header: list[str], rows: list[list[str]]) -> None:
+        lines = [f"## {title}", "", *([text, ""] if text else [])]
+        lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        self.parts.append("\n".join(lines))
+        print("\n" + self.parts[-1] + "\n", flush=True)

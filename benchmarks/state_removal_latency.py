@@ -10,7 +10,6 @@ import argparse
 import itertools
 import os
 import statistics
-import time
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +20,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from common import save
+from common import Result, first_line, save
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from sparsessm_plugin.evaluation.latency import (
@@ -49,12 +48,6 @@ MODELS = {
 }
 TINY = {"tiny": {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 96}}
 
-_STARTED = time.monotonic()
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
 
 def package_versions() -> dict[str, str]:
     found = {}
@@ -64,54 +57,6 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-class OutOfTime(Exception):
-    """The budget is used up; what follows is left out and said so."""
-
-
-class Result:
-    """Tables and numbers of all sections, and what went wrong in them."""
-
-    def __init__(self, budget: float):
-        self.budget = budget
-        self.parts: list[str] = []
-        self.numbers: dict[str, Any] = {}
-        self.failures: dict[str, str] = {}
-
-    def section(self, name: str, work: Callable[["Result"], None]) -> None:
-        """Run one section; a failure in it is noted and the next one still runs."""
-        started = time.monotonic()
-        try:
-            work(self)
-        except OutOfTime:
-            self.note(name, f"stopped after {self.budget:.0f} s, the rest was not measured")
-        except Exception as error:
-            traceback.print_exc()
-            self.note(name, first_line(error))
-        torch.cuda.empty_cache()
-        print(f"[{name}: {time.monotonic() - started:.0f} s]", flush=True)
-
-    def case(self, name: str, work: Callable[[], None]) -> None:
-        """Run one case of a section; a failure in it is noted and the next one still runs."""
-        if time.monotonic() - _STARTED > self.budget:
-            raise OutOfTime
-        try:
-            work()
-        except Exception as error:
-            traceback.print_exc()
-            self.note(name, first_line(error))
-
-    def note(self, name: str, failure: str) -> None:
-        print(f"FAILED {name}: {failure}", flush=True)
-        self.failures[name] = failure
-
-    def table(self, title: str, text: str, header: list[str], rows: list[list[str]]) -> None:
-        lines = [f"## {title}", "", *([text, ""] if text else [])]
-        lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        self.parts.append("\n".join(lines))
-        print("\n" + self.parts[-1] + "\n", flush=True)
 
 
 # -- kernels -------------------------------------------------------------------------------
