@@ -6,7 +6,8 @@ sequence. A block's accumulators belong to one thread, which makes the result in
 of the number of threads to the last bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -51,17 +52,15 @@ def _run(
     transition, transition_sum = _views(statistics.transition if statistics else None)
     error, error_sum = _views(statistics.output_error if statistics else None)
 
-    threads, torch_threads = get_num_threads(), torch.get_num_threads()
-    set_num_threads(min(threads, torch_threads))
-    try:
+    with threads_of_torch():
         _scan(
-            _array(q.u),
-            _array(q.dt),
-            _array(q.A),
-            _array(q.B),
-            _array(q.C),
-            _array(q.D),
-            _array(q.gate if error_mode else q.u),
+            as_array(q.u),
+            as_array(q.dt),
+            as_array(q.A),
+            as_array(q.B),
+            as_array(q.C),
+            as_array(q.D),
+            as_array(q.gate if error_mode else q.u),
             mask.numpy(),
             y.numpy(),
             error_mode,
@@ -77,14 +76,23 @@ def _run(
             states.numpy(),
             every,
         )
+    return y
+
+
+@contextmanager
+def threads_of_torch() -> Iterator[None]:
+    """No more of numba's threads than torch may use."""
+    threads, torch_threads = get_num_threads(), torch.get_num_threads()
+    set_num_threads(min(threads, torch_threads))
+    try:
+        yield
     finally:
         set_num_threads(threads)
         # where both run on the same OpenMP, numba has just changed torch's number, too
         torch.set_num_threads(torch_threads)
-    return y
 
 
-def _array(tensor: Tensor) -> np.ndarray:
+def as_array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
@@ -124,7 +132,7 @@ def _exp(x):
     return p * np.int32(k).view(np.float32)
 
 
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+def compiled(function: Callable[..., None]) -> Callable[..., None]:
     """Compile for parallel loops, once for all processes where a cache can be written."""
     options = {"parallel": True, "fastmath": _MATH, "boundscheck": False}
     try:
@@ -133,7 +141,7 @@ def _compiled(function: Callable[..., None]) -> Callable[..., None]:
         return njit(**options)(function)
 
 
-@_compiled
+@compiled
 def _scan(
     u,
     dt,

@@ -25,7 +25,7 @@ from sparsessm_plugin.scan import BACKENDS, scan
 
 
 @contextmanager
-def fast_forward(model: nn.Module) -> Iterator[None]:
+def fast_forward(model: nn.Module, gradients: bool = False) -> Iterator[None]:
     """Run whole-sequence inference of all known mixers through this package's scan.
 
     Outputs agree with the model's own to 1e-4 relative in float32. Calls with a cache
@@ -34,12 +34,13 @@ def fast_forward(model: nn.Module) -> Iterator[None]:
     whatever happened inside.
 
     :param model: any model
+    :param gradients: also run calls with gradients through this package's scan, on any device
     """
     replaced: list[_Forward] = []
     try:
         for name, mixer in iter_mixers(model):
             if type(mixer).__name__ in known_mixers():
-                replaced.append(_Forward(get_adapter(mixer, name)))
+                replaced.append(_Forward(get_adapter(mixer, name), gradients))
                 replaced[-1].attach()
         yield
     finally:
@@ -70,8 +71,9 @@ class _Forward:
     move inputs to the device of offloaded weights) is called as before and comes back on exit.
     """
 
-    def __init__(self, adapter: MixerAdapter):
+    def __init__(self, adapter: MixerAdapter, gradients: bool = False):
         self.adapter = adapter
+        self.gradients = gradients
         self.active = False
         self.earlier = vars(adapter.mixer).get("forward")
         self.own_forward = adapter.mixer.forward
@@ -82,6 +84,16 @@ class _Forward:
             return True
         # the chunked scan of Mamba-2 is fast everywhere; only real kernels are faster
         return not self.adapter.has_state_transitions and find_spec("mamba_ssm") is None
+
+    def _takes_over(self, device: torch.device) -> bool:
+        return self.gradients if torch.is_grad_enabled() else self._is_fast_on(device)
+
+    def _scan(self, quantities: MixerQuantities) -> Tensor:
+        if not torch.is_grad_enabled():
+            return scan(quantities)
+        from sparsessm_plugin.scan import differentiable  # brings numba along
+
+        return differentiable.scan(quantities)
 
     def attach(self) -> None:
         self.active = True
@@ -114,8 +126,7 @@ class _Forward:
         if (
             not self.active
             or cache_params is not None
-            or torch.is_grad_enabled()
-            or not self._is_fast_on(hidden_states.device)
+            or not self._takes_over(hidden_states.device)
         ):
             return self.own_forward(
                 hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
@@ -123,4 +134,4 @@ class _Forward:
         if offered and offered[0] is hidden_states and offered[1] is attention_mask:
             return self.adapter.output(offered[2], offered[3])
         quantities = self.adapter.quantities(hidden_states, attention_mask)
-        return self.adapter.output(quantities, scan(quantities))
+        return self.adapter.output(quantities, self._scan(quantities))

@@ -1,0 +1,142 @@
+"""The gradient of the scan against autograd through the reference, and through whole models."""
+
+import pytest
+import torch
+from conftest import batches, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_scan import random_heads, random_quantities, relative
+
+from sparsessm_plugin import fast_forward, find_mixers
+from sparsessm_plugin.mixers import MixerQuantities
+from sparsessm_plugin.scan import differentiable, reference, ssd
+
+LEAVES = ("u", "dt", "A", "B", "C", "D")
+
+
+def gradients(scan, quantities, dtype=torch.float32):
+    """y, and what each input of the recurrence gets from a loss that weighs every output."""
+    leaves = {
+        name: getattr(quantities, name).detach().to(dtype, copy=True).requires_grad_(True)
+        for name in LEAVES
+    }
+    y = scan(type(quantities)(**leaves, z=quantities.z, mask=quantities.mask))
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    (y * weights).sum().backward()
+    return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
+def check(scan, quantities, oracle=reference.scan, tolerance=2e-5):
+    expected = gradients(oracle, quantities, torch.float64)
+    for name, value in gradients(scan, quantities).items():
+        error = (value.double() - expected[name]).abs().max()
+        assert error <= tolerance * expected[name].abs().max(), name  # both 0 after one step
+
+
+# one step; whole chunks and a rest; more channels than a block and fewer; one state
+@pytest.mark.parametrize("length", [1, 15, 16, 33])
+@pytest.mark.parametrize(("channels", "states"), [(3, 1), (64, 4), (70, 5)])
+def test_cpu_gradients(length, channels, states):
+    check(differentiable.scan, random_quantities(2, length, channels, states))
+
+
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(1, 40),
+    channels=st.integers(1, 8),
+    states=st.integers(1, 4),
+    chunk=st.integers(1, 20),
+    seed=st.integers(0, 9),
+    masked=st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_gradients_of_any_shape(batch, length, channels, states, chunk, seed, masked):
+    q = random_quantities(batch, length, channels, states, seed, masked)
+    check(differentiable.scan, q)
+    check(lambda q: differentiable.in_chunks(q, chunk), q)
+
+
+def test_states_that_forget_at_once():
+    """A memoryless A_log: exp(dt A) is 0, and nothing that the gradient is made of overflows."""
+    q = random_quantities(2, 40, 5, 3)
+    q.A[1:3] = -torch.tensor(38.0).exp()
+    for scan in (differentiable.scan, differentiable.in_chunks):
+        result = gradients(scan, q)
+        assert all(torch.isfinite(value).all() for value in result.values())
+        assert result["A"][1:3].abs().max() < 1e-30  # the CPU's exp ends at 1e-38
+        check(scan, q)
+
+
+def test_chunked_gradients_of_heads():
+    q = random_heads(2, 70, masked=True)
+    check(
+        differentiable.scan,
+        q,
+        oracle=lambda q: ssd.scan(q, chunk=1),
+    )
+
+
+def test_gradcheck_in_double():
+    q = random_quantities(1, 7, 2, 3)
+    leaves = [getattr(q, name).double().requires_grad_(True) for name in LEAVES]
+    assert torch.autograd.gradcheck(
+        lambda *x: differentiable.in_chunks(
+            MixerQuantities(**dict(zip(LEAVES, x, strict=True)), z=q.z.double()), chunk=3
+        ),
+        leaves,
+    )
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    q = random_quantities(1, 20, 4, 3)
+    q.A.requires_grad_(True)
+    differentiable.scan(q).sum().backward()
+    assert q.A.grad is not None
+    assert q.u.grad is None
+
+
+def test_gradients_do_not_depend_on_threads():
+    q = random_quantities(2, 50, 200, 4)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = gradients(differentiable.scan, q)
+        torch.set_num_threads(2)
+        two = gradients(differentiable.scan, q)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(two[name], value) for name, value in one.items())
+
+
+def model_gradients(model, ready):
+    model.zero_grad(set_to_none=True)
+    for batch in ready:
+        logits = model(**batch, use_cache=False).logits
+        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="transformers' own forward may need CUDA")
+def test_gradients_of_a_model(family):
+    """Every family's own forward, in torch alone, has the same gradients."""
+    model, ready = tiny_model(family), batches(1, length=10, padded=True)
+    expected = model_gradients(model, ready)
+    with fast_forward(model, gradients=True):
+        result = model_gradients(model, ready)
+        with torch.no_grad():  # and the fast scan where nothing is to be differentiated
+            model(**ready[0], use_cache=False)
+    assert result.keys() == expected.keys()
+    mixers = [a.mixer for a in find_mixers(model)]
+    assert all(p.grad is not None for m in mixers for p in m.parameters())
+    for name, value in expected.items():
+        assert relative(result[name], value) < 1e-3, name
+    assert all("forward" not in vars(m) for m in mixers)
+
+
+def test_without_the_option_gradients_go_through_the_models_own_forward(monkeypatch):
+    model = tiny_model("mamba")
+    monkeypatch.setattr(
+        differentiable, "scan", lambda q: pytest.fail("the differentiable scan was used")
+    )
+    with fast_forward(model):
+        model_gradients(model, batches(1, length=4))
