@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -93,7 +94,7 @@ def reduce_sum(
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if not is_distributed():
         return given
-    described = {name: [list(t.shape), str(t.dtype)] for name, t in given.items()}
+    described: dict[str, Any] = {n: [list(t.shape), str(t.dtype)] for n, t in given.items()}
     plan: dict[str, tuple[list[int], torch.dtype]] = {}
     for other, has in enumerate(gather(what, described)):
         for name, (shape, dtype) in has.items():
@@ -119,6 +120,12 @@ def reduce_sum(
     return sums
 
 
+def reduce_fields(what: str, statistics: Any, to: int | None = None) -> None:
+    """:func:`reduce_sum` of all tensors that an object holds as attributes, in place."""
+    held = {n: v for n, v in vars(statistics).items() if v is None or isinstance(v, Tensor)}
+    vars(statistics).update(reduce_sum(what, held, to))
+
+
 def share(
     what: str,
     compute: Callable[[], Sequence[Tensor]],
@@ -141,7 +148,7 @@ def share(
         except BaseException as error:
             fail(error)
             raise
-    described = [[list(t.shape), str(t.dtype)] for t in tensors or ()]
+    described: list[Any] = [[list(t.shape), str(t.dtype)] for t in tensors or ()]
     received = []
     for i, (shape, dtype) in enumerate(gather(what, described)[source]):
         new = torch.empty(shape, dtype=_dtype(dtype), device=_device())
@@ -200,17 +207,16 @@ def check_ranks(who: str, model: nn.Module, data: Any = None, settings: Any = No
         return
     settings = json.dumps(settings, sort_keys=True, default=str)
     _check_same(who, "settings", gather(f"{who}: settings", settings))
-    tensors = {
-        name: f"{name} {tuple(p.shape)} {p.dtype} {_bits(p)}"
-        for name, p in model.named_parameters()
-    }
-    digest = hashlib.sha256("\n".join(tensors.values()).encode()).hexdigest()
+    tensors = [f"{n} {tuple(p.shape)} {p.dtype} {_bits(p)}" for n, p in model.named_parameters()]
+    digest = hashlib.sha256("\n".join(tensors).encode()).hexdigest()
     digests = gather(f"{who}: model", digest)
     if len(set(digests)) > 1:
         differing = [r for r, d in enumerate(digests) if d != digests[0]]
-        each = gather(f"{who}: parameters", list(tensors.values()))
+        each = gather(f"{who}: parameters", tensors)
         there, here = each[0], each[differing[0]]
-        unlike = next((a, b) for a, b in zip([*there, "none"], [*here, "none"]) if a != b)
+        unlike = next(
+            pair for pair in zip_longest(there, here, fillvalue="none") if len({*pair}) > 1
+        )
         raise RanksError(
             f"{who}: {_named(differing)} {'has' if len(differing) == 1 else 'have'} another model "
             f"than rank 0; the first parameter that differs is {_short(unlike[1])}, on rank 0 "
@@ -375,7 +381,8 @@ class _Ranks:
         self.signs: dict[int, tuple[bytes, float]] = {}
         self.ended = threading.Event()
         # a connection of its own: a store's connection does one thing at a time
-        threading.Thread(target=self._live, args=(self.store.clone(),), daemon=True).start()
+        own: Any = self.store
+        threading.Thread(target=self._live, args=(own.clone(),), daemon=True).start()
         atexit.register(self._exit)
 
     @classmethod

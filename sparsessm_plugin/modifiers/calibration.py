@@ -16,6 +16,7 @@ from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor, nn
 
+from sparsessm_plugin import distributed
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.files import write_json
 from sparsessm_plugin.mixers import MixerAdapter, find_mixers, get_adapter, is_mixer, iter_mixers
@@ -31,7 +32,7 @@ class MixerModifier(Modifier):
 
     Lifecycle:
 
-    - on_initialize: find the mixers, check them and the data
+    - on_initialize: find the mixers, check them and the data; several ranks check that they agree
     - on_calibration_start: hook the mixers and make their forward fast
     - hooks: :meth:`observe`
     - on_sequential_epoch_end: :meth:`compress` what has been observed
@@ -78,6 +79,24 @@ class MixerModifier(Modifier):
         return value
 
     # -- for subclasses --------------------------------------------------------------
+
+    def prepare(self, state: State) -> None:
+        """Find the mixers, check them, the settings and the data; nothing is changed yet.
+
+        :raises SparseSSMError: naming what does not fit
+        """
+        adapters = self.matching_mixers(state.model)
+        for adapter in adapters:
+            for name, parameter in adapter.mixer.named_parameters():
+                # a quantization modifier's scales are empty until it has calibrated them
+                calibrated = not name.endswith(("_scale", "_zero_point"))
+                if calibrated and not _is_finite(parameter):
+                    raise SparseSSMError(
+                        f"{adapter.name}.{name} holds NaN or infinite values; nothing was pruned"
+                    )
+        if self.requires_calibration_data:
+            self._check_data(state.data.calib if state.data is not None else None)
+        self._pending = {adapter.name: adapter for adapter in adapters}
 
     def check_mixer(self, adapter: MixerAdapter) -> None:
         """Refuse a mixer that the settings do not fit, by its sizes alone.
@@ -138,18 +157,13 @@ class MixerModifier(Modifier):
         return adapters
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        adapters = self.matching_mixers(state.model)
-        for adapter in adapters:
-            for name, parameter in adapter.mixer.named_parameters():
-                # a quantization modifier's scales are empty until it has calibrated them
-                calibrated = not name.endswith(("_scale", "_zero_point"))
-                if calibrated and not _is_finite(parameter):
-                    raise SparseSSMError(
-                        f"{adapter.name}.{name} holds NaN or infinite values; nothing was pruned"
-                    )
-        if self.requires_calibration_data:
-            self._check_data(state.data.calib if state.data is not None else None)
-        self._pending = {adapter.name: adapter for adapter in adapters}
+        who = type(self).__name__
+        with self._released_on_error():
+            with distributed.together(f"{who} before calibration"):
+                self.prepare(state)
+            settings = self.model_dump(exclude={*Modifier.model_fields, "report_path"})
+            data = state.data.calib if self.requires_calibration_data else None
+            distributed.check_ranks(who, state.model, data, settings)
         return True
 
     def _check_data(self, dataloader: Any) -> None:
@@ -164,7 +178,8 @@ class MixerModifier(Modifier):
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         if not self.requires_calibration_data:
             return
-        _check_vocabulary(state.data.calib, state.model.get_input_embeddings())
+        with self._released_on_error():
+            _check_vocabulary(state.data.calib, state.model.get_input_embeddings())
         self._restore.enter_context(fast_forward(state.model))
         for adapter in self._pending.values():
             hook = partial(self._observe_hook, adapter)
@@ -203,7 +218,7 @@ class MixerModifier(Modifier):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         self.release()
-        if self.report_path is not None:
+        if self.report_path is not None and distributed.rank() == 0:
             write_json(self.report_path, self.report())
         return True
 
@@ -219,7 +234,8 @@ class MixerModifier(Modifier):
     def _released_on_error(self) -> Iterator[None]:
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            distributed.fail(error)
             self.release()
             raise
 

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from sparsessm_plugin import distributed
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import MixerAdapter, get_tensor
 from sparsessm_plugin.modifiers.removal import (
@@ -152,7 +153,12 @@ class ChannelRemovalModifier(RemovalModifier):
             terms = gather(adapter, inputs)
         groups = adapter.sizes.n_groups if axis == "heads" else 1
         if self.saliency == "output_energy":
-            removed = eliminate_blocks(list(terms.values()), blocks, remove_count, groups)
+
+            def choose() -> list[Tensor]:
+                found = eliminate_blocks(list(terms.values()), blocks, remove_count, groups)
+                return [torch.tensor(found)]
+
+            removed = distributed.share(f"{axis} of {adapter.name}", choose)[0].tolist()
         else:
             score = block_magnitude(adapter, axis, whole=self.saliency == "magnitude")
             order = score.view(groups, -1).argsort(dim=1, stable=True)[:, : remove_count // groups]
@@ -212,7 +218,7 @@ def gather(adapter: MixerAdapter, inputs: CalibrationInputs) -> dict[str, Linear
     the energy of dt, B and C apart.
     """
     device, D = adapter.A_log.device, adapter.sizes.intermediate_size
-    grams = {
+    grams: dict[str, Tensor] = {
         name: torch.zeros(D, D, dtype=torch.float64, device=device)
         for name in ("out_proj", "x_proj")
         if name in adapter.projections
@@ -223,6 +229,7 @@ def gather(adapter: MixerAdapter, inputs: CalibrationInputs) -> dict[str, Linear
             x = read[name] if q.mask is None else read[name] * q.mask[..., None]
             x = x.flatten(0, 1)
             gram += (x.T @ x).double()
+    grams = distributed.reduce_sum(f"sums of {adapter.name}", grams)
     terms: dict[str, LinearTerm] = {}
     for name, gram in grams.items():
         if not bool(torch.isfinite(gram).all()):

@@ -17,6 +17,7 @@ from loguru import logger
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
+from sparsessm_plugin import distributed
 from sparsessm_plugin.dependency_graph import MixerDependencyGraph
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import MixerAdapter, MixerQuantities, iter_mixers
@@ -32,11 +33,23 @@ _TOKENS_PER_CHANNEL = 16
 
 
 class CalibrationInputs:
-    """What entered one mixer, kept on the CPU until all of it has been seen."""
+    """What entered one mixer, kept on the CPU until all of it has been seen.
+
+    Of several ranks each keeps its share; ``tokens`` counts this one's until :meth:`join`.
+    """
 
     def __init__(self) -> None:
         self._batches: list[tuple[Tensor, Tensor | None]] = []
         self.tokens = 0
+
+    def join(self, name: str) -> None:
+        """Count the tokens of all ranks, once this mixer has seen all the data."""
+        self.tokens = sum(distributed.gather(f"tokens of {name}", self.tokens))
+
+    @property
+    def rows(self) -> int:
+        """Sequences of this rank."""
+        return sum(len(hidden_states) for hidden_states, _ in self._batches)
 
     def add(self, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
         """Keep a batch: (b, L, hidden_size) and, if it is padded, (b, L)."""
@@ -122,14 +135,14 @@ class RemovalModifier(MixerModifier):
                     f"{adapter.name} have {size}; load a checkpoint whose config fits it"
                 )
 
-    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+    def prepare(self, state: State) -> None:
         for adapter in self.matching_mixers(state.model):
             if _quantized_modules(adapter.mixer):
                 raise SparseSSMError(
                     f"{type(self).__name__}: {adapter.name} is quantized, or a modifier that "
                     "comes earlier in the recipe quantizes it; remove first, then quantize"
                 )
-        return super().on_initialize(state, **kwargs)
+        super().prepare(state)
 
     # -- calibration -----------------------------------------------------------------
 
@@ -146,6 +159,7 @@ class RemovalModifier(MixerModifier):
     def _compress_mixer(self, adapter: MixerAdapter) -> None:
         started = time.perf_counter()
         inputs = self._inputs.pop(adapter.name, CalibrationInputs())
+        inputs.join(adapter.name)
         self.check_mixer(adapter)  # again: an earlier modifier may have made it smaller
         if self.requires_calibration_data and inputs.tokens == 0:
             raise SparseSSMError(f"{adapter.name} saw no calibration tokens; nothing was removed")
@@ -157,6 +171,13 @@ class RemovalModifier(MixerModifier):
                 f"hold elsewhere, give {few} or more"
             )
         axis, removed, small, entry = self.shrink(adapter.float_clone(), inputs)
+        fitted_values = distributed.share(
+            f"weights of {adapter.name}",
+            lambda: list(small.mixer.parameters()),
+            device=adapter.A_log.device,
+        )
+        for parameter, value in zip(small.mixer.parameters(), fitted_values, strict=True):
+            parameter.copy_(value)
         for name, parameter in small.mixer.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise SparseSSMError(
@@ -278,11 +299,12 @@ def fit_out_proj(small: MixerAdapter, inputs: CalibrationInputs, targets: list[T
     """Regress the dense outputs on the smaller mixer's out_proj input, in place.
 
     How strongly the weight is held where it was is chosen on one sequence in four, which the
-    others do not see; then all of them are fitted. A single sequence gets the usual strength.
+    others do not see; then all of them are fitted. Fewer than four get the usual strength.
     """
     weight = small.mixer.out_proj.weight
     fitted, held = Regression(weight), Regression(weight)
-    row = 0
+    rows = distributed.gather("sequences for out_proj", inputs.rows)
+    row = sum(rows[: distributed.rank()])
     for i, q in inputs.iterate(small):
         x = small.out_input(q, scan(q))
         error = masked_error(targets[i].to(x.device), small.mixer.out_proj(x), q.mask)
@@ -292,9 +314,15 @@ def fit_out_proj(small: MixerAdapter, inputs: CalibrationInputs, targets: list[T
         fitted.add(x[~aside], error[~aside])
         held.add(x[aside], error[aside])
         row += len(x)
-    ridge = best_ridge(fitted, held, RIDGES) if row > 3 else USUAL_RIDGE
-    if ridge is not None:
-        weight.add_((fitted + held).solve(ridge).to(weight.dtype))
+    for part in (fitted, held):
+        distributed.reduce_fields("sums for out_proj", part, to=0)
+
+    def solve() -> list[Tensor]:
+        ridge = best_ridge(fitted, held, RIDGES) if sum(rows) > 3 else USUAL_RIDGE
+        return [] if ridge is None else [(fitted + held).solve(ridge)]
+
+    for change in distributed.share("change of out_proj", solve, device=weight.device):
+        weight.add_(change.to(weight.dtype))
 
 
 def relative_error(small: MixerAdapter, inputs: CalibrationInputs, targets: list[Tensor]) -> float:
@@ -305,4 +333,5 @@ def relative_error(small: MixerAdapter, inputs: CalibrationInputs, targets: list
         output = small.output(q, scan(q))
         wrong += float(masked_error(target, output, q.mask).double().square().sum())
         total += float(masked_error(target, torch.zeros_like(target), q.mask).square().sum())
+    wrong, total = distributed.total("error of the output", wrong, total)
     return wrong / total if total else 0.0

@@ -11,6 +11,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor
 
+from sparsessm_plugin import distributed
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import MixerAdapter
 from sparsessm_plugin.modifiers.calibration import MixerModifier, check_quoted
@@ -162,6 +163,12 @@ class SparseSSMModifier(MixerModifier):
     def compress(self, adapter: MixerAdapter) -> None:
         started = time.perf_counter()
         statistics = self._statistics.pop(adapter.name, None)
+        if statistics is not None:
+            where = f"statistics of {adapter.name}"
+            distributed.reduce_fields(where, statistics, to=0)
+            seen = distributed.gather(where, [statistics.tokens, statistics.steps])
+            statistics.tokens = sum(tokens for tokens, _ in seen)
+            statistics.steps = max(steps for _, steps in seen)
         if self.requires_calibration_data:
             if statistics is None or statistics.tokens == 0:
                 raise SparseSSMError(f"{adapter.name} saw no calibration tokens; it is not pruned")
@@ -175,11 +182,29 @@ class SparseSSMModifier(MixerModifier):
                     f"{adapter.name}: states were removed from it in the same calibration pass; "
                     "run the modifiers one after the other, with pipeline independent"
                 )
-            if not statistics.is_finite():
-                raise SparseSSMError(
-                    f"{adapter.name}: NaN or infinite values in its recurrence during "
-                    "calibration; this layer was not pruned"
-                )
+        A_log = adapter.A_log.detach()
+        was_zero = A_log == 0  # before this or another rank overwrites A_log in place
+        pruned, score = distributed.share(
+            f"entries of {adapter.name}",
+            lambda: self._select(adapter, statistics),
+            device=A_log.device,
+        )
+        value = torch.tensor(PRUNED_VALUES[self.pruned_value], dtype=A_log.dtype)
+        update_offload_parameter(
+            adapter.mixer, "A_log", torch.where(pruned, value.to(A_log.device), A_log)
+        )
+        seconds = self._seconds.pop(adapter.name, 0.0) + time.perf_counter() - started
+        self._record(adapter, was_zero, pruned, score, statistics, seconds)
+
+    def _select(
+        self, adapter: MixerAdapter, statistics: ScanStatistics | None
+    ) -> tuple[Tensor, Tensor]:
+        """Which entries are pruned, and the score that was ranked, (D, N) each."""
+        if statistics is not None and not statistics.is_finite():
+            raise SparseSSMError(
+                f"{adapter.name}: NaN or infinite values in its recurrence during "
+                "calibration; this layer was not pruned"
+            )
         A_log = adapter.A_log.detach()
         inputs = SaliencyInputs(
             A_log=A_log.float(),
@@ -196,14 +221,7 @@ class SparseSSMModifier(MixerModifier):
             pattern=self.pattern,
             decay=Decay(self.decay, self.decay_power, self.decay_gamma, self.decay_window),
         )
-        pruned = ranking.select(self.pattern)
-        was_zero = A_log == 0  # before A_log is overwritten in place
-        value = torch.tensor(PRUNED_VALUES[self.pruned_value], dtype=A_log.dtype)
-        update_offload_parameter(
-            adapter.mixer, "A_log", torch.where(pruned, value.to(A_log.device), A_log)
-        )
-        seconds = self._seconds.pop(adapter.name, 0.0) + time.perf_counter() - started
-        self._record(adapter, was_zero, pruned, ranking.score, statistics, seconds)
+        return ranking.select(self.pattern), ranking.score
 
     # -- report ----------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from sparsessm_plugin import distributed
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import MixerAdapter, MixerQuantities, get_tensor
 from sparsessm_plugin.modifiers.removal import (
@@ -192,12 +193,24 @@ class StateRemovalModifier(RemovalModifier):
         statistics = None
         if self.requires_calibration_data:
             statistics = gather(adapter, inputs, mixing, vote=self.saliency == "paper")
+
+        def choose_states() -> list[Tensor]:
+            if statistics is None:
+                return [self._candidates(adapter, None, steps)]
             if not statistics.is_finite():
                 raise SparseSSMError(
                     f"{adapter.name}: NaN or infinite values in its recurrence during "
                     "calibration; nothing was removed from this layer"
                 )
-        candidates = self._candidates(adapter, statistics, steps)
+            sets = self._candidates(adapter, statistics, steps)
+            if not mixing or "B" in steps:
+                return [sets]
+            M_C, _ = mix_C(mixing_gram(statistics, "D" in steps), sets)
+            return [sets, M_C[0]]
+
+        candidates, *rows_C = distributed.share(
+            f"states of {adapter.name}", choose_states, device=adapter.A_log.device
+        )
         mixture = None
         if "B" in steps:
             mixture = mix_rows(adapter, inputs, candidates, "D" in steps)
@@ -214,8 +227,7 @@ class StateRemovalModifier(RemovalModifier):
         if mixture is not None:
             write_rows(adapter, small, mixture.B, mixture.C)
         elif mixing:
-            M_C, _ = mix_C(mixing_gram(statistics, "D" in steps), candidates)
-            write_rows(adapter, small, None, M_C[0])
+            write_rows(adapter, small, None, *rows_C)
         if "D" in steps:
             fit_D(adapter, small, inputs)
         if "reconstruct" in steps:
@@ -312,6 +324,8 @@ def gather(
 ) -> StateStatistics:
     """Run the recurrence over the calibration inputs and sum up what each state adds.
 
+    Of several ranks only rank 0 gets the sums.
+
     :param mixing: also the sums that mixing C needs
     :param vote: also the scores that the paper's vote needs
     """
@@ -333,11 +347,15 @@ def gather(
         flat = sampled(q, every, h, C, q.u, weight)
         for samples in zip(*(s.split(_SAMPLES) for s in flat), strict=True):
             statistics.add(*samples)
+    distributed.reduce_fields(f"states' sums of {adapter.name}", statistics, to=0)
     return statistics
 
 
 def gather_mixtures(adapter: MixerAdapter, inputs: CalibrationInputs) -> MixtureStatistics:
-    """Run every transition with every row of B, and sum up what B and C can be mixed from."""
+    """Run every transition with every row of B, and sum up what B and C can be mixed from.
+
+    Of several ranks only rank 0 gets the sums.
+    """
     statistics = MixtureStatistics()
     N, out_norm = adapter.sizes.state_size, adapter.out_norm
     chunk = max(1, _SAMPLE_BYTES // (4 * len(out_norm) * N * N))
@@ -349,6 +367,7 @@ def gather_mixtures(adapter: MixerAdapter, inputs: CalibrationInputs) -> Mixture
         flat = sampled(q, every, h, q.C, q.u, adapter.out_gain(q, y) * out_norm, from_states)
         for samples in zip(*(s.split(chunk) for s in flat), strict=True):
             statistics.add(*samples)
+    distributed.reduce_fields(f"mixtures' sums of {adapter.name}", statistics, to=0)
     return statistics
 
 
@@ -422,10 +441,16 @@ def mix_rows(
     :param candidates: (sets, K) sets of states, the most promising ones first
     :param with_D: D will be fitted to what is left
     """
-    problem = gather_mixtures(adapter, inputs).problem(with_D)
-    kept, P, Q, _ = best_mixture(problem, candidates[:_COMPARED], _ROUNDS_COMPARED, _TOLERANCE)
-    P, Q, _ = fit_mixtures(problem.of(kept), P, Q, _ROUNDS, _TOLERANCE)
-    return MixedRows(kept, P, Q)
+    statistics = gather_mixtures(adapter, inputs)
+
+    def fit() -> list[Tensor]:
+        problem = statistics.problem(with_D)
+        kept, P, Q, _ = best_mixture(problem, candidates[:_COMPARED], _ROUNDS_COMPARED, _TOLERANCE)
+        P, Q, _ = fit_mixtures(problem.of(kept), P, Q, _ROUNDS, _TOLERANCE)
+        return [kept, P, Q]
+
+    device = adapter.A_log.device
+    return MixedRows(*distributed.share(f"mixtures of {adapter.name}", fit, device=device))
 
 
 def write_rows(adapter: MixerAdapter, small: MixerAdapter, *mixtures: Tensor | None) -> None:
@@ -454,6 +479,8 @@ def fit_D(adapter: MixerAdapter, small: MixerAdapter, inputs: CalibrationInputs)
         both = (gained * q.u * missing).sum((0, 1)).double()
         lost += both.view(entries, -1).sum(1)
         energy += (gained * q.u.square()).sum((0, 1)).double().view(entries, -1).sum(1)
+    sums = distributed.reduce_sum("sums for D", {"lost": lost, "energy": energy})
+    lost, energy = sums["lost"], sums["energy"]
     small.mixer.D.add_(skip_update(lost, energy).to(small.mixer.D.dtype))
 
 
@@ -472,6 +499,7 @@ def fit_scale(adapter: MixerAdapter, small: MixerAdapter, inputs: CalibrationInp
         left = gain * (small_y - small_q.D * small_q.u)
         both += float((dense * left).sum(dtype=torch.float64))
         energy += float(left.square().sum(dtype=torch.float64))
+    both, energy = distributed.total("scale of the states", both, energy)
     if energy > 0 and both > 0:
         small.scale_state(both / energy)
 
@@ -479,22 +507,43 @@ def fit_scale(adapter: MixerAdapter, small: MixerAdapter, inputs: CalibrationInp
 def fit_state_rows(
     small: MixerAdapter, inputs: CalibrationInputs, targets: list[Tensor], steps: int
 ) -> None:
-    """Fit what makes B and C, and out_proj, to the dense output by gradient steps."""
-    device = small.A_log.device
-    energy = sum(float(t.square().sum()) for t in targets) / len(targets)
+    """Fit what makes B and C, and out_proj, to the dense output by gradient steps.
 
-    def loss(i: int) -> Tensor:
-        q = small.quantities(*inputs.get(i, device))
+    Several ranks take the same steps as one would: all work on one batch, each on some of its rows.
+    """
+    device = small.A_log.device
+    counts = distributed.gather("batches to fit to", len(targets))
+    batches = [(owner, i) for owner, count in enumerate(counts) for i in range(count)]
+    energy = sum(float(t.square().sum()) for t in targets)
+    energy = distributed.total("energy to fit to", energy)[0] / len(batches)
+
+    def rows(owner: int, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        def batch() -> list[Tensor]:
+            hidden_states, mask = inputs.get(i, device)
+            return [hidden_states, targets[i].to(device), *([] if mask is None else [mask])]
+
+        whole = distributed.share("batch to fit to", batch, owner, device)
+        x, target, *mask = (t[distributed.rank() :: distributed.world_size()] for t in whole)
+        return x, target, mask[0] if mask else None
+
+    def loss(step: int) -> Tensor:
+        x, target, mask = rows(*batches[step])
+        if len(x) == 0:  # fewer rows than ranks
+            return 0.0 * torch.stack([p.sum() for p, _ in parameters]).sum()
+        q = small.quantities(x, mask)
         # numba's scan is not differentiable; the other ones are
         y = scan(q, backend=REFERENCE if q.u.is_cpu else None)
-        error = masked_error(targets[i].to(device), small.output(q, y), q.mask)
+        error = masked_error(target, small.output(q, y), q.mask)
         return error.square().sum() / (energy + 1e-30)
+
+    def add_gradients(gradients: list[Tensor]) -> None:
+        distributed.reduce_sum("gradients", {str(i): g for i, g in enumerate(gradients)})
 
     parameters: list[tuple[torch.nn.Parameter, Tensor | None]] = [*small.state_parameters()]
     parameters.append((small.mixer.out_proj.weight, None))
     before = relative_error(small, inputs, targets)
     weights = [parameter.detach().clone() for parameter, _ in parameters]
-    reconstruct(parameters, loss, len(targets), steps, _LEARNING_RATE)
+    reconstruct(parameters, loss, len(batches), steps, _LEARNING_RATE, add_gradients)
     # Adam's first steps move away from a fit that is good already; too few of them stay there
     if not relative_error(small, inputs, targets) < before:
         for (parameter, _), weight in zip(parameters, weights, strict=True):

@@ -17,6 +17,7 @@ def reconstruct(
     batches: int,
     steps: int,
     learning_rate: float = 1e-3,
+    combine: Callable[[list[Tensor]], None] | None = None,
 ) -> None:
     """Minimise the mean of ``loss`` over the batches with Adam and a cosine schedule.
 
@@ -26,6 +27,8 @@ def reconstruct(
     :param batches: how many batches there are; they take turns
     :param steps: gradient steps
     :param learning_rate: of Adam at the first step
+    :param combine: changes each step's gradients in place, before it is taken; adds them up over
+        processes, say
     """
     weights = [parameter for parameter, _ in parameters]
     if not weights or steps < 1:
@@ -39,6 +42,8 @@ def reconstruct(
         for step in range(steps):
             optimizer.zero_grad(set_to_none=True)
             loss(step % batches).backward()
+            if combine is not None:
+                combine([w.grad for w in weights if w.grad is not None])
             for weight, mask in parameters:
                 if mask is not None and weight.grad is not None:
                     weight.grad.mul_(mask)
