@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparsessm_plugin.acceleration import accelerate
     from sparsessm_plugin.errors import SparseSSMError
     from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
     from sparsessm_plugin.evaluation.runtimes import runtime_support
@@ -35,6 +36,7 @@ _PUBLIC = {
     "SparseSSMError": "sparsessm_plugin.errors",
     "SparseSSMModifier": "sparsessm_plugin.modifiers",
     "StateRemovalModifier": "sparsessm_plugin.modifiers",
+    "accelerate": "sparsessm_plugin.acceleration",
     "enable_compressed_loading": "sparsessm_plugin.loading",
     "evaluate_perplexity": "sparsessm_plugin.evaluation.perplexity",
     "fast_forward": "sparsessm_plugin.scan.fast_forward",
@@ -52,6 +54,7 @@ __all__ = [
     "SparseSSMModifier",
     "StateRemovalModifier",
     "__version__",
+    "accelerate",
     "enable_compressed_loading",
     "evaluate_perplexity",
     "fast_forward",

@@ -179,6 +179,7 @@ def recipe_of(*modifiers):
 OURS = ("SensitivitySparseGPTModifier", "sparsity: 0.5")
 UPSTREAM = ("SparseGPTModifier", 'sparsity: 0.5, targets: ["re:.*in_proj$"]')
 W4 = "{num_bits: 4, type: int, symmetric: true, strategy: group, group_size: 48}"
+GROUPS_OF_48 = f"ignore: [lm_head], config_groups: {{g: {{targets: [Linear], weights: {W4}}}}}"
 
 
 @pytest.mark.parametrize(
@@ -271,12 +272,7 @@ def test_modifiers_that_leave_each_other_alone(modifiers):
         ),
         (
             "mamba2",
-            [
-                (
-                    "QuantizationModifier",
-                    f"ignore: [lm_head], config_groups: {{g: {{targets: [Linear], weights: {W4}}}}}",
-                )
-            ],
+            [("QuantizationModifier", GROUPS_OF_48)],
             ["in_proj has 32 inputs", "groups of 48"],
         ),
         (
