@@ -278,28 +278,25 @@ def measure(
     variants: dict[str, list[nn.Module]] = {"dense": [_copy(linear) for _ in range(copies)]}
     packs: dict[str, Pack] = {}
     failed: dict[str, str] = {}
+    for x in inputs:
+        timer(_calls(variants["dense"], x))  # the first does not count
     for library, prepare in LIBRARIES.items():
         try:
-            packs[library] = prepare(linear, max(inputs, key=len))
-            variants[library] = [
-                SemiStructuredLinear(linear, packs[library]) for _ in range(copies)
-            ]
+            pack = prepare(linear, max(inputs, key=len))
+            modules: list[nn.Module] = [SemiStructuredLinear(linear, pack) for _ in range(copies)]
             for x in inputs:
-                _check_agreement(linear, variants[library][0], x)
+                _check_agreement(linear, modules[0], x)
+                timer(_calls(modules, x))
         except Exception as error:  # a library may be missing, old, or refuse the shape
             failed[library] = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            packs.pop(library, None)
-            variants.pop(library, None)
+        else:
+            packs[library], variants[library] = pack, modules
     times: dict[str, list[float]] = {name: [] for name in variants}
     for x in inputs:
         rounds: dict[str, list[float]] = {name: [] for name in variants}
-        for number in range(-1, _ROUNDS):  # the first does not count
+        for _ in range(_ROUNDS):
             for name, modules in variants.items():
-                calls = [partial(module, x) for module in modules]
-                calls *= math.ceil(_LEAST_CALLS / copies)
-                microseconds = timer(calls)
-                if number >= 0:
-                    rounds[name].append(microseconds)
+                rounds[name].append(timer(_calls(modules, x)))
         for name, measured in rounds.items():
             times[name].append(statistics.median(measured))
     timing = ShapeTiming(
@@ -436,6 +433,11 @@ def _copies(weight: Tensor) -> int:
         return 1
     cache = torch.cuda.get_device_properties(weight.device).L2_cache_size
     return min(_MOST_COPIES, math.ceil(2 * cache / (weight.numel() * weight.element_size())))
+
+
+def _calls(modules: Sequence[nn.Module], x: Tensor) -> list[Callable[[], Any]]:
+    """Every module in turn, as often as a round needs."""
+    return [partial(m, x) for m in modules] * math.ceil(_LEAST_CALLS / len(modules))
 
 
 def _check_agreement(dense: nn.Linear, sparse: nn.Module, x: Tensor) -> None:
