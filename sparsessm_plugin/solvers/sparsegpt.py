@@ -1,16 +1,18 @@
 """SparseGPT (arXiv 2301.00774): optimal brain surgeon, column by column, for all rows at once."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.solvers.kernels import WIDTH, sweep
 from sparsessm_plugin.solvers.masks import (
     UNSTRUCTURED,
     check_structure,
-    choose_mask,
     keep_largest,
+    keep_largest_of_each,
     parse_structure,
 )
 from sparsessm_plugin.solvers.objective import (
@@ -24,8 +26,22 @@ from sparsessm_plugin.solvers.objective import (
     working_dtype,
 )
 
-# scores of a block (..., out, columns) and its first and last + 1 column -> True where kept
-_Choose = Callable[[Tensor, int, int], Tensor]
+# scores of a block (..., out, columns) and its first column -> True where kept
+_Choose = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """An n:m pattern of each problem.
+
+    :param allowed: (..., out, in) bool, what may stay
+    :param size: m, columns of a group
+    :param zeros: n, for all problems or one for each along the first dimension
+    """
+
+    allowed: Tensor
+    size: int
+    zeros: Sequence[int]
 
 
 def sparsegpt(
@@ -73,11 +89,20 @@ def surgeon(
 
     :return: (..., out, in) in the working dtype, and the mask (..., out, in)
     """
+    if block_size < 1:
+        raise SparseSSMError(f"block_size must be at least 1, got {block_size}")
     allowed = may_stay(weight, inverse.dead, keep)
-    choose = _chooser(allowed, sparsity, structure, block_size)
-    group = parse_structure(structure)[1]
+    n, m = parse_structure(structure)
     dense = weight.to(working_dtype(weight, hessian))
-    return _walk(dense, inverse.factor, choose, block_size, group)
+    if m:
+        return _walk(dense, inverse.factor, _Groups(allowed, m, [n]), block_size)
+    kept = _kept(allowed, sparsity, block_size)
+
+    def choose(scores: Tensor, start: int) -> Tensor:
+        scores = scores.masked_fill(~allowed[..., start : start + scores.shape[-1]], -1)
+        return keep_largest(scores.flatten(), kept[start]).view_as(scores)
+
+    return _walk(dense, inverse.factor, choose, block_size)
 
 
 def may_stay(weight: Tensor, dead: Tensor, keep: Tensor | None) -> Tensor:
@@ -89,72 +114,65 @@ def may_stay(weight: Tensor, dead: Tensor, keep: Tensor | None) -> Tensor:
     return alive if keep is None else alive & keep
 
 
-def _chooser(allowed: Tensor, sparsity: float, structure: str, block_size: int) -> _Choose:
-    if block_size < 1:
-        raise SparseSSMError(f"block_size must be at least 1, got {block_size}")
-    if parse_structure(structure)[1]:
-        return lambda scores, start, end: choose_mask(
-            scores, sparsity, structure, keep=allowed[..., start:end]
-        )
-    quotas = _quotas(allowed, sparsity, block_size)
-
-    def choose(scores: Tensor, start: int, end: int) -> Tensor:
-        inside = allowed[..., start:end]
-        kept = int(inside.sum()) - quotas[start]
-        return keep_largest(scores.masked_fill(~inside, -1).flatten(), kept).view_as(scores)
-
-    return choose
-
-
-def _quotas(allowed: Tensor, sparsity: float, block_size: int) -> dict[int, int]:
-    """How many allowed entries each block loses, by its first column; exact in total."""
+def _kept(allowed: Tensor, sparsity: float, block_size: int) -> dict[int, int]:
+    """How many entries each block keeps, by its first column; exact in total."""
     per_column = allowed.flatten(0, -2).sum(0).tolist()
     total = sum(per_column)
     lose = max(0, round(sparsity * allowed.numel()) - (allowed.numel() - total))
-    quotas, seen, lost = {}, 0, 0
+    kept, seen, lost = {}, 0, 0
     for start in range(0, len(per_column), block_size):
-        seen += sum(per_column[start : start + block_size])
+        inside = sum(per_column[start : start + block_size])
+        seen += inside
         until = round(lose * seen / total) if total else 0
-        quotas[start] = until - lost
+        kept[start] = inside - (until - lost)
         lost = until
-    return quotas
+    return kept
 
 
 def _walk(
-    weight: Tensor, factor: Tensor, choose: _Choose, block_size: int, group: int = 0
+    weight: Tensor, factor: Tensor, rule: _Choose | _Groups, block_size: int
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 1 of the paper: weight and mask.
 
     :param weight: (..., out, in)
-    :param factor: (..., in, in) or what broadcasts: upper Cholesky factor of the inverse Hessian
-    :param choose: called per block, or per group of columns if ``group``, when all columns
-        before are final
+    :param factor: (..., in, in), or (in, in) for all problems: upper Cholesky factor of the
+        inverse Hessian
+    :param rule: called per block when all columns before are final; or groups, which are
+        chosen one by one
     """
-    if group:
+    *problems, out, size = weight.shape
+    U = factor.to(weight.dtype)
+    if U.dim() > 2:
+        U = U.expand(*problems, size, size)
+    U = U.reshape(-1, size, size)
+    # (P, in, out): a column is contiguous
+    W = weight.mT.reshape(-1, size, out).clone(memory_format=torch.contiguous_format)
+    group, zeros = 0, None
+    if isinstance(rule, _Groups):
+        group = rule.size
         block_size = -(-block_size // group) * group
-    factor = factor.to(weight.dtype)
-    W = weight.mT.contiguous().clone()  # (..., in, out): a column is contiguous
-    mask = torch.ones_like(W, dtype=torch.bool)
-    size = W.shape[-2]
-    pivots = factor.diagonal(dim1=-2, dim2=-1)[..., None]  # (..., in, 1)
+        mask = rule.allowed.expand(weight.shape).mT.reshape(W.shape).contiguous()
+        zeros = torch.tensor(rule.zeros, dtype=torch.int32, device=W.device)
+        zeros = zeros.repeat_interleave(len(W) // len(zeros))
+    else:
+        mask = torch.ones_like(W, dtype=torch.bool)
+    pivots = U.diagonal(dim1=1, dim2=2)[..., None]  # (P or 1, in, 1)
+    # a block may be more than a kernel walks in one go
+    step = min(block_size, max(WIDTH // (group or 1) * (group or 1), group))
 
     for start in range(0, size, block_size):
         end = min(start + block_size, size)
-        block, kept, d = W[..., start:end, :], mask[..., start:end, :], pivots[..., start:end, :]
-        U = factor[..., start:end, start:end]
-        errors = torch.zeros_like(block)
-        for i in range(end - start):
-            if i % (group or block_size) == 0:
-                stop = i + group if group else end - start
-                scores = (block[..., i:stop, :] / d[..., i:stop, :]).square()
-                kept[..., i:stop, :] = choose(scores.mT, start + i, start + stop).mT
-            # [H^-1]_jj of the columns that are left, in the OBS update, is the pivot squared
-            error = (block[..., i, :] / d[..., i, :]).masked_fill(kept[..., i, :], 0)
-            block[..., i:, :] -= U[..., i, i:, None] * error[..., None, :]
-            block[..., i, :].masked_fill_(~kept[..., i, :], 0)
-            errors[..., i, :] = error
-        W[..., end:, :] -= factor[..., start:end, end:].mT @ errors
-    return W.mT.contiguous(), mask.mT.contiguous()
+        if not isinstance(rule, _Groups):
+            scores = (W[:, start:end] / pivots[:, start:end]).square_()
+            kept = rule(scores.mT.reshape(*problems, out, end - start), start)
+            mask[:, start:end] = kept.reshape(-1, out, end - start).mT
+        for first in range(start, end, step):
+            last = min(first + step, end)
+            errors = sweep(W, mask, U, first, last, group, zeros)
+            if last < size:
+                rest = U[:, first:last, last:].mT.expand(len(W), -1, -1)
+                W[:, last:].baddbmm_(rest, errors, alpha=-1)
+    return W.mT.reshape(weight.shape).contiguous(), mask.mT.reshape(weight.shape).contiguous()
 
 
 def error_curve(
@@ -206,27 +224,32 @@ def error_curve(
         sample = weight[chosen]
         of_all, of_sample = (_lowest(part, sparsities) for part in (losses, losses[chosen]))
         ratio = torch.where(of_sample > 0, of_all / of_sample, ratio * len(weight) / rows)
-    allowed = may_stay(sample, inverse.dead, None)
-    choosers = []
+    if block_size < 1:
+        raise SparseSSMError(f"block_size must be at least 1, got {block_size}")
     for sparsity in sparsities:
         check_structure(structure, weight.shape[-1], sparsity)
-        pattern = _of_groups(sparsity, m) if m else UNSTRUCTURED
-        choosers.append(_chooser(allowed, sparsity, pattern, m or block_size))
+    allowed = may_stay(sample, inverse.dead, None)
+    dense = sample.to(working_dtype(weight, hessian)).expand(len(sparsities), *sample.shape)
+    if m:
+        zeros = [_in_group(sparsity, m) for sparsity in sparsities]
+        pruned, _ = _walk(dense, inverse.factor, _Groups(allowed, m, zeros), block_size)
+    else:
+        kept = [_kept(allowed, sparsity, block_size) for sparsity in sparsities]
 
-    def choose(scores: Tensor, start: int, end: int) -> Tensor:
-        each = zip(choosers, scores, strict=True)
-        return torch.stack([choose_one(part, start, end) for choose_one, part in each])
+        def choose(scores: Tensor, start: int) -> Tensor:
+            scores = scores.masked_fill(~allowed[..., start : start + scores.shape[-1]], -1)
+            counts = [each[start] for each in kept]
+            return keep_largest_of_each(scores.flatten(1), counts).view_as(scores)
 
-    dense = sample.to(working_dtype(weight, hessian)).expand(len(choosers), *sample.shape)
-    pruned, _ = _walk(dense, inverse.factor, choose, block_size, m)
+        pruned, _ = _walk(dense, inverse.factor, choose, block_size)
     return row_errors(sample, pruned, hessian).flatten(1).sum(1) * ratio
 
 
-def _of_groups(sparsity: float, m: int) -> str:
+def _in_group(sparsity: float, m: int) -> int:
     n = round(sparsity * m)
     if abs(n - sparsity * m) > 1e-6:
         raise SparseSSMError(f"sparsity {sparsity} of groups of {m} is not a whole number of zeros")
-    return f"{n}:{m}" if 0 < n < m else UNSTRUCTURED  # all or nothing is no structure
+    return n
 
 
 def _losses(weight: Tensor, inverse: InverseCholesky) -> Tensor:

@@ -1,0 +1,104 @@
+"""The column loop of SparseGPT on CUDA: see :mod:`sparsessm_plugin.solvers.kernels`.
+
+A program is one warp, which holds a tile of rows with all columns of the block in registers. It
+takes a column out of the tile by a masked sum, so nothing goes through memory but what each
+column has lost, and no warp waits for another.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS = 16  # a program: 64 registers a thread for 128 columns
+_ROWS_OF_GROUPS = 8  # scores and ranks need registers, too
+# Never a constant to the compiler: one binary for all sizes.
+_SIZES = ["columns", "out", "size", "step", "start"]
+
+
+def sweep(
+    weight: Tensor,
+    kept: Tensor,
+    factor: Tensor,
+    errors: Tensor,
+    start: int,
+    stop: int,
+    group: int,
+    zeros: Tensor,
+) -> None:
+    """Fill ``errors`` (P, columns, out); see :func:`sparsessm_plugin.solvers.kernels.sweep`."""
+    problems, size, out = weight.shape
+    factor = factor.contiguous()
+    rows = _ROWS_OF_GROUPS if group else _ROWS
+    with torch.cuda.device_of(weight):  # the one Triton launches on
+        _sweep[(problems * triton.cdiv(out, rows),)](
+            weight,
+            kept.view(torch.uint8),
+            factor,
+            errors,
+            zeros,
+            stop - start,
+            out,
+            size,
+            0 if len(factor) == 1 else size * size,
+            start,
+            GROUP=group,
+            COLUMNS=triton.next_power_of_2(stop - start),
+            ROWS=rows,
+            num_warps=1,
+        )
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _sweep(
+    weight,
+    kept,
+    factor,
+    errors,
+    zeros,
+    columns,
+    out,
+    size,
+    step,
+    start,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One tile of rows of one problem; ``step`` is from one problem's factor to the next."""
+    tiles = tl.cdiv(out, ROWS)
+    problem = (tl.program_id(0) // tiles).to(tl.int64)
+    row = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    inside = (column < columns)[:, None] & (row < out)[None, :]
+    at = (problem * size + start + column)[:, None] * out + row[None, :]
+    w = tl.load(weight + at, mask=inside, other=0.0)
+    k = tl.load(kept + at, mask=inside, other=1) != 0
+    below = size.to(tl.int64)  # from one row of the factor to the next
+    U = factor + problem * step + start * (below + 1)
+    lost = errors + problem * columns * out + row
+    if GROUP > 0:
+        pivots = tl.load(U + column * (below + 1), mask=column < columns, other=1.0)
+        gone = tl.load(zeros + problem)
+    for i in range(0, columns):
+        if GROUP > 0:  # noqa: SIM102 - decided when it is compiled
+            if i % GROUP == 0:
+                ratio = w / pivots[:, None]
+                score = tl.where(k, ratio * ratio, -1.0)
+                rank = tl.zeros((COLUMNS, ROWS), tl.int32)
+                for j in range(i, i + GROUP):
+                    other = tl.sum(tl.where((column == j)[:, None], score, 0.0), axis=0)[None, :]
+                    first = (other == score) & (column > j)[:, None]
+                    rank += ((other < score) | first).to(tl.int32)
+                members = ((column >= i) & (column < i + GROUP))[:, None]
+                k = k & ((rank >= gone) | (members == 0))
+        # right of the diagonal, and zero left of it
+        u = tl.load(U + i * below + column, mask=column < columns, other=0.0)
+        pivot = tl.load(U + i * (below + 1))
+        pruned = tl.where((column == i)[:, None] & (k == 0), w, 0.0)
+        error = tl.sum(pruned, axis=0) / pivot
+        tl.store(lost + i * out, error, mask=row < out)
+        w -= u[:, None] * error[None, :]
+    tl.store(weight + at, tl.where(k, w, 0.0), mask=inside)
+    if GROUP > 0:
+        tl.store(kept + at, k.to(tl.uint8), mask=inside)

@@ -1,0 +1,82 @@
+"""The column loop of SparseGPT within a block: one interface, a backend for each device type.
+
+The loop is a chain of small updates, so what it costs in plain torch is launches: about six a
+column. Rows do not meet in it, so a backend walks many tiles of rows side by side, each from the
+first column to the last.
+"""
+
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from sparsessm_plugin.scan import REFERENCE, backend_for
+
+# Columns that are walked in one go: their rows' tile fits registers, or the first-level cache.
+WIDTH = 128
+
+_BACKENDS = {"cpu": "sparsessm_plugin.solvers.cpu", "cuda": "sparsessm_plugin.solvers.gpu"}
+
+
+def sweep(
+    weight: Tensor,
+    kept: Tensor,
+    factor: Tensor,
+    start: int,
+    stop: int,
+    group: int = 0,
+    zeros: Tensor | None = None,
+) -> Tensor:
+    """Prune a block's columns one by one, each made up for by those of the block that follow.
+
+    With ``group``, the ``zeros`` entries of least ``(w_j / U_jj)^2`` go of every so many columns,
+    chosen when the columns before are final. Works in place.
+
+    :param weight: (P, in, out) contiguous, float32 or float64
+    :param kept: (P, in, out) contiguous bool, the mask; with ``group`` what may stay, and the
+        mask afterwards
+    :param factor: (P, in, in), or (1, in, in) for all problems: upper Cholesky factor of the
+        inverse Hessian
+    :param start: first column
+    :param stop: last column + 1
+    :param group: columns of a group, which divides ``start`` and ``stop``; 0: the mask is given
+    :param zeros: (P,) int32 zeros of every group
+    :return: (P, stop - start, out) what each column has lost, over its pivot
+    """
+    if zeros is None:
+        zeros = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+    name = _BACKENDS.get(weight.device.type)
+    # Triton's kernels run where those of the scan do
+    if name is None or backend_for(weight.device) == REFERENCE:
+        return sweep_reference(weight, kept, factor, start, stop, group, zeros)
+    errors = torch.empty_like(weight[:, start:stop], memory_format=torch.contiguous_format)
+    import_module(name).sweep(weight, kept, factor, errors, start, stop, group, zeros)
+    return errors
+
+
+def sweep_reference(
+    weight: Tensor,
+    kept: Tensor,
+    factor: Tensor,
+    start: int,
+    stop: int,
+    group: int,
+    zeros: Tensor,
+) -> Tensor:
+    """:func:`sweep` in plain torch, which the backends are tested against."""
+    block, mask, U = weight[:, start:stop], kept[:, start:stop], factor[:, start:stop, start:stop]
+    pivots = U.diagonal(dim1=1, dim2=2)[..., None]  # (P, columns, 1)
+    errors = torch.zeros_like(block)
+    for i in range(stop - start):
+        if group and i % group == 0:
+            members = slice(i, i + group)
+            scores = (block[:, members] / pivots[:, members]).square()
+            scores = scores.masked_fill(~mask[:, members], -1)
+            rank = scores.argsort(stable=True, dim=1).argsort(1)
+            mask[:, members] &= rank >= zeros[:, None, None]
+        # [H^-1]_jj of the columns that are left, in the OBS update, is the pivot squared
+        error = (block[:, i] / pivots[:, i]).masked_fill(mask[:, i], 0)
+        block[:, i:] -= U[:, i, i:, None] * error[:, None]
+        block[:, i].masked_fill_(~mask[:, i], 0)
+        errors[:, i] = error
+    return errors
