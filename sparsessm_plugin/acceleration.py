@@ -10,6 +10,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -208,13 +209,16 @@ def accelerate(
     names, left_dense = _two_of_four_layers(model)
     groups: dict[tuple[Any, ...], list[nn.Linear]] = {}
     for linear in names:
-        key = (*linear.weight.shape, linear.bias is not None, linear.weight.dtype)
+        weight = linear.weight
+        key = (*weight.shape, linear.bias is not None, weight.dtype, weight.device)
         groups.setdefault(key, []).append(linear)
     model.eval()
     shapes = []
     for linears in groups.values():
         layers = tuple(name for linear in linears for name in names[linear])
-        timing, packs = measure(linears[0], tokens, cuda_graphs, timer, layers)
+        device = linears[0].weight.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            timing, packs = measure(linears[0], tokens, cuda_graphs, timer, layers)
         shapes.append(timing)
         if timing.choice == "dense":
             continue
@@ -313,7 +317,7 @@ def measure(
 
 
 def time_calls(calls: Sequence[Callable[[], Any]]) -> float:
-    """Microseconds a call on the current CUDA device, launched one after the other."""
+    """Microseconds a call, launched one after the other on the current CUDA device."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -325,7 +329,7 @@ def time_calls(calls: Sequence[Callable[[], Any]]) -> float:
 
 
 def time_graph(calls: Sequence[Callable[[], Any]]) -> float:
-    """Microseconds a call on the current CUDA device, replayed from a CUDA graph."""
+    """Microseconds a call, replayed from a CUDA graph on the current CUDA device."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # workspaces are made before the capture
@@ -435,7 +439,7 @@ def _copies(weight: Tensor) -> int:
     return min(_MOST_COPIES, math.ceil(2 * cache / (weight.numel() * weight.element_size())))
 
 
-def _calls(modules: Sequence[nn.Module], x: Tensor) -> list[Callable[[], Any]]:
+def _calls(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Callable[[], Any]]:
     """Every module in turn, as often as a round needs."""
     return [partial(m, x) for m in modules] * math.ceil(_LEAST_CALLS / len(modules))
 
