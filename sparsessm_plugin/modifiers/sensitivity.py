@@ -6,7 +6,9 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from compressed_tensors.distributed import greedy_bin_packing
 from compressed_tensors.offload import get_execution_device, update_offload_parameter
+from compressed_tensors.offload.cache import CPUCache, DiskCache
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
@@ -19,6 +21,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsessm_plugin import distributed
 from sparsessm_plugin.allocation import optimal_allocation, paper_allocation, uniform_allocation
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import MixerAdapter, MixerQuantities, find_mixers
@@ -26,10 +29,12 @@ from sparsessm_plugin.modifiers.calibration import (
     MixerModifier,
     check_finite_input,
     check_quoted,
+    number_of_batches,
     what_enters,
 )
 from sparsessm_plugin.modifiers.removal import CalibrationInputs
 from sparsessm_plugin.modifiers.saving import change_config
+from sparsessm_plugin.progress import Stage
 from sparsessm_plugin.scan import scan
 from sparsessm_plugin.scan.fast_forward import offer
 from sparsessm_plugin.solvers.masks import UNSTRUCTURED, check_structure, parse_structure
@@ -305,8 +310,8 @@ class SensitivitySparseGPTModifier(MixerModifier):
                     f"{who}: {error} in {projection.name}; add {projection.name!r} to ignore"
                 ) from error
 
-    def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        super().on_initialize(state, **kwargs)
+    def prepare(self, state: State) -> None:
+        super().prepare(state)
         self._projections = {p.name: p for p in self.matching_projections(state.model)}
         self._linears = {n: p for n, p in self._projections.items() if p.adapter is None}
         for name, projection in self._linears.items():
@@ -318,7 +323,6 @@ class SensitivitySparseGPTModifier(MixerModifier):
                 f"{type(self).__name__} reads its data twice, and the dataset can be read once; "
                 "allocation uniform with target_output mixer or own reads it once"
             )
-        return True
 
     # -- calibration -----------------------------------------------------------------
 
@@ -334,8 +338,10 @@ class SensitivitySparseGPTModifier(MixerModifier):
                     hook = partial(self._linear_hook, projection)
                     self.register_hook(projection.module, hook, "forward_pre")
             if self._needs_first_pass:
-                self._first_pass(state)
-            self._allocate()
+                with self._cost.stage("first_pass"):
+                    self._first_pass(state)
+            with self._cost.stage("allocate"):
+                self._allocate()
         self._first_pass_seconds = time.perf_counter() - started
 
     @torch.no_grad()
@@ -354,15 +360,18 @@ class SensitivitySparseGPTModifier(MixerModifier):
             }
         model: Any = state.model
         device = get_execution_device(model)
+        batches = number_of_batches(state.data.calib)
         with (
             HooksMixin.disable_hooks(keep=handles),
             calibration_forward_context(model),
             DisableQuantization(model),
             torch.random.fork_rng(devices=[]),  # a shuffled loader keeps its order for later
+            Stage(f"{type(self).__name__}: dense model", batches) as stage,
         ):
             for index, batch in enumerate(state.data.calib):
                 state.current_batch_idx = index
                 model(**tensors_to_device(batch, device))
+                stage.advance()
         self.remove_hooks(handles)
 
     def _dense_hook(
@@ -438,11 +447,16 @@ class SensitivitySparseGPTModifier(MixerModifier):
         projections = list(self._projections.values())
         sizes = [p.entries for p in projections]
         if self.allocation != "uniform":
-            for projection in projections:
-                self._check_seen(projection.name, self._tokens.get(projection.name, 0))
-                hessian = self._hessians[projection.name]
-                trace = hessian.double().diagonal(dim1=-2, dim2=-1).sum()
-                self._sensitivities[projection.name] = float(trace)
+            self._sum_tokens(projections)
+            owners = _owners(projections)
+            if _share_memory(projections):
+                owners = dict.fromkeys(owners, 0)  # one rank alone may try out weights
+            self._hessians = _sum_to_owners("Hessians", self._hessians, owners)
+            traces = {
+                name: float(hessian.double().diagonal(dim1=-2, dim2=-1).sum())
+                for name, hessian in self._hessians.items()
+            }
+            self._sensitivities = _of_all_ranks("traces of Hessians", traces)
         if self.allocation == "optimal" and 0 < self.sparsity < _CURVE[-1]:
             zeros = self._optimal_zeros(projections, sizes)
         else:
@@ -464,28 +478,41 @@ class SensitivitySparseGPTModifier(MixerModifier):
         self._hessians.clear()
         self._tokens.clear()
 
+    def _sum_tokens(self, projections: list[_Projection]) -> None:
+        """Count the tokens that all ranks have seen."""
+        counts = distributed.gather("tokens of projections", self._tokens)
+        for projection in projections:
+            name = projection.name
+            self._tokens[name] = sum(count.get(name, 0) for count in counts)
+            self._check_seen(name, self._tokens[name])
+
     def _optimal_zeros(self, projections: list[_Projection], sizes: list[int]) -> list[int]:
         """Least summed divergence of the predicted tokens, by the error that SparseGPT leaves."""
         assert self.sparsity is not None
         there = [int((p.weight == 0).sum()) for p in projections]
         if sum(there) >= self.sparsity * sum(sizes):
             return there
-        harms = self._harms(projections)
-        losses = []
-        for projection, harm in zip(projections, harms, strict=True):
-            weight = projection.weight.float()
-            curve = error_curve(
-                weight,
-                self._hessians[projection.name].to(weight.device),
-                _CURVE,
-                rows=_CURVE_ROWS,
-                block_size=self.block_size,
-                dampening_frac=self.dampening_frac,
-            )
-            losses.append([harm * loss for loss in curve.tolist()])
+        own = [p for p in projections if p.name in self._hessians]  # of several ranks
+        harms = self._harms(own)
+        losses = {}
+        with Stage(f"{type(self).__name__}: sparsities", len(own)) as stage:
+            for projection, harm in zip(own, harms, strict=True):
+                stage.at(projection.name)
+                weight = projection.weight.float()
+                curve = error_curve(
+                    weight,
+                    self._hessians[projection.name].to(weight.device),
+                    _CURVE,
+                    rows=_CURVE_ROWS,
+                    block_size=self.block_size,
+                    dampening_frac=self.dampening_frac,
+                )
+                losses[projection.name] = [harm * loss for loss in curve.tolist()]
+                stage.advance()
+        losses = _of_all_ranks("losses of projections", losses)
         return optimal_allocation(
             _CURVE,
-            losses,
+            [losses[p.name] for p in projections],
             sizes,
             self.sparsity,
             lowest=[count / size for count, size in zip(there, sizes, strict=True)],
@@ -502,7 +529,11 @@ class SensitivitySparseGPTModifier(MixerModifier):
         """
         batch = _probe(next(iter(self._state.data.calib)))
         model: Any = self._state.model
-        batch = tensors_to_device(batch, get_execution_device(model))
+        # all ranks look at what rank 0 reads first
+        names = distributed.first("names in the probe", list(batch))
+        values = distributed.share("probe", lambda: list(batch.values()))
+        device = get_execution_device(model)
+        batch = tensors_to_device(dict(zip(names, values, strict=True)), device)
         mask = batch.get("attention_mask")
         harms = []
         with (
@@ -510,9 +541,11 @@ class SensitivitySparseGPTModifier(MixerModifier):
             eval_context(model),
             disable_cache(model),
             DisableQuantization(model),
+            Stage(f"{type(self).__name__}: what a loss does", len(projections)) as stage,
         ):
             reference = model(**batch).logits
             for projection in projections:
+                stage.at(projection.name)
                 weight = projection.weight.clone()
                 solved = SOLVERS["wanda"](
                     weight, self._hessians[projection.name].to(weight.device), _PROBE_SPARSITY
@@ -523,6 +556,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
                 finally:
                     update_offload_parameter(projection.module, "weight", weight)
                 harms.append(max(changed, _LEAST_DIVERGENCE) / max(solved.error, 1e-30))
+                stage.advance()
         return harms
 
     # -- pruning ---------------------------------------------------------------------
@@ -531,13 +565,14 @@ class SensitivitySparseGPTModifier(MixerModifier):
         inputs = self._inputs.pop(adapter.name, CalibrationInputs())
         dense_inputs = inputs if self.target_output == "mixer" else None
         dense_inputs = self._dense_inputs.pop(adapter.name, dense_inputs)
-        if self.requires_calibration_data:
-            self._check_seen(adapter.name, inputs.tokens)
         if dense_inputs is not None and dense_inputs.tokens != inputs.tokens:
             raise SparseSSMError(
                 f"{adapter.name} saw {inputs.tokens} tokens, and {dense_inputs.tokens} when the "
                 "data was read first; the data must come in the same order each time"
             )
+        inputs.join(adapter.name)
+        if self.requires_calibration_data:
+            self._check_seen(adapter.name, inputs.tokens)
         pruned = adapter.float_clone()  # takes the new weights stage by stage
         dense = adapter.float_clone() if dense_inputs is not None else None
         own = self._of(adapter)
@@ -548,33 +583,68 @@ class SensitivitySparseGPTModifier(MixerModifier):
             # the dense mixer's in_proj reads the same inputs, so it has nothing to make up for
             alike = stage == _STAGES[0] and dense_inputs is inputs
             started = time.perf_counter()
-            hessians, crosses = _stage_statistics(
-                members, pruned, inputs, None if alike else dense, dense_inputs
-            )
+            with self._cost.stage("gather"):
+                hessians, crosses = _stage_statistics(
+                    members, pruned, inputs, None if alike else dense, dense_inputs
+                )
+                owners = _owners(members)
+                hessians = _sum_to_owners(f"Hessians of {adapter.name}", hessians, owners)
+                crosses = _sum_to_owners(f"cross terms of {adapter.name}", crosses, owners)
             self._gather_seconds += time.perf_counter() - started
             for projection in members:
-                weight = self._solve(
-                    projection, hessians[projection.name], crosses.get(projection.name)
-                )
+                self._tokens[projection.name] = inputs.tokens
+            for projection, weight in self._solve_all(members, owners, hessians, crosses):
                 pruned.mixer.get_submodule(projection.kind).weight.copy_(weight)
-                self._layers[-1]["tokens"] = inputs.tokens
         logger.info(f"{adapter.name}: pruned {', '.join(p.kind for p in own)}")
 
     def _compress_linears(self, projections: list[_Projection]) -> None:
-        for projection in projections:
-            with torch.no_grad(), self._released_on_error():
-                name = projection.name
-                tokens = self._tokens.pop(name, 0)
-                if self.requires_calibration_data:
-                    self._check_seen(name, tokens)
-                size = projection.weight.shape[-1]
-                hessian = self._hessians.pop(name, torch.eye(size))
-                self._solve(projection, hessian.to(projection.weight.device), None)
-                self._layers[-1]["tokens"] = tokens
-                del self._linears[name]
+        if not projections:
+            return
+        with torch.no_grad(), self._released_on_error():
+            if self.requires_calibration_data:
+                self._sum_tokens(projections)
+            owners = _owners(projections)
+            hessians = _sum_to_owners("Hessians", self._hessians, owners)
+            for projection in projections:
+                if owners[projection.name] == distributed.rank():
+                    hessians.setdefault(projection.name, torch.eye(projection.weight.shape[-1]))
+            self._solve_all(projections, owners, hessians, {})
+            for projection in projections:
+                del self._linears[projection.name]
 
-    def _solve(self, projection: _Projection, hessian: Tensor, cross: Tensor | None) -> Tensor:
-        """Prune one projection of the model; returns its weight as it is stored."""
+    def _solve_all(
+        self,
+        projections: list[_Projection],
+        owners: dict[str, int],
+        hessians: dict[str, Tensor],
+        crosses: dict[str, Tensor],
+    ) -> list[tuple[_Projection, Tensor]]:
+        """Prune projections of the model, each on the rank that has its sums.
+
+        :return: with the weights as they are stored, on every rank
+        """
+        rank = distributed.rank()
+        solved = {
+            p.name: self._solve(p, hessians[p.name].to(p.weight.device), crosses.get(p.name))
+            for p in projections
+            if owners[p.name] == rank
+        }
+        entries = _of_all_ranks("report on projections", {n: e for n, (_, e) in solved.items()})
+        weights = []
+        for p in projections:
+            own = [solved[p.name][0]] if p.name in solved else []
+            (weight,) = distributed.share(
+                f"weight of {p.name}", partial(list, own), owners[p.name], p.weight.device
+            )
+            update_offload_parameter(p.module, "weight", weight)
+            self._layers.append({**entries[p.name], "tokens": self._tokens.pop(p.name, 0)})
+            weights.append((p, weight))
+        return weights
+
+    def _solve(
+        self, projection: _Projection, hessian: Tensor, cross: Tensor | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The pruned weight of a projection as it is to be stored, and its entry in the report."""
         started = time.perf_counter()
         weight, name = projection.weight, projection.name
         zeros_before = weight == 0
@@ -597,25 +667,20 @@ class SensitivitySparseGPTModifier(MixerModifier):
         except SparseSSMError as error:
             raise SparseSSMError(f"{name} cannot be pruned: {error}") from error
         stored = solved.weight.to(weight.dtype)
-        # before the dense weight is overwritten in place
         wrong = relative_error(weight, stored, hessian) if self.requires_calibration_data else None
-        update_offload_parameter(projection.module, "weight", stored)
         pruned = int((~solved.mask).sum())
-        self._layers.append(
-            {
-                "name": name,
-                "kind": projection.kind,
-                "shape": list(weight.shape),
-                "entries": projection.entries,
-                "pruned": pruned,
-                "zero_before": int(zeros_before.sum()),
-                "sparsity": pruned / projection.entries,
-                "sensitivity": self._sensitivities.get(name),
-                "relative_error": wrong,
-                "seconds": round(time.perf_counter() - started, 3),
-            }
-        )
-        return stored
+        return stored, {
+            "name": name,
+            "kind": projection.kind,
+            "shape": list(weight.shape),
+            "entries": projection.entries,
+            "pruned": pruned,
+            "zero_before": int(zeros_before.sum()),
+            "sparsity": pruned / projection.entries,
+            "sensitivity": self._sensitivities.get(name),
+            "relative_error": wrong,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
 
     def _check_seen(self, name: str, tokens: int) -> None:
         if tokens == 0:
@@ -639,6 +704,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
             "modifier": type(self).__name__,
             "settings": self.model_dump(exclude=set(Modifier.model_fields), exclude_none=True),
             "layers": self._layers,
+            "cost": self._cost.to_dict(),
             "total": {
                 "entries": entries,
                 "pruned": pruned,
@@ -664,6 +730,36 @@ class SensitivitySparseGPTModifier(MixerModifier):
         self._hessians.clear()
         self._masks.clear()
         self._state = None
+
+
+# -- several ranks -----------------------------------------------------------------------
+
+
+def _owners(projections: list[_Projection]) -> dict[str, int]:
+    """The rank that solves each projection, so that all have about as much to do."""
+    cost = {p.name: p.entries * p.weight.shape[-1] for p in projections}
+    return greedy_bin_packing(list(cost), distributed.world_size(), cost.__getitem__)[2]
+
+
+def _share_memory(projections: list[_Projection]) -> bool:
+    """Whether ranks of one host hold one copy of the weights."""
+    return any(isinstance(p.module._parameters, CPUCache | DiskCache) for p in projections)
+
+
+def _sum_to_owners(what: str, sums: dict[str, Tensor], owners: dict[str, int]) -> dict[str, Tensor]:
+    """Sums over ranks, each on the rank that owns it, taken out of ``sums``."""
+    own: dict[str, Tensor] = {}
+    for owner in sorted(set(owners.values())):
+        parts = {name: sums.pop(name, None) for name, o in owners.items() if o == owner}
+        total = distributed.reduce_sum(what, parts, to=owner)
+        if owner == distributed.rank():
+            own = total
+    return own
+
+
+def _of_all_ranks(what: str, own: dict[str, Any]) -> dict[str, Any]:
+    """By name what each rank has found for the projections that it owns."""
+    return {name: value for part in distributed.gather(what, own) for name, value in part.items()}
 
 
 # -- which weights -----------------------------------------------------------------------
