@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,6 +78,8 @@ def prune(
 ) -> None:
     """Prune a model with a recipe and save it."""
     _quiet(verbose)
+    if not verbose:  # bars of ours say more
+        os.environ.setdefault("TQDM_DISABLE", "1")
     _choice("--pipeline", pipeline, ("independent", "sequential", "basic", "datafree"))
     source = _source(model, trust_remote_code, dtype, device)
     from sparsessm_plugin.evaluation.components import take_inventory
@@ -89,6 +91,7 @@ def prune(
         output_directory,
         write_json,
     )
+    from sparsessm_plugin.progress import shown
     from sparsessm_plugin.pruning import prune as run_recipe
     from sparsessm_plugin.pruning import versions
     from sparsessm_plugin.recipes import load_recipe
@@ -123,13 +126,17 @@ def prune(
         text_samples = _windows(text, tokenizer, max_seq_length, vocab_size, text_field)
 
     with output_directory(output) as folder:
+        started = time.perf_counter()
         dense = source.load()
+        loading = time.perf_counter() - started
         before = take_inventory(dense).to_dict()
         perplexity: dict[str, Any] = {}
         if text_samples is not None:
             result = _evaluate(dense, text_samples, batch_size, "dense ")
             perplexity = {"text": text, "before": result.to_dict()}
-        pruned = run_recipe(dense, checked, loader, tokenizer, pipeline)
+        # several bars at once garble each other
+        with nullcontext() if verbose else shown(err):
+            pruned = run_recipe(dense, checked, loader, tokenizer, pipeline, source.load)
         inventory = take_inventory(pruned.model)
         if text_samples is not None:
             result = _evaluate(pruned.model, text_samples, batch_size, "pruned")
@@ -146,9 +153,12 @@ def prune(
             "perplexity": perplexity or None,
             "modifiers": pruned.reports,
             "seconds": {
+                "load": round(loading, 3),
                 "oneshot": round(pruned.seconds, 3),
                 "save": round(time.perf_counter() - started, 3),
             },
+            "tokens_per_second": round(pruned.tokens / pruned.seconds, 1),
+            "peak_memory_bytes": pruned.peak_memory_bytes,
             "versions": versions(),
             "files": list_files(folder),
         }
@@ -372,7 +382,7 @@ def main() -> None:
     except OSError as error:
         _fail(str(error), 1)
     except Exception as error:
-        cause = _our_error(error)
+        cause = _our_error(error) or _memory_error(error)
         if cause is None:
             raise
         _fail(str(cause), 1)
@@ -383,6 +393,14 @@ def _our_error(error: BaseException | None) -> SparseSSMError | None:
     while error is not None and not isinstance(error, SparseSSMError):
         error = error.__cause__
     return error
+
+
+def _memory_error(error: BaseException) -> str | None:
+    """What to say where a GPU's memory does not suffice for a model, or for its evaluation."""
+    from sparsessm_plugin.cost import shortage
+
+    short = shortage(error, None)
+    return None if short is None else f"{short}; give a smaller --batch-size or --max-seq-length"
 
 
 class _Terminated(BaseException):

@@ -1,8 +1,11 @@
 """From a model and a checked recipe to a pruned model and its report."""
 
+import gc
 import os
 import platform
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from sparsessm_plugin import distributed
+from sparsessm_plugin.cost import halved, peak_memory_bytes, reset_peak_memory, shortage
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.loading import load
 from sparsessm_plugin.recipes import CheckedRecipe
@@ -114,11 +119,15 @@ class PruningResult:
     :param model: the pruned model, its ``save_pretrained`` wrapped by LLM Compressor
     :param reports: one report for each modifier of this package
     :param seconds: of the whole ``oneshot`` call
+    :param tokens: of the calibration data, padding included
+    :param peak_memory_bytes: see :func:`sparsessm_plugin.cost.peak_memory_bytes`
     """
 
     model: Any
     reports: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    tokens: int = 0
+    peak_memory_bytes: int = 0
 
 
 def prune(
@@ -127,22 +136,66 @@ def prune(
     loader: DataLoader[Any] | None,
     tokenizer: Any,
     pipeline: str = "independent",
+    reload: Callable[[], Any] | None = None,
 ) -> PruningResult:
     """Run LLM Compressor's ``oneshot`` with a checked recipe and collect the reports.
+
+    Where a GPU's memory does not suffice, and the model can be made again, the recipe is
+    run once more on batches half as large.
 
     :param model: transformers model, changed in place
     :param recipe: from :func:`sparsessm_plugin.recipes.load_recipe`
     :param loader: calibration batches, None for recipes that need none
     :param tokenizer: the model's tokenizer
     :param pipeline: LLM Compressor's calibration pipeline
-    :raises SparseSSMError: the recipe needs data and got none, or a modifier's own complaint
+    :param reload: makes the model again; ``model`` is then emptied before the second try
+    :raises SparseSSMError: the recipe needs data and got none, a modifier's own complaint, or
+        memory does not suffice
     """
+    from llmcompressor import active_session
+
+    recipe.check_data(loader)
+    reset_peak_memory()
+    started = time.perf_counter()
+    try:
+        modifiers = _run(model, recipe, loader, tokenizer, pipeline)
+    except Exception as error:
+        short = shortage(error, loader)
+        if short is None:
+            raise
+        smaller = halved(loader) if loader is not None else None
+        # ranks that others wait for cannot begin again on their own
+        if smaller is None or reload is None or distributed.is_distributed():
+            raise SparseSSMError(f"{short}; {_SMALLER}") from error
+    else:
+        return _result(model, modifiers, loader, started)
+    # out here, where the error no longer holds what was on the GPU
+    warnings.warn(f"{short}; trying once more with half of each batch", stacklevel=2)
+    active_session().reset()
+    model.to("meta")
+    gc.collect()
+    torch.cuda.empty_cache()
+    model = reload()
+    try:
+        modifiers = _run(model, recipe, smaller, tokenizer, pipeline)
+    except Exception as error:
+        short = shortage(error, smaller)
+        if short is None:
+            raise
+        raise SparseSSMError(f"{short}; {_SMALLER}") from error
+    return _result(model, modifiers, smaller, started)
+
+
+_SMALLER = "give smaller batches or shorter sequences"
+
+
+def _run(
+    model: Any, recipe: CheckedRecipe, loader: DataLoader[Any] | None, tokenizer: Any, pipeline: str
+) -> list[Any]:
     # upstream warns when it has to set this itself
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from llmcompressor import active_session, oneshot
 
-    recipe.check_data(loader)
-    started = time.perf_counter()
     try:
         oneshot(
             model=model,
@@ -152,16 +205,25 @@ def prune(
             processor=tokenizer,
             pipeline=pipeline,
         )
-    except BaseException:
+    except BaseException as error:
+        distributed.fail(error)
         for modifier in active_session().lifecycle.recipe.modifiers:
             if hasattr(modifier, "release"):
                 modifier.release()
         raise
-    modifiers = active_session().lifecycle.recipe.modifiers
+    return active_session().lifecycle.recipe.modifiers
+
+
+def _result(
+    model: Any, modifiers: list[Any], loader: DataLoader[Any] | None, started: float
+) -> PruningResult:
+    seconds = time.perf_counter() - started
     return PruningResult(
         model=model,
         reports=[m.report() for m in modifiers if hasattr(m, "report")],
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
+        tokens=sum(batch["input_ids"].numel() for batch in loader) if loader is not None else 0,
+        peak_memory_bytes=peak_memory_bytes(),
     )
 
 

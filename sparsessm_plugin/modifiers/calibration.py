@@ -17,9 +17,11 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
+from sparsessm_plugin.cost import Cost
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.files import write_json
 from sparsessm_plugin.mixers import MixerAdapter, find_mixers, get_adapter, is_mixer, iter_mixers
+from sparsessm_plugin.progress import Stage
 from sparsessm_plugin.scan.fast_forward import fast_forward
 from sparsessm_plugin.vocabulary import check_token_ids
 
@@ -50,6 +52,8 @@ class MixerModifier(Modifier):
 
     _pending: dict[str, MixerAdapter] = PrivateAttr(default_factory=dict)
     _restore: ExitStack = PrivateAttr(default_factory=ExitStack)
+    _cost: Cost = PrivateAttr(default_factory=Cost)
+    _stage: Stage | None = PrivateAttr(default=None)
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
@@ -176,6 +180,10 @@ class MixerModifier(Modifier):
     # -- calibration -----------------------------------------------------------------
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._cost.begin()
+        self._restore.callback(self._cost.end)
+        self._stage = Stage(type(self).__name__, len(self._pending))
+        self._restore.callback(self._stage.close)
         if not self.requires_calibration_data:
             return
         with self._released_on_error():
@@ -195,7 +203,9 @@ class MixerModifier(Modifier):
         if adapter.name not in self._pending:
             return
         hidden_states, attention_mask = what_enters(args, kwargs)
-        with torch.no_grad(), self._released_on_error():
+        batch = self._cost.count(adapter.name, hidden_states, attention_mask)
+        self._now_at(f"{adapter.name}, batch {batch}")
+        with torch.no_grad(), self._released_on_error(), self._cost.stage("observe"):
             check_finite_input(adapter.name, hidden_states)
             self.observe(adapter, hidden_states, attention_mask)
 
@@ -212,9 +222,16 @@ class MixerModifier(Modifier):
         self.release()
 
     def _compress(self, adapter: MixerAdapter) -> None:
-        with torch.no_grad(), self._released_on_error():
+        self._now_at(adapter.name)
+        with torch.no_grad(), self._released_on_error(), self._cost.stage("compress"):
             self.compress(adapter)
         del self._pending[adapter.name]
+        if self._stage is not None:
+            self._stage.advance()
+
+    def _now_at(self, what: str) -> None:
+        if self._stage is not None:
+            self._stage.at(what)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         self.release()
@@ -255,6 +272,11 @@ def check_finite_input(name: str, x: Tensor) -> None:
             f"{name}: its input holds NaN or infinite values during calibration; "
             "this layer was not pruned"
         )
+
+
+def number_of_batches(dataloader: Any) -> int | None:
+    """Batches of the data, None if nobody knows."""
+    return len(dataloader) if hasattr(dataloader, "__len__") else None
 
 
 def check_quoted(structure: Any) -> None:

@@ -241,6 +241,7 @@ class RemovalModifier(MixerModifier):
             "modifier": type(self).__name__,
             "settings": self.model_dump(exclude=set(Modifier.model_fields), exclude_none=True),
             "layers": self._layers,
+            "cost": self._cost.to_dict(),
             "total": {
                 "unit": self._layers[0]["axis"] if self._layers else "entries",
                 "entries": before,

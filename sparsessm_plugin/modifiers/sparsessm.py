@@ -270,6 +270,7 @@ class SparseSSMModifier(MixerModifier):
             "modifier": type(self).__name__,
             "settings": self.model_dump(exclude=set(Modifier.model_fields), exclude_none=True),
             "layers": self._layers,
+            "cost": self._cost.to_dict(),
             "total": {
                 "entries": entries,
                 "pruned": pruned,

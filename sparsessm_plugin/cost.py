@@ -1,0 +1,155 @@
+"""What a run takes: seconds by stage, tokens, memory; and what to do where memory is short."""
+
+import re
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+
+class Cost:
+    """Seconds by stage, tokens and peak memory of one modifier.
+
+    Where stages stand inside each other, each second counts for the innermost. A GPU's work
+    counts for the stage that asked for it.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peak_memory_bytes = 0
+        self._total = 0.0
+        self._started: float | None = None
+        self._tokens: dict[str, int] = {}
+        self._batches: dict[str, int] = {}
+        self._inside: list[float] = []  # seconds of inner stages, of each stage that is open
+
+    def begin(self) -> None:
+        """The calibration begins."""
+        self._started = _now()
+
+    def end(self) -> None:
+        """The calibration is over; safe to call again."""
+        if self._started is not None:
+            self._total += _now() - self._started
+            self.peak_memory_bytes = peak_memory_bytes()
+            self._started = None
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens, padding left out; every mixer sees all of them."""
+        return max(self._tokens.values(), default=0)
+
+    def count(self, name: str, hidden_states: Tensor, attention_mask: Tensor | None) -> int:
+        """Count the tokens of what entered a mixer: (b, L, hidden_size), and (b, L) or None.
+
+        :return: how many batches this mixer has seen
+        """
+        seen = hidden_states[..., 0].numel()
+        if attention_mask is not None:
+            seen = int(attention_mask.bool().sum())
+        self._tokens[name] = self._tokens.get(name, 0) + seen
+        self._batches[name] = self._batches.get(name, 0) + 1
+        return self._batches[name]
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time inside for a stage."""
+        started = _now()
+        self._inside.append(0.0)
+        try:
+            yield
+        finally:
+            took = _now() - started
+            own = took - self._inside.pop()
+            self.seconds[name] = self.seconds.get(name, 0.0) + own
+            if self._inside:
+                self._inside[-1] += took
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a report; ``forward`` is what no stage took: the model's own forward passes.
+
+        ``peak_memory_bytes`` is the most up to here, what came before this modifier included.
+        """
+        staged = sum(self.seconds.values())
+        seconds = {**self.seconds, "forward": max(0.0, self._total - staged), "total": self._total}
+        return {
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "tokens": self.tokens,
+            "tokens_per_second": round(self.tokens / self._total, 1) if self._total else None,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+def _now() -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def reset_peak_memory() -> None:
+    """Let :func:`peak_memory_bytes` begin anew, which only CUDA devices can."""
+    if torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes() -> int:
+    """Most bytes of tensors on one CUDA device; without one, the process's largest resident set."""
+    if torch.cuda.is_initialized():
+        return max(
+            torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())
+        )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+# -- memory that is short ------------------------------------------------------------------
+
+
+def shortage(error: BaseException, loader: DataLoader[Any] | None) -> str | None:
+    """What to say if an error comes from a device without enough memory; None if it does not.
+
+    With the numbers that torch gives, and the largest batch.
+    """
+    lacking = None
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, torch.OutOfMemoryError):
+            lacking = cause  # the innermost: LLM Compressor raises one of its own from torch's
+        cause = cause.__cause__
+    if lacking is None:
+        return None
+    text = " ".join(str(lacking).split())
+    asked = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
+    free = re.search(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free", text)
+    if asked is not None and free is not None:
+        text = f"{asked[1]} more were needed, {free[2]} of {free[1]} were free"
+    if loader is None:
+        return f"out of memory: {text}"
+    shapes = [tuple(batch["input_ids"].shape) for batch in loader]
+    rows, length = max(shapes, key=lambda shape: shape[0] * shape[1])
+    return f"out of memory with batches of {rows} x {length} tokens: {text}"
+
+
+def halved(loader: DataLoader[Any]) -> DataLoader[Any] | None:
+    """The same rows in the same order, half as many at once; None if it is one at a time."""
+    batches = list(loader)
+    if all(len(batch["input_ids"]) < 2 for batch in batches):
+        return None
+    parts = [part for batch in batches for part in _halves(batch)]
+    return DataLoader(parts, batch_size=None)  # type: ignore[arg-type]
+
+
+def _halves(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = len(batch["input_ids"])
+    step = (rows + 1) // 2
+
+    def cut(value: Any, start: int) -> Any:
+        whole = not isinstance(value, Tensor) or value.ndim == 0 or len(value) != rows
+        return value if whole else value[start : start + step]
+
+    return [{k: cut(v, start) for k, v in batch.items()} for start in range(0, rows, step)]
