@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sparsessm_plugin.evaluation.latency import Latency
     from sparsessm_plugin.evaluation.perplexity import Perplexity
     from sparsessm_plugin.evaluation.runtimes import RuntimeSupport
+    from sparsessm_plugin.evaluation.sensitivity import Sensitivity
 
 app = typer.Typer(
     help="Prune state-space language models.",
@@ -47,6 +48,18 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model'
 TextField = Annotated[str, typer.Option(help="Key of the text in JSON lines.")]
 SeqLength = Annotated[int, typer.Option(min=2, help="Tokens a window.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows a forward pass.")]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Tasks of lm-eval, or blimp_local, piqa_local, arc_easy_local, "
+        "lambada_local; with commas or repeated."
+    ),
+]
+TasksData = Annotated[
+    Path | None, typer.Option(help="Folder that the *_local tasks read; docs/evaluation.md.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Documents a task at most.")]
+TasksBatchSize = Annotated[int, typer.Option(min=1, help="Sequences a forward pass, for tasks.")]
 
 
 @app.command()
@@ -169,28 +182,82 @@ def prune(
 @app.command()
 def evaluate(
     model: ModelArgument,
-    text: Annotated[str, typer.Option(help="Text file, JSON lines, or name[:config[:split]].")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text file, JSON lines, or name[:config[:split]]; NAME=TEXT; repeatable."
+        ),
+    ] = None,
+    tasks: Tasks = None,
+    tasks_data: TasksData = None,
+    limit: Limit = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write a report to this new .json file.")
+    ] = None,
     max_seq_length: SeqLength = 2048,
     num_samples: Annotated[
         int | None, typer.Option(min=1, help="Windows to evaluate; default all.")
     ] = None,
     batch_size: BatchSize = 4,
+    tasks_batch_size: TasksBatchSize = 64,
     text_field: TextField = "text",
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries.")] = False,
 ) -> None:
-    """Perplexity over non-overlapping windows of a text."""
+    """Perplexity over non-overlapping windows of texts, and lm-eval's tasks."""
     _quiet(verbose)
+    texts, names = _named(text or []), _split_names("--tasks", tasks)
+    if not texts and not names:
+        raise SparseSSMError("nothing to evaluate; give --text, --tasks or both")
+    _new_file("--output", output, ".json")
     source = _source(model, trust_remote_code, dtype, device)
+    from sparsessm_plugin.evaluation.components import take_inventory
+    from sparsessm_plugin.files import write_json
+    from sparsessm_plugin.pruning import versions
+
     vocab_size = _vocab_size(source.load_skeleton())
-    samples = _windows(text, source.load_tokenizer(), max_seq_length, vocab_size, text_field)
-    result = _evaluate(source.load(), samples[:num_samples], batch_size, model)
-    out.print(
-        f"perplexity {result.perplexity:.4f}  (nll {result.nll:.6f} over {result.tokens} tokens, "
-        f"{result.windows} windows of {result.window})"
-    )
+    tokenizer = source.load_tokenizer()
+    samples = {
+        name: _windows(where, tokenizer, max_seq_length, vocab_size, text_field)[:num_samples]
+        for name, where in texts.items()
+    }
+    suite = _load_tasks(names, tasks_data, limit)
+    loaded = source.load()
+    report: dict[str, Any] = {
+        "model": model,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": str(loaded.device),
+        "perplexity": {},
+        "tasks": {},
+        "seconds": {},
+    }
+    for name, windows in samples.items():
+        started = time.perf_counter()
+        result = _evaluate(loaded, windows, batch_size, name)
+        report["perplexity"][name] = {"text": texts[name], **result.to_dict()}
+        report["seconds"][name] = round(time.perf_counter() - started, 3)
+        out.print(
+            (f"{escape(name)}: " if len(samples) > 1 or name != texts[name] else "")
+            + f"perplexity {result.perplexity:.4f}  (nll {result.nll:.6f} over {result.tokens} "
+            f"tokens, {result.windows} windows of {result.window})",
+            soft_wrap=True,
+        )
+    if suite is not None:
+        from sparsessm_plugin.evaluation.tasks import evaluate_tasks
+
+        started = time.perf_counter()
+        with _progress("tasks", suite.requests) as advance:
+            results = evaluate_tasks(loaded, tokenizer, suite, tasks_batch_size, advance)
+        report["tasks"] = {name: result.to_dict() for name, result in results.items()}
+        report["tasks_asked_for"] = list(suite.names)
+        report["limit"] = limit
+        report["seconds"]["tasks"] = round(time.perf_counter() - started, 3)
+        _print_tasks(report)
+    if output is not None:
+        inventory = take_inventory(loaded).to_dict() if _has_mixers(loaded) else None
+        write_json(output, {**report, "inventory": inventory, "versions": versions()})
 
 
 @app.command()
@@ -306,6 +373,94 @@ def bench(
     if plot is not None:
         plot_latency(latency, plot)
     _print_latency(latency)
+
+
+@app.command()
+def sensitivity(
+    model: ModelArgument,
+    calibration: Annotated[
+        str, typer.Option(help="Text file, JSON lines with `text`, or name[:config[:split]].")
+    ],
+    output: Annotated[Path, typer.Option(help="Write a report to this new .json file.")],
+    text: Annotated[
+        str | None,
+        typer.Option(help="Measure on this text; default the end of --calibration, held back."),
+    ] = None,
+    sparsities: Annotated[
+        str, typer.Option(help="Shares of a part to prune, with commas.")
+    ] = "0.3,0.5,0.7",
+    solver: Annotated[
+        str, typer.Option(help="For projections: sparsegpt, alps, wanda or magnitude.")
+    ] = "sparsegpt",
+    by: Annotated[
+        str,
+        typer.Option(help="kind (in all layers), layer, module (at the middle sparsity); commas."),
+    ] = "kind,layer,module",
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw heat maps into this new .png file.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
+    eval_samples: Annotated[int, typer.Option(min=1, help="Windows to measure on, at most.")] = 16,
+    max_seq_length: SeqLength = 512,
+    batch_size: BatchSize = 4,
+    text_field: TextField = "text",
+    seed: Annotated[int, typer.Option(help="Of the draw of calibration windows.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries.")] = False,
+) -> None:
+    """Prune each part of a model alone and measure what it costs in perplexity."""
+    _quiet(verbose)
+    shares, parts = _shares(sparsities), [part.strip() for part in by.split(",")]
+    _new_file("--output", output, ".json")
+    _new_file("--plot", plot, ".png")
+    source = _source(model, trust_remote_code, dtype, device)
+    from sparsessm_plugin.evaluation.data import calibration_loader
+    from sparsessm_plugin.evaluation.latency import check_matplotlib
+    from sparsessm_plugin.evaluation.sensitivity import (
+        check_settings,
+        count_measurements,
+        hold_back,
+        measure_sensitivity,
+        plot_sensitivity,
+    )
+    from sparsessm_plugin.files import write_json
+    from sparsessm_plugin.pruning import versions
+
+    check_settings(shares, solver, parts)
+    if plot is not None:
+        check_matplotlib()
+    skeleton = source.load_skeleton()
+    total = count_measurements(skeleton, shares, parts)
+    vocab_size, tokenizer = _vocab_size(skeleton), source.load_tokenizer()
+    samples = _windows(calibration, tokenizer, max_seq_length, vocab_size, text_field)
+    if text is None:
+        samples, held_back = hold_back(samples, eval_samples)
+    else:
+        held_back = _windows(text, tokenizer, max_seq_length, vocab_size, text_field)[:eval_samples]
+    loader = calibration_loader(samples, num_samples, batch_size, seed)
+    loaded = source.load()
+    with _progress("sensitivity", total) as advance:
+        result = measure_sensitivity(
+            loaded, loader, held_back, shares, solver, parts, batch_size, advance
+        )
+    report = {
+        "model": model,
+        "calibration": {
+            "source": calibration,
+            "samples": min(num_samples, len(samples)),
+            "max_seq_length": max_seq_length,
+            "seed": seed,
+        },
+        "text": {"source": text or f"end of {calibration}", "samples": len(held_back)},
+        **result.to_dict(),
+        "versions": versions(),
+    }
+    write_json(output, report)
+    if plot is not None:
+        plot_sensitivity(result, plot)
+    _print_sensitivity(result)
 
 
 @app.command()
@@ -442,6 +597,15 @@ def _batch_sizes(text: str) -> list[int]:
     return list(dict.fromkeys(int(part) for part in parts))
 
 
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise SparseSSMError(
+            f"--sparsities must be numbers between 0 and 1 with commas, got {text!r}"
+        ) from error
+
+
 def _new_file(option: str, path: Path | None, suffix: str) -> None:
     """Refuse before the work what could not be written after it."""
     if path is None:
@@ -498,6 +662,57 @@ def _progress(label: str, total: int) -> "Iterator[Any]":
     ) as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.advance(task, done)
+
+
+def _named(sources: list[str]) -> dict[str, str]:
+    """NAME=TEXT, or TEXT alone, which is then its own name."""
+    named: dict[str, str] = {}
+    for source in sources:
+        name, separator, where = source.partition("=")
+        if not separator or Path(source).exists():
+            name = where = source
+        if not name or not where:
+            raise SparseSSMError(f"--text must be NAME=TEXT or TEXT, got {source!r}")
+        if name in named:
+            raise SparseSSMError(f"two texts are called {name!r}; give NAME=TEXT")
+        named[name] = where
+    return named
+
+
+def _split_names(option: str, values: list[str] | None) -> list[str]:
+    """An option that may be repeated and may hold commas, as one list without repeats."""
+    names = [name.strip() for value in values or [] for name in value.split(",")]
+    if not all(names):
+        raise SparseSSMError(f"{option} holds an empty name, got {','.join(values or [])!r}")
+    return list(dict.fromkeys(names))
+
+
+def _load_tasks(names: list[str], data: Path | None, limit: int | None) -> Any:
+    if not names:
+        return None
+    os.environ["TQDM_DISABLE"] = "1"  # lm-eval's bars, one a task; ours says more
+    from sparsessm_plugin.evaluation.tasks import load_tasks
+
+    return load_tasks(names, data, limit)
+
+
+def _has_mixers(model: Any) -> bool:
+    from sparsessm_plugin.mixers import iter_mixers
+
+    return next(iter(iter_mixers(model)), None) is not None
+
+
+def _print_tasks(report: dict[str, Any]) -> None:
+    table = Table("task", "samples", "metric", "value", "standard error", box=None)
+    inner = {name for result in report["tasks"].values() for name in result["subtasks"]}
+    for name, result in report["tasks"].items():
+        if name in inner and name not in report["tasks_asked_for"]:
+            continue
+        for metric, number in result["metrics"].items():
+            error = f"± {number['stderr']:.4f}" if number["stderr"] is not None else ""
+            samples = f"{result['samples']:,}"
+            table.add_row(escape(name), samples, metric, f"{number['value']:.4f}", error)
+    out.print(table)
 
 
 def _evaluate(model: Any, samples: "Tensor", batch_size: int, label: str) -> "Perplexity":
@@ -616,6 +831,41 @@ def _print_inventory(name: str, inventory: "Inventory") -> None:
             *(f"{layer[kind].zeros / layer[kind].parameters:.1%}" for kind in kinds),
         )
     out.print(table)
+
+
+def _print_sensitivity(result: "Sensitivity") -> None:
+    out.print(f"dense perplexity {result.dense:.4f}; in the tables, perplexity over it")
+    shares = {f"{share:.0%}": share for share in result.sparsities}
+    tables: list[tuple[str, list[list[float | None]], tuple[str, ...], list[str]]] = [
+        (
+            "kind",
+            [[result.ratio("kind", k, None, s) for s in shares.values()] for k in result.kinds],
+            result.kinds,
+            list(shares),
+        ),
+        (
+            "layer",
+            [[result.ratio("layer", None, n, s) for s in shares.values()] for n in result.layers],
+            result.layers,
+            list(shares),
+        ),
+        (
+            f"layer, {result.middle:.0%}",
+            [
+                [result.ratio("module", k, n, result.middle) for k in result.kinds]
+                for n in result.layers
+            ],
+            result.layers,
+            list(result.kinds),
+        ),
+    ]
+    for title, ratios, names, columns in tables:
+        if all(ratio is None for row in ratios for ratio in row):
+            continue
+        table = Table(title, *columns, box=None)
+        for name, row in zip(names, ratios, strict=True):
+            table.add_row(name, *("" if ratio is None else f"{ratio:.4f}" for ratio in row))
+        out.print(table)
 
 
 def _print_latency(latency: "Latency") -> None:
