@@ -1,8 +1,11 @@
 """The selective scan that also accumulates statistics: one interface, several backends."""
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 
+import torch
 from torch import Tensor
 
 from sparsessm_plugin.errors import SparseSSMError
@@ -15,16 +18,49 @@ __all__ = [
     "PrunedValue",
     "ScanStatistics",
     "StatisticsRequest",
+    "backend_for",
     "scan",
     "scan_states",
 ]
 
 Backend = Callable[[MixerQuantities, ScanStatistics | None], Tensor]
 
-# One implementation a device type; a module has one function, `scan`. Devices that are
-# not named here use the reference, which is plain torch.
-BACKENDS = {"cpu": "sparsessm_plugin.scan.cpu"}
+# One implementation a device type: a module with `scan`, `scan_states` and, where there are
+# devices of the type that it cannot use, `check`. Devices that are not named here use the
+# reference, which is plain torch.
+BACKENDS = {"cpu": "sparsessm_plugin.scan.cpu", "cuda": "sparsessm_plugin.scan.gpu"}
 REFERENCE = "sparsessm_plugin.scan.reference"
+
+
+@cache
+def backend_for(device: torch.device) -> str:
+    """Name of the module that scans on a device.
+
+    It is the reference, with one warning a process, where the device type has a backend that
+    this device cannot use: no Triton, or an old GPU.
+    """
+    name = BACKENDS.get(device.type, REFERENCE)
+    try:
+        check = getattr(import_module(name), "check", None)
+        if check is not None:
+            check(device)
+    except Exception as error:  # whatever a compiler may fail with
+        _warn_once(device.type, f"{type(error).__name__}: {error}")
+        return REFERENCE
+    return name
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(device_type: str, reason: str) -> None:
+    if device_type not in _warned:
+        _warned.add(device_type)
+        warnings.warn(
+            f"scans on {device_type} run in plain torch, which is much slower: {reason}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def scan(
@@ -34,8 +70,9 @@ def scan(
 ) -> Tensor:
     """Run the selective recurrence from a zero state and accumulate statistics on the way.
 
-    Memory is bounded by (b, D, N): no tensor with both a batch and a time axis has a state
-    axis. Differentiable only through the reference backend.
+    No tensor with both a batch and a time axis has a state axis; a GPU keeps states of the ends
+    of chunks, which are the longer the more work there is. Differentiable only through
+    mamba-ssm and the reference; see :mod:`sparsessm_plugin.scan.differentiable`.
 
     :param quantities: the recurrence's inputs
     :param statistics: accumulators to add this batch to, or None
@@ -50,8 +87,7 @@ def scan(
         return ssd.scan(quantities)
     if statistics is None and backend is None and kernels.available(quantities):
         return kernels.scan(quantities)
-    name = backend or BACKENDS.get(quantities.u.device.type, REFERENCE)
-    implementation: Backend = import_module(name).scan
+    implementation: Backend = import_module(backend or backend_for(quantities.u.device)).scan
     return implementation(quantities, statistics)
 
 
@@ -69,5 +105,5 @@ def scan_states(
         y, states = ssd.scan_with_states(quantities, chunk=every)
         assert states is not None
         return y, states
-    name = backend or BACKENDS.get(quantities.u.device.type, REFERENCE)
+    name = backend or backend_for(quantities.u.device)
     return import_module(name).scan_states(quantities, every)

@@ -1,0 +1,418 @@
+"""The selective scan on CUDA, in Triton.
+
+A program owns a block of channels with all their states, in registers, over a chunk of time.
+Chunks run side by side, so that one sequence fills the GPU, in three passes: every chunk from
+a zero state, only for the state it ends in; from chunk to chunk, what each really starts with
+(the recurrence is linear, so the transitions over a chunk are ``exp(A sum dt)``); every chunk
+once more, with output and statistics. Each program writes partial sums of its own, which are
+added in a fixed order in float64: no atomics, so two runs give the same bits.
+
+Sums inside a chunk are float32, whatever the inputs are.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsessm_plugin.mixers.base import MixerQuantities
+from sparsessm_plugin.scan.statistics import ScanStatistics
+
+BLOCK = 32  # channels a program: the lanes of a warp
+STATES_A_WARP = 16  # states that a thread keeps; more of them take more warps
+MOST_WARPS = 16
+PROGRAMS = 64  # warps for each multiprocessor that a launch should have, about two full waves
+SHORTEST = 16  # steps of the shortest chunk: loading and storing a state must pay off
+OLDEST = (7, 0)  # compute capability that Triton supports
+LOG2_E = tl.constexpr(1.4426950408889634)
+_ERROR_MODES = {None: 0, "zero": 1, "memoryless": 2}
+# Never 1 and never a multiple of 16 to the compiler: one binary for all sizes, and loads of
+# one channel a lane, which keeps the states of a channel in one thread.
+_SIZES = ["length", "chunk", "chunks", "channels", "states", "every"]
+
+
+def check(device: torch.device) -> None:
+    """Make sure that kernels compile and run on a device.
+
+    :raises RuntimeError: saying why not
+    """
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST:
+        raise RuntimeError(
+            f"Triton needs compute capability {OLDEST[0]}.{OLDEST[1]}, "
+            f"the GPU has {found[0]}.{found[1]}"
+        )
+    with torch.cuda.device(device):
+        probe = torch.zeros(1, device=device)
+        _probe[(1,)](probe)  # fails without a C compiler, for one
+        if float(probe) != 1.0:
+            raise RuntimeError("Triton's kernels compute nothing on this GPU")
+
+
+def scan(quantities: MixerQuantities, statistics: ScanStatistics | None = None) -> Tensor:
+    """Run the recurrence; see :func:`sparsessm_plugin.scan.scan`."""
+    if statistics is not None:
+        statistics.begin(quantities)
+        if statistics.request.per_step:
+            # sequences add to the same steps, one after the other
+            count = len(quantities.u)
+            return torch.cat([_run(_row(quantities, i), statistics)[0] for i in range(count)])
+    return _run(quantities, statistics)[0]
+
+
+def scan_states(quantities: MixerQuantities, every: int) -> tuple[Tensor, Tensor]:
+    """Run the recurrence and keep states; see :func:`sparsessm_plugin.scan.scan_states`."""
+    y, states = _run(quantities, None, every)
+    return y, states.transpose(2, 3)
+
+
+def _row(q: MixerQuantities, i: int) -> MixerQuantities:
+    cut = {name: getattr(q, name)[i : i + 1] for name in ("u", "dt", "B", "C", "z")}
+    return MixerQuantities(**cut, A=q.A, D=q.D, mask=None if q.mask is None else q.mask[i : i + 1])
+
+
+def _run(
+    q: MixerQuantities, statistics: ScanStatistics | None, every: int = 0
+) -> tuple[Tensor, Tensor]:
+    """y (b, L, D) and, with ``every``, h (b, L // every, N, D)."""
+    batch, length, channels = q.u.shape
+    N, device = q.A.shape[1], q.u.device
+    request = statistics.request if statistics is not None else None
+    error_mode = _ERROR_MODES[request.output_error if request is not None else None]
+    block_n = max(4, triton.next_power_of_2(N))
+    warps = min(MOST_WARPS, max(1, block_n // STATES_A_WARP))
+    blocks = triton.cdiv(channels, BLOCK)
+    chunk = _chunk(length, PROGRAMS * _processors(device) // (batch * blocks * warps))
+    chunks = triton.cdiv(length, chunk)
+
+    u, dt = q.u.detach().contiguous(), q.dt.detach().contiguous()
+    # rows of a power of two are loaded whole, in vectors
+    B, C = (F.pad(t.detach(), (0, block_n - N)).contiguous() for t in (q.B, q.C))
+    A = q.A.detach().float().t().contiguous()  # (N, D): channels are the lanes
+    z = q.z.detach().contiguous() if error_mode else u
+    mask = u if q.mask is None else q.mask.contiguous().view(torch.uint8)
+
+    def room(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    y = room(batch, length, channels)
+    kept = room(batch, length // every, N, channels) if every else y
+    sums = {}  # of each chunk, (b chunks, N, D), or the accumulators of steps, (L, N, D)
+    for name, total in _accumulators(statistics).items():
+        per_step = total.ndim == 3
+        sums[name] = total.transpose(1, 2) if per_step else room(batch * chunks, N, channels)
+    starts = pruned_starts = elapsed = y
+    options = {"BLOCK_N": block_n, "BLOCK_D": BLOCK, "num_warps": warps}
+    with torch.cuda.device_of(u):
+        if chunks > 1:
+            starts = room(batch, chunks - 1, N, channels)
+            pruned_starts = torch.empty_like(starts) if error_mode == 1 else y
+            elapsed = room(batch, chunks - 1, channels)
+            between = (starts, pruned_starts, elapsed)
+            sizes = (length, chunk, chunks, channels, N)
+            ended = (blocks, chunks - 1, batch)
+            _end_chunks[ended](u, dt, A, B, *between, *sizes, ERROR=error_mode, **options)
+            _hand_on[(blocks, batch)](A, *between, *sizes, ERROR=error_mode, **options)
+        _scan[(blocks, chunks, batch)](
+            u,
+            dt,
+            A,
+            B,
+            C,
+            q.D.detach().contiguous(),
+            z,
+            mask,
+            starts,
+            pruned_starts,
+            y,
+            kept,
+            sums.get("state_energy", y),
+            sums.get("transition", y),
+            sums.get("output_error", y),
+            length,
+            chunk,
+            chunks,
+            channels,
+            N,
+            every,
+            ERROR=error_mode,
+            ENERGY="state_energy" in sums,
+            TRANSITION="transition" in sums,
+            PER_STEP=request is not None and request.per_step,
+            MASKED=q.mask is not None,
+            KEEP=every > 0,
+            **options,
+        )
+    for name, total in _accumulators(statistics).items():
+        if total.ndim == 2:
+            total += sums[name].sum(0, dtype=torch.float64).t()
+    return y, kept
+
+
+def _accumulators(statistics: ScanStatistics | None) -> dict[str, Tensor]:
+    names = ("state_energy", "transition", "output_error")
+    found = {name: getattr(statistics, name, None) for name in names}
+    return {name: total for name, total in found.items() if total is not None}
+
+
+def _chunk(length: int, wanted: int) -> int:
+    """Steps a chunk, so that about so many are made, all of one length but the last."""
+    chunks = max(1, min(wanted, length // SHORTEST))
+    return triton.cdiv(length, chunks)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":  # Triton's interpreter
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# -- kernels -----------------------------------------------------------------------------
+#
+# Shapes in memory: u, dt, z, y (b, L, D); A (N, D); B, C (b, L, BLOCK_N); states and sums
+# (..., N, D). In registers: (BLOCK_N, BLOCK_D). What lies outside of N and D is zero and stays.
+
+
+@triton.jit
+def _probe(out):
+    tl.store(out, 1.0)
+
+
+@triton.jit
+def _at(x, row, width, i, inside):
+    """Row of a (rows, width) tensor in float32."""
+    return tl.load(x + row * width + i, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _end_chunks(
+    u,
+    dt,
+    A,
+    B,
+    ends,
+    pruned_ends,
+    elapsed,
+    length,
+    chunk,
+    chunks,
+    channels,
+    states,
+    ERROR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The state every chunk but the last ends in from a zero state, and its sum of dt."""
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    d_in = d < channels
+    inside = (n < states)[:, None] & d_in[None, :]
+    entry = n[:, None] * channels + d[None, :]
+    a = tl.load(A + entry, mask=inside, other=0.0) * LOG2_E
+    first = tl.program_id(2).to(tl.int64) * length + tl.program_id(1) * chunk
+
+    h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    h_pruned = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    # the next step is loaded while this one is computed
+    next_x = _at(u, first, channels, d, d_in)
+    next_delta = _at(dt, first, channels, d, d_in)
+    next_b = tl.load(B + first * BLOCK_N + n).to(tl.float32)
+    for step in range(0, chunk):
+        x = next_x
+        delta = next_delta
+        b = next_b
+        row = first + tl.minimum(step + 1, chunk - 1)
+        next_x = _at(u, row, channels, d, d_in)
+        next_delta = _at(dt, row, channels, d, d_in)
+        next_b = tl.load(B + row * BLOCK_N + n).to(tl.float32)
+
+        drive = (delta * x)[None, :] * b[:, None]
+        h = tl.exp2(delta[None, :] * a) * h + drive
+        if ERROR == 1:
+            h_pruned = tl.exp2(delta * -LOG2_E)[None, :] * h_pruned + drive
+        total += delta
+
+    slot = tl.program_id(2).to(tl.int64) * (chunks - 1) + tl.program_id(1)
+    tl.store(elapsed + slot * channels + d, total, mask=d_in)
+    at = slot * states * channels + entry
+    tl.store(ends + at, h, mask=inside)
+    if ERROR == 1:
+        tl.store(pruned_ends + at, h_pruned, mask=inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _hand_on(
+    A,
+    ends,
+    pruned_ends,
+    elapsed,
+    length,
+    chunk,
+    chunks,
+    channels,
+    states,
+    ERROR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Turn, in place, what :func:`_end_chunks` left into the state the next chunk starts with."""
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    d_in = d < channels
+    inside = (n < states)[:, None] & d_in[None, :]
+    entry = n[:, None] * channels + d[None, :]
+    a = tl.load(A + entry, mask=inside, other=0.0) * LOG2_E
+
+    h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    h_pruned = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    first = tl.program_id(1).to(tl.int64) * (chunks - 1)
+    for c in range(0, chunks - 1):
+        total = tl.load(elapsed + (first + c) * channels + d, mask=d_in, other=0.0)
+        at = (first + c) * states * channels + entry
+        h = tl.exp2(total[None, :] * a) * h + tl.load(ends + at, mask=inside, other=0.0)
+        tl.store(ends + at, h, mask=inside)
+        if ERROR == 1:
+            left = tl.load(pruned_ends + at, mask=inside, other=0.0)
+            h_pruned = tl.exp2(total * -LOG2_E)[None, :] * h_pruned + left
+            tl.store(pruned_ends + at, h_pruned, mask=inside)
+
+
+@triton.jit
+def _add_step(sums, at, value, inside):
+    """Add to one step of the (L, N, D) sums; no other program adds to this step's channels."""
+    before = tl.load(sums + at, mask=inside, other=0.0)
+    tl.store(sums + at, before + value, mask=inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _scan(
+    u,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    mask,
+    starts,
+    pruned_starts,
+    y,
+    kept,
+    energy,
+    transition,
+    error,
+    length,
+    chunk,
+    chunks,
+    channels,
+    states,
+    every,
+    ERROR: tl.constexpr,
+    ENERGY: tl.constexpr,
+    TRANSITION: tl.constexpr,
+    PER_STEP: tl.constexpr,
+    MASKED: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One chunk with the state it really starts with: output, kept states, statistics."""
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    d_in = d < channels
+    inside = (n < states)[:, None] & d_in[None, :]
+    entry = n[:, None] * channels + d[None, :]
+    a = tl.load(A + entry, mask=inside, other=0.0) * LOG2_E
+    skip = tl.load(D + d, mask=d_in, other=0.0).to(tl.float32)
+
+    c_index = tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)
+    begin = c_index * chunk
+    steps = tl.minimum(chunk, length - begin)
+    first = sequence * length + begin
+    # the first chunk starts from zero
+    handed = (n < tl.where(c_index > 0, states, 0))[:, None] & d_in[None, :]
+    at = (sequence * (chunks - 1) + tl.maximum(c_index - 1, 0)) * states * channels + entry
+    h = tl.load(starts + at, mask=handed, other=0.0)
+    h_pruned = h
+    if ERROR == 1:
+        h_pruned = tl.load(pruned_starts + at, mask=handed, other=0.0)
+    energy_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    transition_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    error_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+
+    # the next step is loaded while this one is computed
+    next_x = _at(u, first, channels, d, d_in)
+    next_delta = _at(dt, first, channels, d, d_in)
+    next_z = _at(z, first, channels, d, d_in)
+    next_b = tl.load(B + first * BLOCK_N + n).to(tl.float32)
+    next_c = tl.load(C + first * BLOCK_N + n).to(tl.float32)
+    for step in range(0, steps):
+        x = next_x
+        delta = next_delta
+        gain = next_z * tl.sigmoid(next_z)
+        b = next_b
+        c = next_c
+        row = first + tl.minimum(step + 1, steps - 1)
+        next_x = _at(u, row, channels, d, d_in)
+        next_delta = _at(dt, row, channels, d, d_in)
+        next_z = _at(z, row, channels, d, d_in)
+        next_b = tl.load(B + row * BLOCK_N + n).to(tl.float32)
+        next_c = tl.load(C + row * BLOCK_N + n).to(tl.float32)
+
+        t = begin + step
+        step_at = t.to(tl.int64) * states * channels + entry
+        if MASKED:
+            real = tl.load(mask + first + step) != 0
+        dA = tl.exp2(delta[None, :] * a)
+        drive = (delta * x)[None, :] * b[:, None]
+        if ENERGY:
+            value = h * h
+            if MASKED:
+                value = tl.where(real, value, 0.0)
+            if PER_STEP:
+                _add_step(energy, step_at, value, inside)
+            else:
+                energy_sum += value
+        if TRANSITION:
+            value = dA
+            if MASKED:
+                value = tl.where(real, value, 0.0)
+            if PER_STEP:
+                _add_step(transition, step_at, value, inside)
+            else:
+                transition_sum += value
+        h = dA * h + drive
+        out = tl.sum(h * c[:, None], axis=0) + skip * x
+        tl.store(y + (first + step) * channels + d, out, mask=d_in)
+        if KEEP:  # noqa: SIM102 - known when compiling, and the next only when running
+            if (t + 1) % every == 0:
+                place = sequence * (length // every) + t // every
+                tl.store(kept + place * states * channels + entry, h, mask=inside)
+        if ERROR > 0:
+            if ERROR == 1:
+                h_pruned = tl.exp2(delta * -LOG2_E)[None, :] * h_pruned + drive
+            else:
+                h_pruned = drive
+            value = c[:, None] * gain[None, :] * (h_pruned - h)
+            value = value * value
+            if MASKED:
+                value = tl.where(real, value, 0.0)
+            if PER_STEP:
+                _add_step(error, step_at, value, inside)
+            else:
+                error_sum += value
+
+    if not PER_STEP:
+        at = (sequence * chunks + c_index) * states * channels + entry
+        if ENERGY:
+            tl.store(energy + at, energy_sum, mask=inside)
+        if TRANSITION:
+            tl.store(transition + at, transition_sum, mask=inside)
+        if ERROR > 0:
+            tl.store(error + at, error_sum, mask=inside)

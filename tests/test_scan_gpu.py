@@ -1,0 +1,243 @@
+"""The Triton scan against the reference: on a GPU, and without one in Triton's interpreter.
+
+The interpreter must be chosen before Triton is imported, and it runs kernels on tensors of the
+CPU; so these tests run once more in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+import warnings
+from importlib import import_module, util
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_scan import STATISTICS, random_quantities, relative
+
+from sparsessm_plugin import scan as package
+from sparsessm_plugin.mixers import MixerQuantities
+from sparsessm_plugin.scan import REFERENCE, ScanStatistics, StatisticsRequest, scan, scan_states
+
+GPU = "sparsessm_plugin.scan.gpu"
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available() and not INTERPRETER
+DEVICE = "cuda" if CUDA else "cpu"
+
+kernels_run = pytest.mark.skipif(
+    not (CUDA or INTERPRETER), reason="no CUDA device; run in the interpreter by another test"
+)
+# the interpreter takes milliseconds a step
+examples = settings(max_examples=40 if CUDA else 8, deadline=None, derandomize=True)
+
+
+def test_in_tritons_interpreter():
+    if CUDA or INTERPRETER:
+        pytest.skip("the tests run here")
+    triton = pytest.importorskip("triton")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        pytest.skip("the interpreter of Triton before 3.7 has no loops with NumPy 2.4")
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        check=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=os.path.dirname(__file__),
+    )
+
+
+def on_device(q, dtype=None):
+    """The quantities where kernels run; u, dt, B, C and z in another dtype."""
+    moved = {k: v.to(DEVICE) for k, v in vars(q).items() if isinstance(v, torch.Tensor)}
+    for name in ("u", "dt", "B", "C", "z"):
+        moved[name] = moved[name].to(dtype or torch.float32)
+    return MixerQuantities(**moved)
+
+
+def compare(q, request, tolerance, dtype=None):
+    """The kernels against the reference in float64, on the very numbers the kernels get."""
+    there = on_device(q, dtype)
+    exact = {k: v.cpu() for k, v in vars(there).items() if isinstance(v, torch.Tensor)}
+    exact = {k: v if k == "mask" else v.double() for k, v in exact.items()}
+    channels, states = q.A.shape
+    result = ScanStatistics(request, channels, states, device=DEVICE)
+    expected = ScanStatistics(request, channels, states)
+    y = scan(there, result, GPU)
+    assert y.dtype == torch.float32
+    assert relative(y.cpu(), scan(MixerQuantities(**exact), expected, REFERENCE)) < tolerance
+    assert result.tokens == expected.tokens
+    for name in STATISTICS:
+        a, b = getattr(result, name), getattr(expected, name)
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.shape == b.shape
+            assert a.dtype == b.dtype
+            assert torch.linalg.norm(a.cpu() - b) <= tolerance * torch.linalg.norm(b), name
+    return result
+
+
+@kernels_run
+@examples
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(1, 24 if not CUDA else 400),
+    channels=st.sampled_from([1, 3, 31, 32, 33] if not CUDA else [1, 31, 33, 130, 515]),
+    states=st.sampled_from([1, 2, 3, 5, 8, 16, 17]),
+    masked=st.booleans(),
+    per_step=st.booleans(),
+    pruned_value=st.sampled_from(["zero", "memoryless"]),
+    seed=st.integers(0, 1000),
+)
+def test_agrees_with_the_reference(
+    batch, length, channels, states, masked, per_step, pruned_value, seed
+):
+    q = random_quantities(batch, length, channels, states, seed, masked)
+    compare(q, StatisticsRequest(True, True, pruned_value, per_step), 1e-5)
+
+
+@kernels_run
+@pytest.mark.parametrize("states", [64, 100, 256])
+def test_many_states(states):
+    q = random_quantities(1, 18 if not CUDA else 300, 5, states, masked=True)
+    compare(q, StatisticsRequest(True, True, "zero"), 1e-5)
+
+
+@kernels_run
+@pytest.mark.parametrize(
+    "request_",
+    [
+        StatisticsRequest(state_energy=True),
+        StatisticsRequest(state_energy=True, transition=True, per_step=True),
+        StatisticsRequest(output_error="memoryless", per_step=True),
+        StatisticsRequest(output_error="zero"),
+    ],
+)
+def test_only_what_is_asked_for(request_):
+    compare(random_quantities(2, 20, 6, 4), request_, 1e-5)
+
+
+@kernels_run
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_comes_in_and_float32_is_summed(dtype):
+    q = random_quantities(2, 35, 34, 5, masked=True)
+    compare(q, StatisticsRequest(True, True, "zero"), 1e-5, dtype)
+
+
+@kernels_run
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+@pytest.mark.parametrize("pruned_value", ["zero", "memoryless"])
+def test_chunks_hand_their_states_on(count, pruned_value, monkeypatch):
+    """Slow transitions, so that a chunk still feels the ones before it; the last one is short."""
+    gpu = import_module(GPU)
+    length = 37
+    chunk = -(-length // count)
+    monkeypatch.setattr(gpu, "_chunk", lambda length, wanted: chunk)
+    q = random_quantities(2, length, 3, 2)
+    q.A, q.dt = q.A * 0.01, q.dt * 3
+    compare(q, StatisticsRequest(True, True, pruned_value), 1e-5)
+    compare(q, StatisticsRequest(True, True, pruned_value, per_step=True), 1e-5)
+
+
+@kernels_run
+def test_forgets_at_once_and_never():
+    """Pruned entries that keep nothing (A_log 38), and a time step of almost zero."""
+    q = random_quantities(1, 50, 3, 2)
+    q.A[0], q.A[1, 0] = -torch.tensor(38.0).exp(), -1e-8
+    q.dt[:, 10:20] = 1e-6
+    q.dt[:, 30] = 100.0
+    for pruned_value in ("zero", "memoryless"):
+        result = compare(q, StatisticsRequest(True, True, pruned_value), 1e-5)
+        assert result.is_finite()
+
+
+@kernels_run
+def test_what_is_padded_may_be_anything():
+    """NaN in the gate of padding spreads nowhere."""
+    q = random_quantities(2, 20, 4, 3, masked=True)
+    request = StatisticsRequest(True, True, "zero")
+    expected = compare(q, request, 1e-5)
+    q.z = q.z.masked_fill(~q.mask[..., None], torch.nan)
+    result = compare(q, request, 1e-5)
+    assert all(torch.equal(getattr(result, n), getattr(expected, n)) for n in STATISTICS)
+
+
+@kernels_run
+@pytest.mark.parametrize("per_step", [False, True])
+def test_two_runs_give_the_same_bits(per_step):
+    """And batches of other lengths add to the same sums."""
+    batches = [random_quantities(2, length, 33, 5, seed) for seed, length in enumerate((9, 34, 12))]
+    request = StatisticsRequest(True, True, "zero", per_step)
+    runs = []
+    for backend in (GPU, GPU, REFERENCE):
+        statistics = ScanStatistics(request, 33, 5, device=DEVICE)
+        for q in batches:
+            scan(on_device(q), statistics, backend)
+        runs.append([getattr(statistics, name) for name in STATISTICS])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
+    assert all(relative(a, b) < 1e-5 for a, b in zip(runs[0], runs[2], strict=True))
+
+
+@kernels_run
+@pytest.mark.parametrize("every", [1, 3, 16, 40, 50])
+def test_kept_states(every):
+    q = random_quantities(2, 40, 33, 5, masked=True)
+    y, h = scan_states(on_device(q), every, GPU)
+    expected, states = scan_states(q, every, REFERENCE)
+    assert h.shape == states.shape == (2, 40 // every, 33, 5)
+    assert relative(y.cpu(), expected) < 1e-5
+    if h.numel():
+        assert relative(h.cpu(), states) < 1e-5
+
+
+@kernels_run
+def test_views_need_not_be_contiguous():
+    q = random_quantities(2, 20, 6, 4, masked=True)
+    for name in ("u", "dt", "B", "C", "z"):
+        value = getattr(q, name)
+        setattr(q, name, value.transpose(1, 2).contiguous().transpose(1, 2))
+    q.mask, q.A = q.mask.t().contiguous().t(), q.A.t().contiguous().t()
+    compare(q, StatisticsRequest(True, True, "zero"), 1e-5)
+
+
+# -- without Triton ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """No backend chosen and nothing warned of yet."""
+    package.backend_for.cache_clear()
+    monkeypatch.setattr(package, "_warned", set())
+    yield
+    package.backend_for.cache_clear()
+
+
+def chosen(*devices):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        names = [package.backend_for(torch.device(d)) for d in devices]
+    return names, [str(w.message) for w in caught if w.category is RuntimeWarning]
+
+
+def test_no_triton(fresh, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, GPU, raising=False)
+    names, messages = chosen("cuda:0", "cuda:1", "cpu", "meta")
+    assert names == [REFERENCE, REFERENCE, package.BACKENDS["cpu"], REFERENCE]
+    assert len(messages) == 1
+    assert "plain torch" in messages[0]
+    assert "triton" in messages[0]
+
+
+@pytest.mark.skipif(util.find_spec("triton") is None, reason="no Triton")
+@pytest.mark.parametrize("capability", [(6, 1), (5, 2)])
+def test_old_gpu(fresh, monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    names, messages = chosen("cuda:0", "cuda:1")
+    assert names == [REFERENCE, REFERENCE]
+    assert len(messages) == 1
+    assert f"the GPU has {capability[0]}.{capability[1]}" in messages[0]
+
+
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+def test_this_gpu_uses_triton(fresh):
+    assert chosen("cuda") == ([GPU], [])
