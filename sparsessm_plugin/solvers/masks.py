@@ -10,6 +10,7 @@ from torch import Tensor
 from sparsessm_plugin.errors import SparseSSMError
 
 UNSTRUCTURED = "0:0"
+_COUNTED = 16  # the largest groups that are ranked by comparing all pairs
 
 
 def parse_structure(structure: str) -> tuple[int, int]:
@@ -117,9 +118,16 @@ def keep_largest_of_each(scores: Tensor, counts: Sequence[int]) -> Tensor:
 
 def _keep_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
     groups = scores.unflatten(-1, (-1, m))
-    gone = groups.topk(n, dim=-1, largest=False).indices
-    mask = torch.ones_like(groups, dtype=torch.bool).scatter_(-1, gone, False)
-    return mask.flatten(-2)
+    if m > _COUNTED:
+        gone = groups.topk(n, dim=-1, largest=False).indices
+        return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, gone, False).flatten(-2)
+    # m comparisons of whole tensors are far quicker than millions of sorts of m entries
+    rank = torch.zeros_like(groups, dtype=torch.uint8)
+    for i in range(m):
+        entry = groups[..., i : i + 1]
+        rank += entry < groups
+        rank[..., i + 1 :] += entry == groups[..., i + 1 :]
+    return (rank >= n).flatten(-2)
 
 
 def _keep_in_rows(scores: Tensor, sparsity: float) -> Tensor:

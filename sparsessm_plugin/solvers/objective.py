@@ -7,6 +7,8 @@ calibration. Leading dimensions are independent problems: a depthwise conv1d has
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -81,28 +83,40 @@ def relative_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
     :param pruned: (..., out, in)
     :param hessian: (..., in, in) sum of x x^T
     """
-    return _of_energy(float(objective(weight, pruned, hessian).sum()), weight, hessian)
+    error = float(objective(weight, pruned, hessian).sum())
+    return _of_energy(error, energy(weight, hessian))
 
 
-def _of_energy(error: float, weight: Tensor, hessian: Tensor) -> float:
-    """An error over ``tr(W H W^T)``; 0 if the dense output is zero."""
-    energy = float(objective(weight, torch.zeros_like(weight), hessian).sum())
-    return error / energy if energy > 0 else 0.0
+def energy(weight: Tensor, hessian: Tensor) -> float:
+    """``tr(W H W^T)``, the squared dense output summed over the calibration and all problems.
+
+    :param weight: (..., out, in) dense
+    :param hessian: (..., in, in) sum of x x^T
+    """
+    return float(objective(weight, torch.zeros_like(weight), hessian).sum())
 
 
-def finish(weight: Tensor, pruned: Tensor, mask: Tensor, hessian: Tensor) -> Solved:
+def _of_energy(error: float, total: float) -> float:
+    return error / total if total > 0 else 0.0
+
+
+def finish(
+    weight: Tensor, pruned: Tensor, mask: Tensor, hessian: Tensor, total: float | None = None
+) -> Solved:
     """Store a result in the dense weight's dtype and say what that costs.
 
     :param weight: (..., out, in) dense
     :param pruned: (..., out, in) in any precision
     :param mask: (..., out, in) bool, True where a weight may stay
     :param hessian: (..., in, in) sum of x x^T
+    :param total: :func:`energy` where it is known already
     """
     limits = torch.finfo(weight.dtype)
     stored = pruned.clamp(limits.min, limits.max).to(weight.dtype)
     stored = torch.where(mask, stored, torch.zeros_like(stored))
     error = float(objective(weight, stored, hessian).sum())
-    return Solved(stored, mask, error, _of_energy(error, weight, hessian))
+    total = energy(weight, hessian) if total is None else total
+    return Solved(stored, mask, error, _of_energy(error, total))
 
 
 def check(weight: Tensor, hessian: Tensor, keep: Tensor | None = None) -> None:
@@ -209,15 +223,18 @@ def _inverse_factor(H: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     :param H: (..., in, in)
     :param least: (...) that pivots must exceed, in units of the diagonal
     """
+    # In float64, as H spans many orders of magnitude. One factorisation, of H with its inputs in
+    # the opposite order, and one triangular inverse, n^3 (1/3 + 1): 0.2 TFLOP for 5120 inputs.
     # in units of the diagonal, so that inputs of very different size do no harm
     size = H.diagonal(dim1=-2, dim2=-1).sqrt()
     scaled = H / size[..., :, None] / size[..., None, :]
-    lower, info = torch.linalg.cholesky_ex(scaled)
+    lower, info = torch.linalg.cholesky_ex(scaled.flip(-1, -2))
     failed = (info > 0) | (lower.diagonal(dim1=-2, dim2=-1).amin(-1).square() <= least)
     eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
     lower = torch.where(failed[..., None, None], eye, lower)
-    upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return upper / size[..., None, :], failed | (info > 0)
+    inverse = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    # J H J = L L^T makes H^-1 = (J L^-1 J)^T (J L^-1 J), and J L^-1 J is upper triangular
+    return inverse.flip(-1, -2).triu() / size[..., None, :], failed
 
 
 def dense_target(
@@ -251,3 +268,72 @@ def dense_target(
 def working_dtype(weight: Tensor, hessian: Tensor) -> torch.dtype:
     """float32, or float64 if either tensor is."""
     return torch.promote_types(torch.promote_types(weight.dtype, hessian.dtype), torch.float32)
+
+
+# -- products on tensor cores ------------------------------------------------------------------
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Let CUDA round what float32 products multiply to 10 bits of mantissa; sums stay float32."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def add_gram(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``sum left right^T`` to ``total`` in place, on tensor cores where there are some.
+
+    TF32 rounds every input by at most 2^-10 of itself, independently. That adds about
+    ``2^-22 sum_j (w - w')_j^2 H_jj`` to the error that H gives a pruned weight, far below what
+    dampening adds; the share of the error itself that it changes is tested.
+
+    :param total: (in, in) float32
+    :param left: (tokens, in)
+    :param right: (tokens, in)
+    """
+    with tf32():
+        total.addmm_(left.to(total.dtype).T, right.to(total.dtype))
+
+
+class Factor:
+    """The right-hand side of many products that need float32's accuracy.
+
+    On tensor cores, which round to TF32's 10 bits, both sides are split in two and three of the
+    four products taken: more than twice as fast as float32 without tensor cores, and about as
+    exact (arXiv 2203.03341).
+
+    :param matrix: (..., k, n)
+    """
+
+    def __init__(self, matrix: Tensor):
+        self._parts = _split(matrix) if _splits(matrix) else (matrix,)
+
+    def after(self, x: Tensor) -> Tensor:
+        """``x @ matrix`` for x (..., m, k)."""
+        if len(self._parts) == 1:
+            return x @ self._parts[0]
+        high, low = _split(x)
+        matrix_high, matrix_low = self._parts
+        with tf32():
+            if x.dim() == 2:
+                return (low @ matrix_high).addmm_(high, matrix_low).addmm_(high, matrix_high)
+            return low @ matrix_high + high @ matrix_low + high @ matrix_high
+
+
+def _splits(matrix: Tensor) -> bool:
+    return (
+        matrix.is_cuda
+        and matrix.dtype == torch.float32
+        and torch.cuda.get_device_capability(matrix.device) >= (8, 0)
+    )
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 tensor as TF32 numbers and the rest."""
+    high = (x.contiguous().view(torch.int32) & -(1 << 13)).view(torch.float32)
+    return high, x - high
