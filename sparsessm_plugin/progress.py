@@ -102,6 +102,7 @@ def shown(console: "Console") -> Iterator[None]:
         Left(),
         console=console,
         transient=True,
+        redirect_stdout=False,  # some library would keep the stand-in for ever
         disable=not console.is_terminal,
     ) as bars:
         _shown.append(bars)

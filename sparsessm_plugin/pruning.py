@@ -172,7 +172,8 @@ def prune(
     # out here, where the error no longer holds what was on the GPU
     warnings.warn(f"{short}; trying once more with half of each batch", stacklevel=2)
     active_session().reset()
-    model.to("meta")
+    for module in model.modules():  # and not to("meta"): compressed-tensors would copy from there
+        module._parameters, module._buffers = {}, {}
     gc.collect()
     torch.cuda.empty_cache()
     model = reload()
