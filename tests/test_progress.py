@@ -180,7 +180,8 @@ def test_each_second_counts_for_the_innermost_stage(ticks):
             ticks.now += 10_000
             raise ZeroDivisionError
 
-    pytest.raises(ZeroDivisionError, fail)
+    with pytest.raises(ZeroDivisionError):
+        fail()
     cost.end()
     ticks.now += 5
     cost.end()
