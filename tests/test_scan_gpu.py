@@ -8,16 +8,19 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 from importlib import import_module, util
 
 import pytest
 import torch
+from conftest import FAMILIES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scan import STATISTICS, random_quantities, relative
 
+from sparsessm_plugin import fast_forward
 from sparsessm_plugin import scan as package
-from sparsessm_plugin.mixers import MixerQuantities
+from sparsessm_plugin.mixers import MixerQuantities, find_mixers
 from sparsessm_plugin.scan import REFERENCE, ScanStatistics, StatisticsRequest, scan, scan_states
 
 GPU = "sparsessm_plugin.scan.gpu"
@@ -197,6 +200,57 @@ def test_views_need_not_be_contiguous():
         setattr(q, name, value.transpose(1, 2).contiguous().transpose(1, 2))
     q.mask, q.A = q.mask.t().contiguous().t(), q.A.t().contiguous().t()
     compare(q, StatisticsRequest(True, True, "zero"), 1e-5)
+
+
+@kernels_run
+@pytest.mark.parametrize("family", ["mamba", "jamba"])
+def test_fast_forward_gives_the_models_own_logits(family, monkeypatch):
+    module = import_module("sparsessm_plugin.scan.fast_forward")
+    monkeypatch.setattr(module, "scan", partial(scan, backend=GPU))
+    monkeypatch.setattr(module, "scans_in_kernels", lambda mixer: False)
+    model = tiny_model(family).to(DEVICE)
+    ids = torch.randint(1, 96, (2, 18), device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, 12:] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        with fast_forward(model):
+            result = model(ids, attention_mask=mask, use_cache=False).logits
+    assert relative(result[mask.bool()], expected[mask.bool()]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "device", "bound", "backend", "replaced"),
+    [
+        ("mamba", "cpu", True, REFERENCE, True),  # what is bound refuses the CPU
+        ("mamba", "cuda", True, GPU, False),
+        ("mamba", "cuda", False, GPU, True),
+        ("mamba", "cuda", False, REFERENCE, False),
+        ("mamba2", "cuda", True, GPU, False),
+        ("mamba2", "cuda", False, REFERENCE, True),
+    ],
+)
+def test_where_fast_forward_replaces(family, device, bound, backend, replaced, monkeypatch):
+    module = import_module("sparsessm_plugin.scan.fast_forward")
+    monkeypatch.setattr(module, "scans_in_kernels", lambda mixer: bound)
+    monkeypatch.setattr(module, "backend_for", lambda device: backend)
+    forward = module._Forward(find_mixers(tiny_model(family))[0])
+    with torch.no_grad():
+        assert forward._takes_over(torch.device(device)) == replaced
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_that_scan_are_told_apart(family, monkeypatch):
+    """Bound for the convolution or for decoding alone, they leave the scan in plain torch."""
+    module = import_module("sparsessm_plugin.mixers.kernels")
+    mixer = find_mixers(tiny_model(family))[0].mixer
+    scans = [name for name in module.bound_kernels(mixer) if "scan" in name]
+    assert scans
+    bound = {"causal_conv1d_fn": "causal_conv1d", "selective_state_update": "mamba_ssm"}
+    monkeypatch.setattr(module, "_bound_in", lambda name: {**bound, scans[0]: "torch"})
+    assert not module.scans_in_kernels(mixer)
+    monkeypatch.setattr(module, "_bound_in", lambda name: {**bound, scans[0]: "mamba_ssm"})
+    assert module.scans_in_kernels(mixer)
 
 
 # -- without Triton ----------------------------------------------------------------------

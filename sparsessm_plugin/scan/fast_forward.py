@@ -1,13 +1,13 @@
 """Let the mixers of a model run their scan here instead of in transformers' reference loop.
 
 On the CPU, transformers walks through time in Python (Mamba-1) or multiplies by broadcast sums
-(Mamba-2); the scans of this package do the same tens of times faster. Where transformers
-has its own kernels bound, or on a device without a fast backend, nothing is replaced.
+(Mamba-2); the scans of this package do the same tens of times faster. So they do on a GPU, in
+Triton. Where transformers has mamba-ssm's kernels bound, or on a device without a fast
+backend, nothing is replaced.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from types import MethodType
 from typing import Any
 
@@ -21,7 +21,8 @@ from sparsessm_plugin.mixers import (
     iter_mixers,
     known_mixers,
 )
-from sparsessm_plugin.scan import BACKENDS, scan
+from sparsessm_plugin.mixers.kernels import scans_in_kernels
+from sparsessm_plugin.scan import REFERENCE, backend_for, scan
 
 
 @contextmanager
@@ -80,10 +81,12 @@ class _Forward:
         self.offered: tuple[Tensor, Tensor | None, MixerQuantities, Tensor] | None = None
 
     def _is_fast_on(self, device: torch.device) -> bool:
-        if device.type in BACKENDS:
+        if device.type == "cpu":  # kernels that transformers may have bound refuse it
             return True
-        # the chunked scan of Mamba-2 is fast everywhere; only real kernels are faster
-        return not self.adapter.has_state_transitions and find_spec("mamba_ssm") is None
+        if scans_in_kernels(self.adapter.mixer):
+            return False
+        # the chunked scan of Mamba-2 is matrix products, fast everywhere
+        return not self.adapter.has_state_transitions or backend_for(device) != REFERENCE
 
     def _takes_over(self, device: torch.device) -> bool:
         return self.gradients if torch.is_grad_enabled() else self._is_fast_on(device)
@@ -123,15 +126,13 @@ class _Forward:
         **kwargs: Any,
     ) -> Tensor:
         offered, self.offered = self.offered, None
-        if (
-            not self.active
-            or cache_params is not None
-            or not self._takes_over(hidden_states.device)
-        ):
+        replaces = self.active and cache_params is None
+        of_this = offered and offered[0] is hidden_states and offered[1] is attention_mask
+        if replaces and offered and of_this and not torch.is_grad_enabled():
+            return self.adapter.output(offered[2], offered[3])  # no scan is faster than none
+        if not replaces or not self._takes_over(hidden_states.device):
             return self.own_forward(
                 hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
             )
-        if offered and offered[0] is hidden_states and offered[1] is attention_mask:
-            return self.adapter.output(offered[2], offered[3])
         quantities = self.adapter.quantities(hidden_states, attention_mask)
         return self.adapter.output(quantities, self._scan(quantities))
