@@ -178,10 +178,11 @@ def together(what: str) -> Iterator[None]:
     except RanksError:
         raise
     except SparseSSMError as error:
-        messages: list[str | None] = gather(what, str(error))
-        if len(set(messages)) == 1:
+        if not is_distributed():
             raise
-        raise RanksError(_by_rank(messages)) from error
+        messages: list[str | None] = gather(what, str(error))
+        alike = len(set(messages)) == 1
+        raise RanksError(str(error) if alike else _by_rank(messages)) from error
     except BaseException as error:
         fail(error)
         raise

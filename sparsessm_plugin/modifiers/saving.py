@@ -17,6 +17,7 @@ from llmcompressor.transformers.compression.compressed_tensors_utils import (
     modify_save_pretrained,
 )
 
+from sparsessm_plugin import distributed
 from sparsessm_plugin.dependency_graph import apply_config_fields
 from sparsessm_plugin.files import write_json
 
@@ -41,7 +42,7 @@ def change_config(model: Any, fields: Mapping[str, Any]) -> None:
         _pack_experts(model)
         result = inner(save_directory, *args, **kwargs)
         path = Path(save_directory) / "config.json"
-        if path.is_file():
+        if distributed.rank() == 0 and path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
             _write_fields(content, kept)
             write_json(path, content)

@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from compressed_tensors.offload import disable_offloading
+from compressed_tensors.distributed import greedy_bin_packing
+from compressed_tensors.offload import disable_offloading, update_offload_parameter
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationStrategy,
@@ -28,6 +29,7 @@ from loguru import logger
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
+from sparsessm_plugin import distributed
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import is_mixer, iter_mixers
 from sparsessm_plugin.modifiers.saving import change_config
@@ -85,7 +87,11 @@ class SparseGPTQModifier(GPTQModifier):
     _layers: list[dict[str, Any]] = PrivateAttr(default_factory=list)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        self.check_model(state.model)
+        who = type(self).__name__
+        with distributed.together(f"{who} before calibration"):
+            self.check_model(state.model)
+        data = state.data.calib if state.data is not None else None
+        distributed.check_ranks(who, state.model, data, self._settings())
         return super().on_initialize(state, **kwargs)
 
     def check_model(self, model: nn.Module) -> None:
@@ -94,6 +100,63 @@ class SparseGPTQModifier(GPTQModifier):
         :raises SparseSSMError: naming the first such module and what to add to ``ignore``
         """
         check_quantized(self, model)
+
+    def compress_modules(self) -> None:
+        """Quantize the modules that have been calibrated, of several ranks each its share.
+
+        LLM Compressor's own way to share them out leaves what runs on the CPU different on every
+        rank, unless ranks share its memory.
+        """
+        if not distributed.is_distributed():
+            super().compress_modules()
+            return
+        try:
+            self._compress_on_ranks()
+        except BaseException as error:
+            distributed.fail(error)
+            self.release()
+            raise
+
+    @torch.no_grad()
+    def _compress_on_ranks(self) -> None:
+        modules = {self._module_names[module]: module for module in self._hessians}
+        # of an expert that no token was sent to on this rank, others may have a Hessian
+        seen = distributed.gather(
+            "modules to quantize", {n: m.weight.numel() for n, m in modules.items()}
+        )
+        sizes = {name: size for part in seen for name, size in part.items()}
+        by_name = {name: module for module, name in self._module_names.items()}
+        modules = {name: by_name[name] for name in sorted(sizes)}
+        owners = greedy_bin_packing(list(modules), len(seen), sizes.__getitem__)[2]
+        counts = distributed.reduce_sum(
+            "sequences seen", {n: self._num_samples.pop(m, None) for n, m in modules.items()}
+        )
+        own = []
+        for owner in range(len(seen)):
+            parts = {
+                n: self._hessians.pop(modules[n], None) for n, o in owners.items() if o == owner
+            }
+            sums = distributed.reduce_sum("Hessians", parts, to=owner)
+            if owner == distributed.rank():
+                own = [modules[name] for name in sums]
+                self._hessians.update((modules[name], hessian) for name, hessian in sums.items())
+                self._num_samples.update((modules[name], counts[name]) for name in sums)
+        before = len(self._layers)
+        self.compress_module_list(own)
+        for name, module in modules.items():
+            parameters = [key for key in module._parameters if key.startswith("weight")]
+            values = distributed.share(
+                f"quantized {name}",
+                partial(_values, module, parameters),
+                owners[name],
+                module.weight.device,
+            )
+            for key, value in zip(parameters, values, strict=True):
+                update_offload_parameter(module, key, value)
+            if module.weight_observer.has_statistics:
+                module.weight_observer.delete_statistics(check_fused=True)
+        entries = distributed.gather("report on quantized modules", self._layers[before:])
+        self._layers[before:] = [entry for part in entries for entry in part]
 
     def compress_module_list(self, module_list: Iterable[nn.Module]) -> None:
         """Quantize modules from their Hessians: those with zeros here, the others upstream."""
@@ -162,14 +225,11 @@ class SparseGPTQModifier(GPTQModifier):
         ``pruned`` counts the zeros that were found and kept, ``zeros`` all zeros afterwards;
         ``error`` is tr((W - Q) H (W - Q)^T), with H the mean over sequences of 2 X X^T.
         """
-        settings = self.model_dump(
-            mode="json", exclude=set(Modifier.model_fields), exclude_none=True, fallback=str
-        )
         entries = sum(layer["entries"] for layer in self._layers)
         pruned = sum(layer["pruned"] for layer in self._layers)
         return {
             "modifier": type(self).__name__,
-            "settings": settings,
+            "settings": self._settings(),
             "layers": self._layers,
             "total": {
                 "entries": entries,
@@ -179,6 +239,11 @@ class SparseGPTQModifier(GPTQModifier):
                 "seconds": round(sum(layer["seconds"] for layer in self._layers), 3),
             },
         }
+
+    def _settings(self) -> dict[str, Any]:
+        return self.model_dump(
+            mode="json", exclude=set(Modifier.model_fields), exclude_none=True, fallback=str
+        )
 
     def release(self) -> None:
         """Take the hooks off the model again; safe to call at any time."""
@@ -234,6 +299,10 @@ def check_quantized(modifier: Any, model: nn.Module) -> None:
                 f"{who}: {name} has {width} inputs, which groups of {size} do not divide; "
                 f'add "re:{_anchored(name)}" to ignore or choose another group_size'
             )
+
+
+def _values(module: Any, names: list[str]) -> list[Tensor]:
+    return [getattr(module, name) for name in names]
 
 
 def _has_zeros(module: Any) -> bool:

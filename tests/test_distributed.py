@@ -1,0 +1,398 @@
+"""Two ranks against one process, and what ranks say that do not fit together, fail or die.
+
+Run as a script this file is one of the ranks: ``python test_distributed.py FOLDER JOB...``.
+"""
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import conftest
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import DEVICE, VOCAB, Loader, batches, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsessm_plugin import distributed
+from sparsessm_plugin.errors import SparseSSMError
+
+_MAMBA = partial(tiny_model, "mamba", hidden_size=16, state_size=4, time_step_rank=2)
+_FALCON = partial(tiny_model, "falcon_mamba", hidden_size=16, state_size=4, time_step_rank=2)
+_MAMBA2 = partial(
+    tiny_model, "mamba2", hidden_size=16, state_size=4, num_heads=4, head_dim=8, n_groups=2
+)
+# in the same order as one process reads them; shares of 3 and 2
+_BATCHES = batches(count=5, padded=True)
+_SHARES = (_BATCHES[:3], _BATCHES[3:])
+
+
+def _recipes():
+    from sparsessm_plugin import modifiers as m
+
+    quantized = {"targets": ["Linear"], "ignore": ["lm_head", "re:.*dt_proj$"]}
+    half = {"sparsity": 0.5, "solver": "magnitude", "targets": ["in_proj", "out_proj"]}
+    everywhere = {"targets": ["Linear", "conv1d"], "ignore": ["lm_head"]}
+    return {
+        "alog": (_MAMBA, "basic", [partial(m.SparseSSMModifier, sparsity=0.5)]),
+        "alog-vote": (
+            _MAMBA,
+            "independent",
+            [partial(m.SparseSSMModifier, mask_structure="2:4", saliency="hessian")],
+        ),
+        "states": (_MAMBA, "independent", [partial(m.StateRemovalModifier, keep=2)]),
+        "states-vote": (
+            _MAMBA,
+            "basic",
+            [partial(m.StateRemovalModifier, keep=2, saliency="paper", compensate=["D", "C"])],
+        ),
+        "states-normed": (_FALCON, "independent", [partial(m.StateRemovalModifier, keep=2)]),
+        "states-heads": (
+            _MAMBA2,
+            "independent",
+            [partial(m.StateRemovalModifier, keep=2, reconstruct_steps=7)],
+        ),
+        "channels": (
+            _MAMBA,
+            "independent",
+            [partial(m.ChannelRemovalModifier, keep=16, multiple_of=8)],
+        ),
+        "heads": (_MAMBA2, "basic", [partial(m.ChannelRemovalModifier, keep=2, axis="heads")]),
+        "projections": (
+            _MAMBA,
+            "independent",
+            [partial(m.SensitivitySparseGPTModifier, sparsity=0.5)],
+        ),
+        "projections-dense": (
+            partial(tiny_model, "bamba"),
+            "independent",
+            [
+                partial(
+                    m.SensitivitySparseGPTModifier,
+                    sparsity=0.5,
+                    solver="sparsegpt",
+                    target_output="half_way",
+                    **everywhere,
+                )
+            ],
+        ),
+        "quantized": (
+            _MAMBA,
+            "independent",
+            [
+                partial(m.SensitivitySparseGPTModifier, **half),
+                partial(m.SparseGPTQModifier, scheme="W8A8", **quantized),
+            ],
+        ),
+    }
+
+
+RECIPES = (
+    "alog",
+    "alog-vote",
+    "states",
+    "states-vote",
+    "states-normed",
+    "states-heads",
+    "channels",
+    "heads",
+    "projections",
+    "projections-dense",
+    "quantized",
+)
+
+
+def run(job, share):
+    """A recipe on one share of the data: weights, and reports without what differs by nature."""
+    from llmcompressor import oneshot
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(conftest.DEMO)
+    make, pipeline, recipe = _recipes()[job]
+    model = make().to(DEVICE)
+    reports = []
+    for new in recipe:
+        modifier = new()
+        oneshot(
+            model=model,
+            recipe=modifier,
+            dataset=Loader(share),
+            pipeline=pipeline,
+            processor=tokenizer,
+        )
+        reports.append([{**e, "seconds": None} for e in modifier.report()["layers"]])
+    return {"weights": {k: v.cpu() for k, v in model.state_dict().items()}, "reports": reports}
+
+
+def run_dealt(share):
+    """The same through LLM Compressor's own way to deal out a dataset."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from transformers import AutoTokenizer
+
+    rows = {key: [row.tolist() for batch in _BATCHES for row in batch[key]] for key in _BATCHES[0]}
+    model = _MAMBA().to(DEVICE)
+    oneshot(
+        model=model,
+        recipe=_recipes()["alog"][2][0](),
+        dataset=Dataset.from_dict(rows),
+        processor=AutoTokenizer.from_pretrained(conftest.DEMO),
+        num_calibration_samples=9,
+        shuffle_calibration_samples=False,
+    )
+    return {"weights": {k: v.cpu() for k, v in model.state_dict().items()}}
+
+
+def refuse(share, number):
+    """What ranks say that do not fit together; nothing may have changed."""
+    from llmcompressor import oneshot
+
+    from sparsessm_plugin import SparseSSMModifier
+
+    cases = {
+        "model": {"seed": number},
+        "shape": {"state_size": 4 + 4 * number},
+        "batches": {"data": _BATCHES[: 4 - 2 * number]},
+        "none": {"data": _BATCHES[: 1 - number]},
+        "length": {"data": batches(length=24 - 4 * number)},
+        "settings": {"sparsity": 0.5 + 0.1 * number},
+        "target": {"targets": [] if number == 0 else ["layers.9"]},
+        "both": {"targets": ["layers.9"]},
+    }
+    said = {}
+    for case, unlike in cases.items():
+        model = _MAMBA(**{k: v for k, v in unlike.items() if k in ("seed", "state_size")})
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        modifier = SparseSSMModifier(
+            sparsity=unlike.get("sparsity", 0.5), targets=unlike.get("targets", [])
+        )
+        with pytest.raises(SparseSSMError) as error:
+            oneshot(model=model, recipe=modifier, dataset=Loader(unlike.get("data", share)))
+        said[case] = str(error.value)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    return said
+
+
+def fail(share, number):
+    """Rank 1 reads a token that is none, after all have agreed to begin."""
+    from llmcompressor import oneshot
+
+    from sparsessm_plugin import StateRemovalModifier
+
+    if number == 1:
+        share = [{**share[0], "input_ids": share[0]["input_ids"] + VOCAB}, *share[1:]]
+    with pytest.raises(SparseSSMError) as error:
+        oneshot(model=_MAMBA(), recipe=StateRemovalModifier(keep=2), dataset=Loader(share))
+    return str(error.value)
+
+
+def main(folder, *jobs):
+    """One rank."""
+    number = int(os.environ["RANK"])
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=120))
+    for job in jobs:
+        if job in ("refuse", "fail"):
+            result = {"refuse": refuse, "fail": fail}[job](_SHARES[number], number)
+        else:
+            result = run_dealt(None) if job == "dealt" else run(job, _SHARES[number])
+        torch.save(result, Path(folder) / f"{job}-{number}.pt")
+    dist.destroy_process_group()
+
+
+# One of two ranks, which ends without a word; the other one says who, and when it knew.
+_DIE = """
+import os, sys, time
+import torch
+import torch.distributed as dist
+from sparsessm_plugin import distributed
+
+distributed._SILENT = 3.0
+dist.init_process_group("gloo")
+number = distributed.gather("begin", distributed.rank())[distributed.rank()]
+started = time.monotonic()
+if number == 1 and sys.argv[1] == "before":
+    time.sleep(2.5 * distributed._SIGN)
+    os._exit(3)
+if number == 1:  # after all have agreed to send tensors
+    distributed._buckets = lambda tensors: os._exit(3)
+try:
+    distributed.reduce_sum("sums of a layer", {"x": torch.ones(2**20)})
+except distributed.RanksError as error:
+    print(time.monotonic() - started, error)
+"""
+
+
+# -- the tests ---------------------------------------------------------------------------
+
+
+def start(*command):
+    """The processes of two ranks."""
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "NUMBA_NUM_THREADS": "1",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in range(2)
+    ]
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def finish(processes, expected=(0, 0)):
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    codes = tuple(process.returncode for process in processes)
+    assert codes == expected, "\n".join(outputs)[-4000:]
+    return outputs
+
+
+def results(folder, job):
+    return [torch.load(folder / f"{job}-{r}.pt") for r in range(2)]
+
+
+needs_two = pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs two GPUs, or none"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two ranks leave that go through all jobs; the failing one comes last."""
+    folder = tmp_path_factory.mktemp("ranks")
+    finish(start(__file__, folder, *RECIPES, "dealt", "refuse", "fail"))
+    return folder
+
+
+def check(ranks, alone, tolerance=1e-4):
+    """Bit-identical over ranks, and what one process gives up to the order of summation."""
+    first, second = ranks
+    for name, weight in alone["weights"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name]), name
+        found = first["weights"][name]
+        assert found.shape == weight.shape
+        assert found.dtype == weight.dtype
+        scale = weight.float().abs().max().clamp(min=1e-6)
+        assert float((found.float() - weight.float()).abs().max() / scale) < tolerance, name
+
+
+@needs_two
+@pytest.mark.parametrize("job", RECIPES)
+def test_two_ranks_make_what_one_makes(folder, job):
+    ranks, alone = results(folder, job), run(job, _BATCHES)
+    check(ranks, alone)
+    assert ranks[0]["reports"] == ranks[1]["reports"]
+    for made, report in zip(ranks[0]["reports"], alone["reports"], strict=True):
+        for entry, other in zip(made, report, strict=True):
+            assert entry.keys() == other.keys()
+            for key in ("name", "tokens", "pruned", "removed", "zeros"):
+                assert entry.get(key) == other.get(key)
+            for key in ("sensitivity", "relative_error", "error_left", "error_removed"):
+                assert entry.get(key) == pytest.approx(other.get(key), rel=1e-3, abs=1e-9)
+
+
+@needs_two
+def test_data_that_llmcompressor_deals_out(folder):
+    check(results(folder, "dealt"), run_dealt(None))
+
+
+@needs_two
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("model", r"rank 1 has another model than rank 0.* backbone\.embeddings"),
+        ("shape", r"rank 1 has another model .*A_log \(32, 8\) float32 .*A_log \(32, 4\) float32"),
+        ("batches", "rank 0 has 4 calibration batches and rank 1 has 2"),
+        ("none", "rank 1: SparseSSMModifier needs calibration data, and the dataset is empty"),
+        ("length", "sequences of rank 1 have 20 tokens, those of rank 0 have 24"),
+        ("settings", "rank 1 and rank 0 have different settings"),
+        ("target", r"^rank 1: SparseSSMModifier.targets: 'layers.9' matches no"),
+        ("both", r"^SparseSSMModifier.targets: 'layers.9' matches no"),
+    ],
+)
+def test_ranks_that_do_not_fit_together(folder, case, message):
+    import re
+
+    said = [result[case] for result in results(folder, "refuse")]
+    assert said[0] == said[1]
+    assert "\n" not in said[0]
+    assert re.search(message, said[0]), said[0]
+
+
+@needs_two
+def test_a_rank_that_fails_stops_the_other(folder):
+    said = results(folder, "fail")
+    assert said[1].startswith("calibration data")
+    assert said[0] == f"rank 1 stopped: {said[1]}"
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of gloo")
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_rank_that_dies_stops_the_other(when):
+    outputs = finish(start("-c", _DIE, when), (0, 3))
+    seconds, said = outputs[0].strip().splitlines()[-1].split(" ", 1)
+    assert "rank 1 (" in said
+    assert said.endswith(
+        "has died: no sign of life for 3 s; the others have come to sums of a layer"
+    )
+    assert float(seconds) < 30
+
+
+def test_a_dead_rank_is_known_within_a_minute():
+    assert distributed._SILENT + 2 * distributed._SIGN < 60
+
+
+# -- without ranks -----------------------------------------------------------------------
+
+
+def test_one_process_gets_back_what_it_gives():
+    tensors = {"a": torch.ones(3), "b": None}
+    assert distributed.reduce_sum("x", tensors)["a"] is tensors["a"]
+    assert distributed.gather("x", 5) == [5]
+    assert distributed.total("x", 2, 0.5) == [2, 0.5]
+    assert distributed.share("x", lambda: [tensors["a"]])[0] is tensors["a"]
+    with pytest.raises(SparseSSMError, match=r"^wrong$"), distributed.together("x"):
+        raise SparseSSMError("wrong")
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.lists(st.integers(0, 5), max_size=3), max_size=5), st.integers(1, 20))
+def test_buckets_hold_everything_once(shapes, limit):
+    tensors = [torch.zeros(shape, dtype=torch.int64) for shape in shapes]
+    distributed._BUCKET, usual = limit, distributed._BUCKET
+    try:
+        for bucket in distributed._buckets(tensors):
+            # a piece is no smaller than a row
+            rows = [t[0].numel() if t.ndim else 1 for t in bucket if t.numel()]
+            assert sum(t.numel() for t in bucket) <= max(limit, *rows, 0)
+            for piece in bucket:
+                piece += 1
+    finally:
+        distributed._BUCKET = usual
+    assert all(bool((t == 1).all()) for t in tensors)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
