@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sparsessm_plugin.mixers import find_mixers
     from sparsessm_plugin.modifiers import (
         ChannelRemovalModifier,
+        GradientMagnitudeModifier,
         SensitivitySparseGPTModifier,
         SparseGPTQModifier,
         SparseSSMModifier,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ChannelRemovalModifier": "sparsessm_plugin.modifiers",
+    "GradientMagnitudeModifier": "sparsessm_plugin.modifiers",
     "SensitivitySparseGPTModifier": "sparsessm_plugin.modifiers",
     "SparseGPTQModifier": "sparsessm_plugin.modifiers",
     "SparseSSMError": "sparsessm_plugin.errors",
@@ -48,6 +50,7 @@ _PUBLIC = {
 
 __all__ = [
     "ChannelRemovalModifier",
+    "GradientMagnitudeModifier",
     "SensitivitySparseGPTModifier",
     "SparseGPTQModifier",
     "SparseSSMError",

@@ -2,6 +2,7 @@
 
 from sparsessm_plugin.loading import enable_compressed_loading
 from sparsessm_plugin.modifiers.channel_removal import ChannelRemovalModifier
+from sparsessm_plugin.modifiers.gradient_magnitude import GradientMagnitudeModifier
 from sparsessm_plugin.modifiers.sensitivity import SensitivitySparseGPTModifier
 from sparsessm_plugin.modifiers.sparse_gptq import SparseGPTQModifier
 from sparsessm_plugin.modifiers.sparsessm import SparseSSMModifier
@@ -9,6 +10,7 @@ from sparsessm_plugin.modifiers.state_removal import StateRemovalModifier
 
 __all__ = [
     "ChannelRemovalModifier",
+    "GradientMagnitudeModifier",
     "SensitivitySparseGPTModifier",
     "SparseGPTQModifier",
     "SparseSSMModifier",

@@ -42,7 +42,9 @@ class CheckedRecipe:
         :raises SparseSSMError: naming the modifier
         """
         for modifier in self.modifiers:
-            if data is None and modifier.requires_calibration_data:
+            needs = modifier.requires_calibration_data
+            # a modifier may read the data itself, without LLM Compressor's calibration pass
+            if data is None and getattr(modifier, "reads_calibration_data", needs):
                 raise SparseSSMError(
                     f"{self.name}: {type(modifier).__name__} needs calibration data; "
                     "give --calibration"

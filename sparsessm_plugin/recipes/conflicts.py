@@ -23,6 +23,7 @@ from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import MixerAdapter, find_mixers
 from sparsessm_plugin.modifiers import (
     ChannelRemovalModifier,
+    GradientMagnitudeModifier,
     SensitivitySparseGPTModifier,
     SparseGPTQModifier,
     SparseSSMModifier,
@@ -105,6 +106,8 @@ def _pruned(modifier: Any, model: nn.Module) -> set[str]:
     """Modules in whose weights a modifier makes zeros."""
     if isinstance(modifier, SensitivitySparseGPTModifier):
         return _names(modifier.matching_projections, model)
+    if isinstance(modifier, GradientMagnitudeModifier):
+        return {w.rpartition(".")[0] for w in _names(modifier.matching_weights, model)}
     if not isinstance(modifier, SparsityModifierBase):
         return set()
     targets = [modifier.targets] if isinstance(modifier.targets, str) else modifier.targets

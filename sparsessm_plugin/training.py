@@ -1,0 +1,409 @@
+"""Gradients of a loss for a model's weights, and steps along them, in bounded memory.
+
+The one part of this package that propagates through a whole model. Mixers run this
+package's differentiable scan, and of each layer only the input is kept until the backward pass.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sparsessm_plugin.distributed import reduce_sum, world_size
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.mixers import iter_mixers
+from sparsessm_plugin.scan.fast_forward import fast_forward
+
+IGNORED_LABEL = -100  # what transformers' losses leave out
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+_MOST_SKIPPED = 3
+_CLIP = 1.0  # norm of the gradient of all parameters that a tuning step goes along
+_WARM_UP = 0.1  # share of the tuning steps over which the learning rate rises
+
+
+class NonFiniteGradients:
+    """Counts the batches whose gradient is no number; the third is an error."""
+
+    def __init__(self) -> None:
+        self.skipped: list[str] = []
+
+    def found(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Whether this batch must be skipped.
+
+        :param parameters: with the gradients of one batch in ``grad``
+        :raises SparseSSMError: it is the third
+        """
+        grads = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+        if not grads:
+            return False
+        sums = torch.stack([g.sum(dtype=torch.float64) for g in grads.values()])
+        finite = torch.isfinite(sums).tolist()
+        if all(finite):
+            return False
+        name = list(grads)[finite.index(False)]
+        self.skipped.append(name)
+        if len(self.skipped) >= _MOST_SKIPPED:
+            raise SparseSSMError(
+                f"{len(self.skipped)} batches gave NaN or infinite gradients, the last for "
+                f"{name}; no more are skipped"
+            )
+        return True
+
+
+@contextmanager
+def differentiable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let a loss of the model be differentiated for these parameters and no others.
+
+    Evaluation mode, no caches, this package's scans; layers are computed twice instead of kept.
+    Everything is as it was on exit, and no gradient is left.
+
+    :param model: any model with state-space mixers
+    :param parameters: of the model, floating point
+    """
+    wanted = {id(p) for p in parameters}
+    everything = list(model.parameters())
+    flags = [p.requires_grad for p in everything]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for p in everything:
+            p.requires_grad_(id(p) in wanted)
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(_without_cache(model))
+            stack.enter_context(fast_forward(model, gradients=True))
+            stack.enter_context(_checkpointed(model))
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for p, flag in zip(everything, flags, strict=True):
+            p.grad = None
+            p.requires_grad_(flag)
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """A cache would keep states between the layers' two computations, and more than these."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    changed = [c for c in configs.values() if getattr(c, "use_cache", False)]
+    for config in changed:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in changed:
+            config.use_cache = True
+
+
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Keep of every layer its input only; a model without transformers' layers, of every mixer."""
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    replaced: list[tuple[Any, Any]] = []
+    try:
+        for layer in layers or [mixer for _, mixer in iter_mixers(model)]:
+            replaced.append((layer, vars(layer).get("forward")))
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        yield
+    finally:
+        for layer, earlier in reversed(replaced):
+            del layer.forward
+            if earlier is not None:
+                layer.forward = earlier
+
+
+# -- the loss ------------------------------------------------------------------------------
+
+
+def loss_of(model: Any, batch: Any, loss_fn: LossFunction | None = None) -> tuple[Tensor, int]:
+    """A batch's loss, and how much it counts in a mean over batches.
+
+    :param model: called as ``model(**batch, labels=labels)`` if there is no ``loss_fn``
+    :param batch: with ``input_ids`` (b, L), if there is none; labels may be in it, otherwise
+        they are the token ids, those at padding and right after it left out
+    :param loss_fn: ``loss_fn(model, batch)``, a mean over the batch
+    :return: scalar loss, and its labels; with a ``loss_fn`` its rows
+    :raises SparseSSMError: the model has no loss, labels are out of range, or what ``loss_fn``
+        returns is no scalar with a gradient
+    """
+    loss: Any
+    if loss_fn is not None:
+        loss, count = loss_fn(model, batch), rows(batch)
+        what = f"loss_fn returned {_described(loss)}"
+    else:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        labels = labels_of(batch)
+        vocabulary = _vocabulary_size(model)
+        if vocabulary is not None:
+            _check_labels(labels, vocabulary)
+        count = int((labels[:, 1:] != IGNORED_LABEL).sum())
+        if count == 0:
+            return torch.zeros(()), 0
+        if not _takes_labels(model):
+            raise SparseSSMError(_no_loss(model))
+        loss = getattr(model(**inputs, labels=labels), "loss", None)
+        if loss is None:
+            raise SparseSSMError(_no_loss(model))
+        what = f"{type(model).__name__} returned {_described(loss)} as its loss"
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise SparseSSMError(f"{what}; it must be one number that has a gradient")
+    return loss.float().reshape(()), count
+
+
+def labels_of(batch: Mapping[str, Any]) -> Tensor:
+    """(b, L) labels of a batch of text, as transformers' losses take them.
+
+    :raises SparseSSMError: the batch has no ``input_ids``, or labels of another shape
+    """
+    ids = batch.get("input_ids")
+    if ids is None:
+        raise SparseSSMError(
+            f"a batch holds {', '.join(map(str, batch)) or 'nothing'} and no input_ids; for "
+            "other data than text give loss_fn"
+        )
+    labels = batch.get("labels")
+    if labels is not None:
+        if labels.shape != ids.shape:
+            raise SparseSSMError(
+                f"labels have shape {tuple(labels.shape)}, input_ids {tuple(ids.shape)}"
+            )
+        return labels
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return ids
+    real = mask.bool()
+    predicted = real.clone()
+    predicted[:, 1:] &= real[:, :-1]  # the first token after padding on the left is not
+    return ids.masked_fill(~predicted, IGNORED_LABEL)
+
+
+def _check_labels(labels: Tensor, vocabulary: int) -> None:
+    wrong = labels[(labels != IGNORED_LABEL) & ((labels < 0) | (labels >= vocabulary))]
+    if wrong.numel():
+        raise SparseSSMError(
+            f"labels hold {int(wrong[0])}; allowed: 0 to {vocabulary - 1}, and "
+            f"{IGNORED_LABEL} for what is left out"
+        )
+
+
+def _vocabulary_size(model: Any) -> int | None:
+    """How many tokens the model tells apart, or None if it does not say."""
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return getattr(head, "out_features", None)
+
+
+def _takes_labels(model: nn.Module) -> bool:
+    parameters = inspect.signature(type(model).forward).parameters
+    return "labels" in parameters or any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
+    )
+
+
+def _no_loss(model: nn.Module) -> str:
+    return (
+        f"{type(model).__name__} returns no loss; give loss_fn, a function of the model and a "
+        "batch (only from Python)"
+    )
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    missing = "" if value.requires_grad else " without a gradient"
+    return f"a tensor of shape {tuple(value.shape)}{missing}"
+
+
+# -- batches -------------------------------------------------------------------------------
+
+
+def rows(batch: Any) -> int:
+    """How many samples a batch has: the first dimension of its first tensor.
+
+    :raises SparseSSMError: it holds no tensor with a dimension
+    """
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return leaf.shape[0]
+    raise SparseSSMError(f"a batch is a {type(batch).__name__} without a tensor of samples in it")
+
+
+def single_rows(batch: Any) -> Iterator[Any]:
+    """The samples of a batch, each a batch of one; what has another length is left whole."""
+    count = rows(batch)
+    for i in range(count):
+        yield tree_map(
+            lambda x, i=i: (
+                x[i : i + 1] if isinstance(x, Tensor) and x.ndim and x.shape[0] == count else x
+            ),
+            batch,
+        )
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on a device."""
+    if isinstance(batch, Mapping):  # BatchEncoding among them
+        batch = dict(batch)
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+
+
+# -- gradients -----------------------------------------------------------------------------
+
+
+def mean_gradients(
+    model: nn.Module,
+    batches: Sequence[Any],
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    loss_fn: LossFunction | None = None,
+    of_samples: bool = False,
+    non_finite: NonFiniteGradients | None = None,
+) -> tuple[dict[str, Tensor], float]:
+    """The gradient of the mean loss, or the norm of those of single samples.
+
+    Memory beside the model: for each weight in ``parameters`` one float32 sum, and the gradient
+    of one batch in the model's dtype.
+
+    :param batches: batches of calibration data, on any device
+    :param parameters: by name
+    :param loss_fn: see :func:`loss_of`
+    :param of_samples: ``sqrt(sum_i n_i g_i^2 / sum_i n_i)`` over samples i of n_i labels, instead
+        of ``|sum_i n_i g_i / sum_i n_i|``; a backward pass for each sample
+    :param non_finite: counts the batches that are skipped
+    :return: float32 by name, not negative, and the mean loss
+    :raises SparseSSMError: see :func:`loss_of`; no labels at all; too many non-finite gradients
+    """
+    non_finite = non_finite or NonFiniteGradients()
+    device = next(iter(parameters.values())).device
+    sums = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
+    # weight of all batches, and their weighted loss
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    with differentiable(model, parameters.values()):
+        for batch in batches:
+            for part in single_rows(batch) if of_samples else [batch]:
+                loss, count = loss_of(model, to_device(part, device), loss_fn)
+                if count == 0:
+                    continue
+                loss.backward()
+                if not non_finite.found(parameters):
+                    totals += torch.tensor([count, count * float(loss.detach())]).to(totals)
+                    for name, p in parameters.items():
+                        if p.grad is None:
+                            continue
+                        if of_samples:
+                            g = p.grad.float()
+                            sums[name].addcmul_(g, g, value=count)
+                        else:
+                            sums[name].add_(p.grad, alpha=count)
+                for p in parameters.values():
+                    p.grad = None
+    reduce_sum("gradients", {"loss": totals, **sums})  # in place
+    weight, loss_sum = totals.tolist()
+    if weight == 0:
+        raise SparseSSMError("the calibration data holds no label: nothing was predicted")
+    for total in sums.values():
+        total /= weight
+        total.sqrt_() if of_samples else total.abs_()
+    return sums, loss_sum / weight
+
+
+class Tuner:
+    """Adam on float32 copies of a model's weights, some of which stay zero.
+
+    The learning rate rises over the first tenth of all steps and falls along a cosine. Memory: 16
+    bytes a weight (copy, gradient, two moments) beside the model and its own gradients.
+
+    :param model: changed in place, weights and nothing else
+    :param parameters: what is tuned, by name
+    :param batches: taken in turn
+    :param steps: over all calls of :meth:`run`
+    :param learning_rate: the highest
+    :param loss_fn: see :func:`loss_of`
+    :param non_finite: counts the batches that are skipped
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        batches: Sequence[Any],
+        steps: int,
+        learning_rate: float,
+        *,
+        loss_fn: LossFunction | None = None,
+        non_finite: NonFiniteGradients | None = None,
+    ):
+        self.model = model
+        self.parameters = dict(parameters)
+        self.batches = batches
+        self.loss_fn = loss_fn
+        self.non_finite = non_finite or NonFiniteGradients()
+        self.done = 0
+        self._copies = {n: p.detach().float().clone() for n, p in self.parameters.items()}
+        self._adam = torch.optim.Adam(self._copies.values(), lr=learning_rate)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._adam, lambda step: _learning_rate_share(step, steps)
+        )
+
+    def run(self, steps: int, pruned: Mapping[str, Tensor]) -> float:
+        """Take some steps.
+
+        :param steps: how many
+        :param pruned: bool by name, True where a weight is zero and stays so
+        :return: the mean loss of the batches that were used
+        :raises SparseSSMError: see :func:`loss_of`
+        """
+        device = next(iter(self.parameters.values())).device
+        losses = []
+        for name, mask in pruned.items():
+            self._copies[name].masked_fill_(mask, 0.0)
+        with differentiable(self.model, self.parameters.values()):
+            for _ in range(steps):
+                batch = to_device(self.batches[self.done % len(self.batches)], device)
+                self.done += 1
+                loss, count = loss_of(self.model, batch, self.loss_fn)
+                if count:
+                    loss.backward()
+                if self._step(pruned) and count:
+                    losses.append(float(loss.detach()))
+                self._schedule.step()
+        return sum(losses) / len(losses) if losses else math.nan
+
+    def _step(self, pruned: Mapping[str, Tensor]) -> bool:
+        for name, p in self.parameters.items():
+            grad = torch.zeros_like(self._copies[name]) if p.grad is None else p.grad.float()
+            p.grad = None
+            self._copies[name].grad = grad
+        copies: Any = self._copies
+        reduce_sum("a tuning step", {name: copy.grad for name, copy in copies.items()})
+        for copy in copies.values():
+            copy.grad /= world_size()
+        if self.non_finite.found(copies):
+            return False
+        for name, mask in pruned.items():
+            copies[name].grad.masked_fill_(mask, 0.0)
+        nn.utils.clip_grad_norm_(copies.values(), _CLIP)
+        self._adam.step()
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                if name in pruned:  # the moments of what was pruned last still move it
+                    copies[name].masked_fill_(pruned[name], 0.0)
+                p.copy_(copies[name])
+        return True
+
+
+def _learning_rate_share(step: int, steps: int) -> float:
+    warm_up = max(1.0, _WARM_UP * steps)
+    if step < warm_up:
+        return (step + 1) / warm_up if warm_up > 1 else 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1.0, steps - warm_up)))
