@@ -14,6 +14,7 @@ from sparsessm_plugin.saliency import (
     SemiStructured,
     Unstructured,
     aggregate,
+    aggregation,
 )
 
 D, N, L = 6, 8, 130  # more steps than are scored at once
@@ -88,6 +89,21 @@ def test_frequency_is_algorithm_1():
     expected[order[:K]] = True
     assert torch.equal(ranking.select(Unstructured(0.3)), expected.reshape(D, N))
     assert torch.equal(-ranking.score.flatten(), torch.tensor(votes, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_few_steps_at_a_time_vote_the_same(steps, monkeypatch):
+    """Memory is bounded by the number of scores, and not by that of steps."""
+    data, seen = inputs(3), []
+    expected = rank("hessian", "frequency", Unstructured(0.3), data=data)
+    lowest = Unstructured.lowest
+    monkeypatch.setattr(aggregation, "ENTRIES", steps * D * N + 1)
+    monkeypatch.setattr(Unstructured, "lowest", lambda p, x: seen.append(len(x)) or lowest(p, x))
+    result = rank("hessian", "frequency", Unstructured(0.3), data=data)
+    assert max(seen) == steps
+    assert sum(seen) == L
+    assert torch.equal(result.score, expected.score)
+    torch.testing.assert_close(result.tie_break, expected.tie_break)
 
 
 def test_frequency_votes_within_groups_for_semi_structured_sparsity():

@@ -11,7 +11,10 @@ from torch import Tensor
 from sparsessm_plugin.saliency.scores import Saliency, SaliencyInputs
 from sparsessm_plugin.saliency.selection import Pattern, Ranking
 
-CHUNK = 64  # time steps that are scored at once
+# Time steps that are scored at once, so that a GPU has a selection for each multiprocessor, and
+# scores that are held at once: selecting from them takes several times their memory.
+CHUNK = 128
+ENTRIES = 2**24
 
 DecayKind = Literal["power", "discount", "linear", "window"]
 
@@ -81,8 +84,9 @@ class _Scores:
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """First step and (T, D, N) scores of each chunk."""
-        for start in range(0, self.steps, CHUNK):
-            stop = min(start + CHUNK, self.steps)
+        size = max(1, min(CHUNK, ENTRIES // self.inputs.A_log.numel()))
+        for start in range(0, self.steps, size):
+            stop = min(start + size, self.steps)
             yield start, self.saliency.score(self.inputs.steps(start, stop))
 
     def zeros(self) -> Tensor:
@@ -97,8 +101,9 @@ def _frequency(scores: _Scores, pattern: Pattern, decay: Decay) -> Ranking:
     """
     votes, total = scores.zeros(), scores.zeros()
     for _, chunk in scores:
-        informative = chunk.flatten(1).amax(dim=1) > 0
-        votes += pattern.lowest(chunk[informative]).sum(dim=0)
+        # a mask and no index: on a GPU, nothing waits for how many there are
+        informative = chunk.amax(dim=(1, 2), keepdim=True) > 0
+        votes += (pattern.lowest(chunk) & informative).sum(dim=0)
         total += chunk.sum(dim=0, dtype=torch.float64)
     return Ranking(-votes, tie_break=total)
 

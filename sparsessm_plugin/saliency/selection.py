@@ -45,7 +45,7 @@ class Unstructured:
         below = flat < threshold
         ties = flat == threshold
         free = count - below.sum(dim=1, keepdim=True)  # places left for the ties
-        chosen = below | (ties & (ties.cumsum(dim=1) <= free))
+        chosen = below | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= free))
         return chosen.reshape(scores.shape)
 
 
