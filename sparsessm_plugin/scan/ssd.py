@@ -65,7 +65,7 @@ def scan_with_states(
     before = []
     for k in range(count):
         before.append(h)
-        h = h * kept[..., k, :, :] + added[..., k, :, :]
+        h = torch.addcmul(added[..., k, :, :], h, kept[..., k, :, :])  # one kernel a chunk
     start = torch.stack(before, dim=3)  # (b, G, h, chunks, P, N)
     y = y + (C @ start.transpose(-1, -2)) * total.exp().to(x.dtype)[..., None]
     y = y + u * q.D.view(G, heads, 1, 1, 1)
