@@ -26,7 +26,7 @@ from sparsessm_plugin.saliency.states import (
     StateStatistics,
     lowest,
 )
-from sparsessm_plugin.scan import REFERENCE, scan, scan_states
+from sparsessm_plugin.scan import differentiable, scan, scan_states
 from sparsessm_plugin.solvers.compensation import mix_C, skip_update, without_skip
 from sparsessm_plugin.solvers.mixture import MixtureStatistics, best_mixture, fit_mixtures
 from sparsessm_plugin.solvers.reconstruction import reconstruct
@@ -81,6 +81,9 @@ class StateRemovalModifier(RemovalModifier):
         and out_proj where C can be mixed, D and out_proj where B and C are normalised, D,
         reconstruct and out_proj for the Mamba-2 layout
     :param reconstruct_steps: gradient steps of ``reconstruct`` for each layer
+    :param distill_steps: gradient steps on all weights of all mixers towards the dense model's
+        predictions of the calibration data, after the last layer; 0 is none
+    :param distill_learning_rate: of Adam, the highest
     :param targets: must match all mixers
     :param ignore: must match none
     :param report_path: ``.json`` file to write the report to
@@ -531,8 +534,7 @@ def fit_state_rows(
         if len(x) == 0:  # fewer rows than ranks
             return 0.0 * torch.stack([p.sum() for p, _ in parameters]).sum()
         q = small.quantities(x, mask)
-        # numba's scan is not differentiable; the other ones are
-        y = scan(q, backend=REFERENCE if q.u.is_cpu else None)
+        y = differentiable.scan(q)
         error = masked_error(target, small.output(q, y), q.mask)
         return error.square().sum() / (energy + 1e-30)
 
