@@ -25,7 +25,7 @@ from sparsessm_plugin.solvers.sparsegpt import may_stay, surgeon
 _FIRST_PENALTY = 0.03
 _UPDATE_EVERY = 4
 _GROWTH = ((0.1, 1.4), (0.005, 1.3), (0.0, 1.15))
-# Conjugate gradients stop when a step takes less than this share of the error that is left.
+# A row's conjugate gradients end when a step takes less than this share of the error left.
 _TOLERANCE = 1e-5
 
 
@@ -183,7 +183,7 @@ def refine_on_support(
     :param mask: (..., out, in) bool, True where a weight may stay
     :param steps: at most; a row of k weights is exact after k, were it not for rounding
     :param start: (..., out, in) to start from, ``weight`` on the mask by default
-    :param tolerance: stop when a step takes less than this share of the error, over all rows
+    :param tolerance: a row is done when a step takes less than this share of its error
     :return: (..., out, in) float32, float64 if the weight is; exactly zero outside the mask
     :raises SparseSSMError: an argument that is not allowed
     """
@@ -200,7 +200,7 @@ def refine_on_support(
 
     factor = Factor(H)
     errors = row_errors(dense, first, hessian)
-    left = float((errors / unit).sum())
+    left = (errors / unit).to(dtype)[..., None]
     x = first.clone()
     residual = factor.after(dense - x).masked_fill_(~mask, 0)
     z = residual * inverse
@@ -208,8 +208,8 @@ def refine_on_support(
     rz = (residual * z).sum(-1, keepdim=True)
     # where the sum of squares is as small as rounding of the whole output makes it
     small = torch.finfo(dtype).eps ** 2 * (dense.square() * diagonal).sum(-1, keepdim=True)
+    active = rz > small
     for _ in range(steps):
-        active = rz > small
         product = factor.after(direction)
         curvature = (direction * product).sum(-1, keepdim=True)
         active &= curvature > 0
@@ -219,9 +219,10 @@ def refine_on_support(
         z = residual * inverse
         previous, rz = rz, (residual * z).sum(-1, keepdim=True)
         direction = z + torch.where(active, rz / previous, torch.zeros_like(rz)) * direction
-        taken = float((length * previous).sum())
-        if not taken > tolerance * left:  # nothing, where no row is active
+        taken = length * previous
+        active &= (rz > small) & (taken > tolerance * left)
+        if not bool(active.any()):
             break
-        left -= taken
+        left = left - taken
     better = row_errors(dense, x, hessian) <= errors
     return torch.where(better[..., None], x, first)
