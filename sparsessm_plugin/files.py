@@ -25,15 +25,23 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
     :raises SparseSSMError: the file cannot be written
     """
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file beside the target and rename it into place.
+
+    :raises SparseSSMError: the file cannot be written
+    """
     target = Path(path)
     partial = None
     try:
         with tempfile.NamedTemporaryFile(
-            "w", dir=target.parent, prefix=f".{target.name}.", suffix=".partial", delete=False
+            dir=target.parent, prefix=f".{target.name}.", suffix=".partial", delete=False
         ) as file:
             partial = file.name
-            json.dump(content, file, indent=2, allow_nan=False)
-            file.write("\n")
+            file.write(content)
         os.chmod(partial, 0o666 & ~_umask())
         os.replace(partial, target)
     except OSError as error:

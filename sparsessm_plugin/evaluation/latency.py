@@ -9,20 +9,19 @@ import inspect
 import io
 import os
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.files import write_bytes
 from sparsessm_plugin.mixers.base import iter_mixers
+from sparsessm_plugin.mixers.kernels import bound_kernels
 
 PREFILL = "prefill"
 DECODE = "decode"
@@ -248,25 +247,6 @@ def default_warmup(device: torch.device) -> int:
     return 3 if device.type == "cuda" else 1
 
 
-def bound_kernels(model: Any) -> dict[str, str]:
-    """Which package each kernel function comes from that the model's mixers may call.
-
-    :return: e.g. ``{"selective_scan_fn": "mamba_ssm"}``, or ``"torch"`` where transformers'
-        reference stands in; empty where this version of transformers does not tell
-    """
-    found: dict[str, str] = {}
-    for module in {type(mixer).__module__ for _, mixer in iter_mixers(model)}:
-        for function in vars(sys.modules[module]).values():
-            if not inspect.isfunction(function) or not function.__closure__:
-                continue
-            # transformers keeps what it chose only in the closure of its wrapper
-            cells = inspect.getclosurevars(function).nonlocals
-            if {"func_name", "implementation", "is_new_implementation"} <= set(cells):
-                package = cells["implementation"].__module__.partition(".")[0]
-                found[cells["func_name"]] = package if cells["is_new_implementation"] else "torch"
-    return found
-
-
 def describe_kernels(kernels: Mapping[str, str]) -> str:
     """One line on the result of :func:`bound_kernels`."""
     if not kernels:
@@ -484,23 +464,4 @@ def plot_latency(latency: Latency, path: str | os.PathLike[str]) -> None:
     figure.axes[0].legend()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
-    _write_bytes(Path(path), picture.getvalue())
-
-
-def _write_bytes(target: Path, content: bytes) -> None:
-    partial = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            dir=target.parent, prefix=f".{target.name}.", suffix=".partial", delete=False
-        ) as file:
-            partial = file.name
-            file.write(content)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(partial, 0o666 & ~mask)
-        os.replace(partial, target)
-    except OSError as error:
-        raise SparseSSMError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        if partial is not None and os.path.exists(partial):
-            os.unlink(partial)
+    write_bytes(path, picture.getvalue())

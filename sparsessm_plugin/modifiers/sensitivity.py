@@ -393,8 +393,8 @@ class SensitivitySparseGPTModifier(MixerModifier):
             y = scan(quantities)
             offer(adapter.mixer, hidden_states, attention_mask, quantities, y)
             for projection in self._of(adapter):
-                x = _input_of(projection.kind, adapter, quantities, y)
-                gram = _gram(projection, x, x, quantities.mask)
+                x = input_of(projection.kind, adapter, quantities, y)
+                gram = gram_of(projection, x, x, quantities.mask)
                 self._add_hessian(projection, gram, _count(x, quantities.mask))
 
     def _linear_hook(
@@ -406,7 +406,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
             x = args[0]
             check_finite_input(projection.name, x)
             mask = _mask_for(x, self._masks[self._state.current_batch_idx])
-            self._add_hessian(projection, _gram(projection, x, x, mask), _count(x, mask))
+            self._add_hessian(projection, gram_of(projection, x, x, mask), _count(x, mask))
 
     def _add_hessian(self, projection: _Projection, gram: Tensor, tokens: int) -> None:
         name = projection.name
@@ -625,7 +625,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         """
         rank = distributed.rank()
         solved = {
-            p.name: self._solve(p, hessians[p.name].to(p.weight.device), crosses.get(p.name))
+            p.name: self._solve(p, hessians[p.name], crosses.get(p.name))
             for p in projections
             if owners[p.name] == rank
         }
@@ -647,13 +647,14 @@ class SensitivitySparseGPTModifier(MixerModifier):
         """The pruned weight of a projection as it is to be stored, and its entry in the report."""
         started = time.perf_counter()
         weight, name = projection.weight, projection.name
+        hessian = hessian.to(weight.device, torch.float32)
         zeros_before = weight == 0
         keep = ~zeros_before if bool(zeros_before.any()) else None
         try:
             target = weight.float()
             if cross is not None:
                 assert self.target_output is not None
-                moved = dense_target(target, hessian, cross, self.dampening_frac)
+                moved = dense_target(target, hessian, cross.float(), self.dampening_frac)
                 target = target.lerp(moved, _TARGET_SHARE[self.target_output])
             solved = SOLVERS[self.solver](
                 target,
@@ -828,14 +829,14 @@ def _divergence(reference: Tensor, logits: Tensor, mask: Tensor | None) -> float
 # -- what weights multiply -----------------------------------------------------------------
 
 
-def _input_of(kind: str, adapter: MixerAdapter, quantities: MixerQuantities, y: Tensor) -> Tensor:
+def input_of(kind: str, adapter: MixerAdapter, quantities: MixerQuantities, y: Tensor) -> Tensor:
     """(b, L, in) what a mixer's projection multiplies; of conv1d (b, L, D)."""
     if kind == "out_proj":
         return adapter.out_input(quantities, y)
     return quantities.inputs[kind]
 
 
-def _gram(projection: _Projection, left: Tensor, right: Tensor, mask: Tensor | None) -> Tensor:
+def gram_of(projection: _Projection, left: Tensor, right: Tensor, mask: Tensor | None) -> Tensor:
     """``sum left right^T`` over all positions but padding, as the solvers take it.
 
     :param left: (b, L, in); (tokens, in) outside of mixers
@@ -881,20 +882,22 @@ def _stage_statistics(
     for p in members:
         size = p.weight.shape[-1]
         shape = (p.weight.shape[0], size, size) if p.kind == "conv1d" else (size, size)
-        hessians[p.name] = torch.zeros(shape, device=pruned.A_log.device)
+        # solvers choose: a sum in another order, as ranks make it, must not choose otherwise
+        zeros = torch.zeros(shape, dtype=torch.float64, device=pruned.A_log.device)
+        hessians[p.name] = zeros
         if dense is not None:
-            crosses[p.name] = torch.zeros(shape, device=pruned.A_log.device)
+            crosses[p.name] = zeros.clone()
     for i, q in inputs.iterate(pruned):
         y = scan(q) if needs_scan else q.u
         if dense is not None and dense_inputs is not None:
             dense_q = dense.quantities(*dense_inputs.get(i, q.u.device))
             dense_y = scan(dense_q) if needs_scan else dense_q.u
         for p in members:
-            x = _input_of(p.kind, pruned, q, y)
-            hessians[p.name] += _gram(p, x, x, q.mask)
+            x = input_of(p.kind, pruned, q, y)
+            hessians[p.name] += gram_of(p, x, x, q.mask)
             if dense is not None:
-                dense_x = _input_of(p.kind, dense, dense_q, dense_y)
-                crosses[p.name] += _gram(p, dense_x, x, q.mask)
+                dense_x = input_of(p.kind, dense, dense_q, dense_y)
+                crosses[p.name] += gram_of(p, dense_x, x, q.mask)
     return hessians, crosses
 
 
