@@ -208,6 +208,7 @@ def evaluate(
 ) -> None:
     """Perplexity over non-overlapping windows of texts, and lm-eval's tasks."""
     _quiet(verbose)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval has a bar a task; ours says more
     texts, names = _named(text or []), _split_names("--tasks", tasks)
     if not texts and not names:
         raise SparseSSMError("nothing to evaluate; give --text, --tasks or both")
@@ -258,6 +259,139 @@ def evaluate(
     if output is not None:
         inventory = take_inventory(loaded).to_dict() if _has_mixers(loaded) else None
         write_json(output, {**report, "inventory": inventory, "versions": versions()})
+
+
+@app.command()
+def compare(
+    model: ModelArgument,
+    recipes: Annotated[
+        list[str],
+        typer.Option(help="YAML files (NAME=FILE) or built-in names; with commas or repeated."),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder of the comparison; one that was begun goes on.")
+    ],
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text file, JSON lines with `text`, or name[:config[:split]]."),
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Measure perplexity; TEXT or NAME=TEXT; repeatable.")
+    ] = None,
+    tasks: Tasks = None,
+    tasks_data: TasksData = None,
+    limit: Limit = None,
+    seeds: Annotated[
+        str, typer.Option(help="Of the draws of calibration windows, with commas.")
+    ] = "0",
+    num_samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 64,
+    max_seq_length: SeqLength = 2048,
+    eval_samples: Annotated[
+        int | None, typer.Option(min=1, help="Windows of a text to evaluate; default all.")
+    ] = None,
+    batch_size: BatchSize = 4,
+    tasks_batch_size: TasksBatchSize = 64,
+    text_field: TextField = "text",
+    pipeline: Annotated[
+        str, typer.Option(help="independent, sequential, basic or datafree.")
+    ] = "independent",
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the pruned checkpoints.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries.")] = False,
+) -> None:
+    """Run recipes on one model, each in its own process; a table, JSON and a plot."""
+    _quiet(verbose)
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    _choice("--pipeline", pipeline, ("independent", "sequential", "basic", "datafree"))
+    texts, names = _named(text or []), _split_names("--tasks", tasks)
+    if not texts and not names:
+        raise SparseSSMError("nothing to compare by; give --text, --tasks or both")
+    numbers = _numbers("--seeds", seeds)
+    source = _source(model, trust_remote_code, dtype, device)
+    from sparsessm_plugin.evaluation import comparison
+    from sparsessm_plugin.evaluation.latency import check_matplotlib
+    from sparsessm_plugin.recipes import load_recipe
+
+    check_matplotlib()
+    skeleton = source.load_skeleton()
+    chosen: dict[str, tuple[str, str]] = {}
+    runs: list[tuple[str, int]] = []
+    for name, where in _named(_split_names("--recipes", recipes), "--recipes").items():
+        label = Path(name).stem if name == where else name
+        if label in chosen:
+            raise SparseSSMError(f"two recipes are called {label!r}; give NAME=FILE")
+        recipe = load_recipe(where)
+        recipe.check_data(calibration)
+        recipe.check_model(skeleton)
+        chosen[label] = (where, recipe.text)
+        drawn = any(modifier.requires_calibration_data for modifier in recipe.modifiers)
+        runs += [(label, seed) for seed in (numbers if drawn else numbers[:1])]
+    _load_tasks(names, tasks_data, limit)  # only to find out now what would fail later
+
+    def identify(where: str) -> str:
+        return comparison.fingerprint(where) if Path(where).exists() else where
+
+    # what both commands take, then what each takes
+    common = ["--max-seq-length", str(max_seq_length), "--batch-size", str(batch_size)]
+    common += ["--text-field", text_field, "--device", device, "--dtype", dtype]
+    common += ["--trust-remote-code"] if trust_remote_code else []
+    prune_options = [*common, "--num-samples", str(num_samples), "--pipeline", pipeline]
+    prune_options += [] if calibration is None else ["--calibration", calibration]
+    evaluate_options = [*common, "--tasks-batch-size", str(tasks_batch_size)]
+    for name, where in texts.items():
+        evaluate_options += ["--text", f"{name}={where}"]
+    for option, value in (
+        ("--num-samples", eval_samples),
+        ("--tasks", ",".join(names) or None),
+        ("--tasks-data", tasks_data),
+        ("--limit", limit),
+    ):
+        evaluate_options += [] if value is None else [option, str(value)]
+    commit = getattr(skeleton.config, "_commit_hash", None)
+    plan = comparison.Plan(
+        model=model,
+        identity=identify(source.path) if commit is None else f"{model} {commit}",
+        recipes=chosen,
+        runs=runs,
+        settings={
+            "--calibration": None if calibration is None else identify(calibration),
+            "--text": {name: identify(where) for name, where in texts.items()},
+            "--tasks": names,
+            "--tasks-data": None if tasks_data is None else str(tasks_data),
+            "--limit": limit,
+            "--num-samples": num_samples,
+            "--max-seq-length": max_seq_length,
+            "--eval-samples": eval_samples,
+            "--text-field": text_field,
+            "--pipeline": pipeline,
+            "--device": device,
+            "--dtype": dtype,
+        },
+        prune_options=prune_options,
+        evaluate_options=evaluate_options,
+        output=output,
+        keep=keep,
+    )
+    try:
+        state = comparison.run_comparison(
+            plan, lambda line: err.print(escape(line), highlight=False, soft_wrap=True)
+        )
+    except (KeyboardInterrupt, _Terminated) as end:
+        name, code = ("terminated", 143) if isinstance(end, _Terminated) else ("interrupted", 130)
+        raise _Stopped(
+            f"{name}; finished runs are kept in {output}, the same command goes on from there", code
+        ) from end
+    rows = comparison.summarize(state[comparison.DENSE], state["runs"].values())
+    comparison.plot(rows, output / comparison.PLOT)
+    out.print(comparison.markdown(rows), markup=False, highlight=False, soft_wrap=True)
+    failed = [key for key, run in state["runs"].items() if "error" in run]
+    if failed:
+        raise SparseSSMError(
+            f"{len(failed)} of {len(state['runs'])} runs failed, {failed[0]} with: "
+            f"{state['runs'][failed[0]]['error']}; the same command tries them again"
+        )
 
 
 @app.command()
@@ -534,6 +668,8 @@ def main() -> None:
         raise
     except _Terminated:
         _fail("terminated; nothing was written", 143)
+    except _Stopped as stop:
+        _fail(str(stop), stop.code)
     except OSError as error:
         _fail(str(error), 1)
     except Exception as error:
@@ -560,6 +696,14 @@ def _memory_error(error: BaseException) -> str | None:
 
 class _Terminated(BaseException):
     pass
+
+
+class _Stopped(BaseException):
+    """A command was stopped and says itself what that left behind."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
 
 
 def _terminate(number: int, frame: Any) -> None:
@@ -664,19 +808,28 @@ def _progress(label: str, total: int) -> "Iterator[Any]":
         yield lambda done: progress.advance(task, done)
 
 
-def _named(sources: list[str]) -> dict[str, str]:
-    """NAME=TEXT, or TEXT alone, which is then its own name."""
+def _named(sources: list[str], option: str = "--text") -> dict[str, str]:
+    """NAME=SOURCE, or SOURCE alone, which is then its own name."""
     named: dict[str, str] = {}
     for source in sources:
         name, separator, where = source.partition("=")
         if not separator or Path(source).exists():
             name = where = source
         if not name or not where:
-            raise SparseSSMError(f"--text must be NAME=TEXT or TEXT, got {source!r}")
+            raise SparseSSMError(f"{option} must be SOURCE or NAME=SOURCE, got {source!r}")
         if name in named:
-            raise SparseSSMError(f"two texts are called {name!r}; give NAME=TEXT")
+            raise SparseSSMError(f"{option}: two are called {name!r}; give NAME=SOURCE")
         named[name] = where
     return named
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise SparseSSMError(
+            f"{option} must be whole numbers with commas between them, got {text!r}"
+        )
+    return list(dict.fromkeys(int(part) for part in parts))
 
 
 def _split_names(option: str, values: list[str] | None) -> list[str]:
@@ -690,7 +843,6 @@ def _split_names(option: str, values: list[str] | None) -> list[str]:
 def _load_tasks(names: list[str], data: Path | None, limit: int | None) -> Any:
     if not names:
         return None
-    os.environ["TQDM_DISABLE"] = "1"  # lm-eval's bars, one a task; ours says more
     from sparsessm_plugin.evaluation.tasks import load_tasks
 
     return load_tasks(names, data, limit)
@@ -834,37 +986,14 @@ def _print_inventory(name: str, inventory: "Inventory") -> None:
 
 
 def _print_sensitivity(result: "Sensitivity") -> None:
+    from sparsessm_plugin.evaluation.sensitivity import ratio_tables
+
     out.print(f"dense perplexity {result.dense:.4f}; in the tables, perplexity over it")
-    shares = {f"{share:.0%}": share for share in result.sparsities}
-    tables: list[tuple[str, list[list[float | None]], tuple[str, ...], list[str]]] = [
-        (
-            "kind",
-            [[result.ratio("kind", k, None, s) for s in shares.values()] for k in result.kinds],
-            result.kinds,
-            list(shares),
-        ),
-        (
-            "layer",
-            [[result.ratio("layer", None, n, s) for s in shares.values()] for n in result.layers],
-            result.layers,
-            list(shares),
-        ),
-        (
-            f"layer, {result.middle:.0%}",
-            [
-                [result.ratio("module", k, n, result.middle) for k in result.kinds]
-                for n in result.layers
-            ],
-            result.layers,
-            list(result.kinds),
-        ),
-    ]
-    for title, ratios, names, columns in tables:
-        if all(ratio is None for row in ratios for ratio in row):
-            continue
-        table = Table(title, *columns, box=None)
-        for name, row in zip(names, ratios, strict=True):
-            table.add_row(name, *("" if ratio is None else f"{ratio:.4f}" for ratio in row))
+    for ratios in ratio_tables(result):
+        kind, names = ratios.rows
+        table = Table(kind, *ratios.columns[1], title=ratios.title, title_justify="left", box=None)
+        for name, row in zip(names, ratios.ratios, strict=True):
+            table.add_row(name, *(f"{ratio:.4f}" for ratio in row))
         out.print(table)
 
 

@@ -300,8 +300,8 @@ def test_evaluate_texts_and_tasks(sparsessm, data, tmp_path, topics):
     [
         ((), "nothing to evaluate"),
         (("--tasks", "a,,b"), "--tasks holds an empty name"),
-        (("--text", "=a.txt"), "must be NAME=TEXT"),
-        (("--text", "a=b.txt", "--text", "a=c.txt"), "two texts are called 'a'"),
+        (("--text", "=a.txt"), "--text must be SOURCE or NAME=SOURCE"),
+        (("--text", "a=b.txt", "--text", "a=c.txt"), "--text: two are called 'a'"),
         (("--tasks", "piqa_local"), "give --tasks-data"),
         (("--tasks", "piqa_local", "--tasks-data", "none"), "there is no none/zeroshot/piqa"),
         (("--tasks", "piqa_local", "--output", "x.txt"), "--output must end in .json"),

@@ -59,6 +59,9 @@ class BatchedLM(HFLM):
             )
         return self.encodings[key]
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+        return super().loglikelihood(requests, disable_tqdm=True)  # progress is the caller's
+
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[Any, list[int], list[int]]],

@@ -1,0 +1,516 @@
+"""Recipes beside each other on one model, and beside the model as it was.
+
+A comparison is a folder. ``comparison.json`` in it holds what was asked for and every run that
+is finished, so that a comparison that was interrupted goes on where it stopped. The table and
+the plot are made from it.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.files import REPORT_NAME, write_bytes, write_json
+
+COMPARISON, TABLE, PLOT = "comparison.json", "comparison.md", "comparison.png"
+DENSE = "dense"
+
+_FINGERPRINTED = (".safetensors", ".json", ".model")
+_PATIENCE = 30.0  # seconds that a run has to tidy up after it was told to stop
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compare.
+
+    :param model: folder, hub name or the demo's name, for the command
+    :param identity: of the model: :func:`fingerprint`, or what else tells it from others
+    :param recipes: label -> what to give to ``--recipe``, and the recipe's YAML
+    :param runs: (label, seed), in the order in which they are to run
+    :param settings: all else that the numbers depend on
+    :param prune_options: for ``sparsessm prune``
+    :param evaluate_options: for ``sparsessm evaluate``
+    :param output: the folder
+    :param keep: keep the pruned checkpoints
+    """
+
+    model: str
+    identity: str
+    recipes: Mapping[str, tuple[str, str]]
+    runs: Sequence[tuple[str, int]]
+    settings: Mapping[str, Any]
+    prune_options: Sequence[str]
+    evaluate_options: Sequence[str]
+    output: Path
+    keep: bool = False
+
+
+# -- running -----------------------------------------------------------------------------
+
+
+def run_comparison(
+    plan: Plan, announce: Callable[[str], Any] = lambda line: None
+) -> dict[str, Any]:
+    """Do the runs that are not done yet, each in a process of its own, and write the folder.
+
+    A run that fails is noted with its error and does not stop the others; it is tried again the
+    next time. An interrupt ends the run that it meets and leaves those before it.
+
+    :param announce: called with a line before and after each run
+    :return: what ``comparison.json`` holds
+    :raises SparseSSMError: the folder holds something else, or another comparison; the dense model
+        cannot be evaluated
+    """
+    check_folder(plan)
+    try:
+        plan.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SparseSSMError(f"cannot write {plan.output}: {error.strerror or error}") from error
+    with _lock(plan.output):
+        state = check_folder(plan)
+        state["recipes"] |= {label: text for label, (_, text) in plan.recipes.items()}
+        _write(plan.output, state)
+        if state[DENSE] is None:
+            announce(f"{DENSE}: evaluating")
+            state[DENSE] = _evaluate(plan, plan.model, DENSE)
+            _write(plan.output, state)
+        for number, (label, seed) in enumerate(plan.runs, start=1):
+            key = run_name(label, seed)
+            if "error" not in state["runs"].get(key, {"error": "not run yet"}):
+                continue
+            announce(f"{key}: run {number} of {len(plan.runs)}")
+            try:
+                state["runs"][key] = _run(plan, label, seed)
+            except _RunFailed as error:
+                state["runs"][key] = {"recipe": label, "seed": seed, "error": str(error)}
+                announce(f"{key}: {error}")
+            _write(plan.output, state)
+    return state
+
+
+def run_name(label: str, seed: int) -> str:
+    """What a run is called in ``comparison.json``."""
+    return f"{label}, seed {seed}"
+
+
+def check_folder(plan: Plan) -> dict[str, Any]:
+    """What a folder already holds of a comparison; nothing of it is changed.
+
+    :raises SparseSSMError: it holds something else, or a comparison of another model, with other
+        settings or with another recipe of the same name
+    """
+    folder = plan.output
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise SparseSSMError(f"output {folder} exists and is not a directory")
+    fresh = {
+        "model": {"name": plan.model, "identity": plan.identity},
+        "settings": json.loads(json.dumps(plan.settings)),
+        "recipes": {},
+        DENSE: None,
+        "runs": {},
+    }
+    path = folder / COMPARISON
+    if not path.exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise SparseSSMError(
+                f"output directory {folder} exists and holds no {COMPARISON}; choose another"
+            )
+        return fresh
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        found = {key: state[key] for key in fresh}
+        runs = {key: dict(run) for key, run in found["runs"].items()}
+        same_model = found["model"]["identity"] == plan.identity
+        differing = [
+            key
+            for key in {**found["settings"], **fresh["settings"]}
+            if found["settings"].get(key) != fresh["settings"].get(key)
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SparseSSMError(f"{path} is not readable as a comparison: {error!r}") from error
+    advice = "nothing in it was changed; choose another --output"
+    if not same_model:
+        raise SparseSSMError(
+            f"{folder} compares recipes on another model, {found['model']['name']}; {advice}"
+        )
+    if differing:
+        key = differing[0]
+        raise SparseSSMError(
+            f"{folder} was made with {key} {found['settings'].get(key)!r}, not "
+            f"{fresh['settings'].get(key)!r}; {advice}"
+        )
+    for label, (_, text) in plan.recipes.items():
+        if found["recipes"].get(label, text) != text:
+            raise SparseSSMError(f"{folder} knows another recipe called {label}; {advice}")
+    return {**found, "runs": runs}
+
+
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """SHA-256 over the names and contents of a checkpoint's files, or of one file."""
+    root = Path(path)
+    files = [root]
+    if root.is_dir():
+        files = sorted(
+            file for file in root.iterdir() if file.suffix in _FINGERPRINTED and file.is_file()
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        if root.is_dir():
+            digest.update(file.name.encode())
+        with file.open("rb") as content:
+            while block := content.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+class _RunFailed(Exception):
+    """A run ended with an error, which is the message."""
+
+
+def _run(plan: Plan, label: str, seed: int) -> dict[str, Any]:
+    """Prune with a recipe, evaluate what comes out."""
+    recipe, text = plan.recipes[label]
+    checkpoint = plan.output / "models" / _slug(run_name(label, seed))
+    arguments = ["--recipe", recipe, *plan.prune_options, "--seed", str(seed)]
+    report = _report(checkpoint, text)
+    if report is None:  # else only the evaluation is missing
+        name = run_name(label, seed)
+        command = ["prune", plan.model, *arguments, "--output", str(checkpoint)]
+        _command(command, plan.output, name)
+        report = _report(checkpoint, text)
+        if report is None:
+            raise _RunFailed(f"recipe {label} has changed since the comparison began")
+    measured = _evaluate(plan, str(checkpoint), run_name(label, seed))
+    if not plan.keep:
+        shutil.rmtree(checkpoint)
+        if not any(checkpoint.parent.iterdir()):
+            checkpoint.parent.rmdir()
+    return {
+        "recipe": label,
+        "seed": seed,
+        **measured,
+        "parameters": report["after"]["parameters"],
+        "zeros": report["after"]["zeros"],
+        "seconds": report["seconds"]["oneshot"],
+        "peak_memory_bytes": report["peak_memory_bytes"],
+        "command": shlex.join(["sparsessm", "prune", plan.model, *arguments, "--output", "DIR"]),
+    }
+
+
+def _report(checkpoint: Path, recipe: str) -> dict[str, Any] | None:
+    """The report of a checkpoint that this very recipe made, if it is there."""
+    try:
+        report = json.loads((checkpoint / REPORT_NAME).read_text(encoding="utf-8"))
+        return report if report["recipe"]["yaml"] == recipe else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _evaluate(plan: Plan, model: str, name: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="sparsessm-") as folder:
+        report = Path(folder) / "evaluation.json"
+        command = ["evaluate", model, *plan.evaluate_options, "--output", str(report)]
+        try:
+            _command(command, plan.output, name)
+        except _RunFailed as error:
+            if name == DENSE:  # then no other run would do better
+                raise SparseSSMError(f"{model}: {error}") from error
+            raise
+        found = json.loads(report.read_text(encoding="utf-8"))
+    return {
+        "parameters": found["inventory"]["parameters"],
+        "zeros": found["inventory"]["zeros"],
+        "measures": measures(found["perplexity"], found["tasks"], found.get("tasks_asked_for", [])),
+        "perplexity": found["perplexity"],
+        "tasks": found["tasks"],
+        "versions": found["versions"],
+    }
+
+
+def measures(
+    perplexity: Mapping[str, Mapping[str, Any]],
+    tasks: Mapping[str, Mapping[str, Any]],
+    asked_for: Iterable[str],
+) -> dict[str, dict[str, Any]]:
+    """The numbers that a table shows: perplexities, and the metrics of the tasks asked for.
+
+    :param perplexity: name of a text -> numbers, as ``Perplexity.to_dict`` gives them
+    :param tasks: name of a task -> numbers, as ``TaskResult.to_dict`` gives them
+    :param asked_for: names of tasks, groups or tags; a tag stands for tasks of other names
+    """
+    found: dict[str, dict[str, Any]] = {
+        f"{name}, perplexity": {
+            "value": numbers["perplexity"],
+            "stderr": None,
+            "higher_is_better": False,
+        }
+        for name, numbers in perplexity.items()
+    }
+    inner = {name for numbers in tasks.values() for name in numbers["subtasks"]}
+    wanted = set(asked_for)
+    for name, numbers in tasks.items():
+        if name in wanted or name not in inner:
+            for metric, number in numbers["metrics"].items():
+                found[f"{name}, {metric}"] = dict(number)
+    return found
+
+
+def _command(arguments: Sequence[str], folder: Path, name: str) -> None:
+    """Run ``sparsessm`` in a process of its own; its output is kept only if it fails.
+
+    :raises _RunFailed: with its error
+    """
+    log = folder / "logs" / f"{_slug(name)}.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sparsessm_plugin.cli", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            code = process.wait()
+        except BaseException:
+            _stop(process)
+            raise
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    if code != 0:
+        lines = [line.strip() for line in lines if line.strip()]
+        reason = lines[-1].removeprefix("error: ") if lines else "no output"
+        if code < 0:
+            reason = f"killed by signal {-code}"
+        raise _RunFailed(f"{reason} (see {log})")
+    log.unlink()
+    if not any(log.parent.iterdir()):
+        log.parent.rmdir()
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Only one process works on a folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SparseSSMError(f"another process is working on {folder}") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+
+
+def _write(folder: Path, state: Mapping[str, Any]) -> None:
+    """The results so far, as JSON and as a table."""
+    write_json(folder / COMPARISON, state)
+    if state[DENSE] is not None:
+        rows = summarize(state[DENSE], state["runs"].values())
+        text = f"# Recipes on {state['model']['name']}\n\n{markdown(rows)}\n"
+        write_bytes(folder / TABLE, text.encode())
+
+
+# -- summing up --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean over runs that differ in their seed.
+
+    :param half_range: half of highest - lowest; None for one run
+    """
+
+    mean: float
+    half_range: float | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        half = (max(values) - min(values)) / 2 if len(values) > 1 else None
+        return cls(mean(values), half)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe of a table.
+
+    Shares are of the parameters of the dense model.
+
+    :param removed: share of the parameters that are no longer there
+    :param zeros: share that is there and 0
+    :param measures: by name
+    :param stderr: of measures in a single run, where known
+    :param ratio: of measures to the dense model, where less is better
+    :param seconds: of pruning
+    :param peak_memory: of pruning, bytes
+    """
+
+    label: str
+    runs: int
+    parameters: Spread
+    removed: Spread
+    zeros: Spread
+    measures: Mapping[str, Spread]
+    stderr: Mapping[str, float]
+    ratio: Mapping[str, float]
+    seconds: Spread | None = None
+    peak_memory: Spread | None = None
+    command: str = ""
+
+
+def summarize(dense: Mapping[str, Any], runs: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """A row for the dense model and one for each recipe, over its seeds; failed runs left out.
+
+    :param dense: parameters, zeros and measures
+    :param runs: the same, with recipe, seed, seconds and peak_memory_bytes
+    """
+    rows = [_row(DENSE, [dense], dense)]
+    by_label: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        if "error" not in run:
+            by_label.setdefault(run["recipe"], []).append(run)
+    return rows + [_row(label, same, dense) for label, same in by_label.items()]
+
+
+def _row(label: str, runs: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> Row:
+    def spread(numbers: Iterable[float]) -> Spread:
+        return Spread.of(list(numbers))
+
+    first, total = runs[0], dense["parameters"]
+    measured = {
+        name: spread(run["measures"][name]["value"] for run in runs) for name in first["measures"]
+    }
+    pruned = label != DENSE
+    return Row(
+        label=label,
+        runs=len(runs),
+        parameters=spread(run["parameters"] for run in runs),
+        removed=spread(1 - run["parameters"] / total for run in runs),
+        zeros=spread(run["zeros"] / total for run in runs),
+        measures=measured,
+        stderr={
+            name: number["stderr"]
+            for name, number in first["measures"].items()
+            if len(runs) == 1 and number["stderr"] is not None
+        },
+        ratio={
+            name: value.mean / dense["measures"][name]["value"]
+            for name, value in measured.items()
+            if pruned and not dense["measures"][name]["higher_is_better"]
+        },
+        seconds=spread(run["seconds"] for run in runs) if pruned else None,
+        peak_memory=spread(run["peak_memory_bytes"] for run in runs) if pruned else None,
+        command=str(first.get("command", "")),
+    )
+
+
+def markdown(rows: Sequence[Row], commands: bool = False) -> str:
+    """A table of Markdown, with what its columns mean below.
+
+    :param commands: add the command of each row
+    """
+    names = list(rows[0].measures)
+    header = ["recipe", "seeds", "parameters", "removed", "zeros", "removed or zero", *names]
+    header += ["seconds", "peak memory", *(["command"] if commands else [])]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for row in rows:
+        cells = [
+            row.label,
+            str(row.runs) if row.label != DENSE else "",
+            f"{row.parameters.mean:,.0f}",
+            f"{row.removed.mean:.1%}",
+            f"{row.zeros.mean:.1%}",
+            f"{row.removed.mean + row.zeros.mean:.1%}",
+            *(_cell(row, name) for name in names),
+            f"{row.seconds.mean:.1f}" if row.seconds else "",
+            f"{row.peak_memory.mean / 2**20:,.0f} MiB" if row.peak_memory else "",
+            *([f"`{row.command}`" if row.command else ""] if commands else []),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + (
+        "\n\nShares are of the dense model's parameters. ± is half of (highest - lowest) over the "
+        "seeds or, for a single run of a task, lm-eval's standard error. In brackets the ratio to "
+        "the dense model. Seconds and peak memory are those of pruning."
+    )
+
+
+def _cell(row: Row, name: str) -> str:
+    value = row.measures[name]
+    digits = 4 if value.mean < 2 else 2  # shares, or perplexities
+    error = value.half_range if value.half_range is not None else row.stderr.get(name)
+    text = f"{value.mean:.{digits}f}"
+    if error is not None:
+        text += f" ± {error:.{digits}f}"
+    return text + (f" ({row.ratio[name]:.3f})" if name in row.ratio else "")
+
+
+def plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
+    """Draw each measure against parameters, zeros and seconds, as a PNG file.
+
+    The dense model is the line. The bars are the half ranges over the seeds. The file appears
+    complete or not at all.
+
+    :raises SparseSSMError: matplotlib is missing, or the file cannot be written
+    """
+    from sparsessm_plugin.evaluation.latency import check_matplotlib
+
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    dense, pruned = rows[0], rows[1:]
+    names = list(dense.measures)
+    columns: list[tuple[str, Callable[[Row], float]]] = [
+        ("parameters", lambda row: row.parameters.mean),
+        ("zeros, share of the dense parameters", lambda row: row.zeros.mean),
+        ("seconds of pruning", lambda row: row.seconds.mean if row.seconds else 0.0),
+    ]
+    # without pyplot: no window system is asked for, no figure outlives this call
+    figure = Figure(figsize=(4.2 * len(columns), 3 * len(names) + 0.6), layout="constrained")
+    panels = figure.subplots(len(names), len(columns), squeeze=False)
+    for line, name in zip(panels, names, strict=True):
+        for panel, (label, position) in zip(line, columns, strict=True):
+            for number, row in enumerate(pruned):
+                panel.errorbar(
+                    [position(row)],
+                    [row.measures[name].mean],
+                    yerr=[row.measures[name].half_range or 0.0],
+                    marker="osD^v<>P*X"[number // 10 % 10],
+                    capsize=3,
+                    linestyle="none",
+                    color=f"C{number % 10}",
+                    label=row.label,
+                )
+            panel.axhline(dense.measures[name].mean, color="black", linewidth=0.8, label=DENSE)
+            panel.set_xlabel(label)
+            panel.grid(alpha=0.3)
+        line[0].set_ylabel(name)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_bytes(path, picture.getvalue())

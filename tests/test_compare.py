@@ -1,0 +1,301 @@
+"""Recipes beside each other: the folder, going on after an interrupt, what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import test_cli
+from conftest import DEMO, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsessm_plugin import cli
+from sparsessm_plugin.evaluation import comparison
+from sparsessm_plugin.evaluation.comparison import Spread, markdown, summarize
+
+sparsessm, refused = test_cli.sparsessm, test_cli.refused
+
+HALF = "a_stage: {a_modifiers: {SparseSSMModifier: {sparsity: %s, saliency: %s}}}"
+
+
+@pytest.fixture
+def text_file(topics, tmp_path):
+    path = tmp_path / "topics.txt"
+    path.write_text("\n\n".join(topics[key] for key in sorted(topics)[:6]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def setup(tmp_path, text_file):
+    """Two recipes, one of which draws calibration windows, and the options of a comparison."""
+    (tmp_path / "magnitude.yaml").write_text(HALF % (0.5, "magnitude"))
+    (tmp_path / "error.yaml").write_text(HALF % (0.25, "output_error"))
+    return [
+        *("--recipes", f"mag={tmp_path / 'magnitude.yaml'},{tmp_path / 'error.yaml'}"),
+        *("--calibration", text_file, "--text", f"topics={text_file}", "--seeds", "0,1"),
+        *("--num-samples", 2, "--max-seq-length", 32, "--eval-samples", 3),
+        *("--output", tmp_path / "out"),
+    ]
+
+
+@pytest.fixture
+def here(monkeypatch, sparsessm):
+    """Children in this process, which saves their imports; returns the commands as they ran."""
+    ran = []
+
+    def run(arguments, folder, name):
+        ran.append((arguments[0], name))
+        handler, argv = signal.getsignal(signal.SIGTERM), sys.argv
+        try:
+            sys.argv = ["sparsessm", *map(str, arguments)]
+            cli.main()
+        except SystemExit as error:
+            if error.code:
+                raise comparison._RunFailed(f"exit code {error.code}") from error
+        finally:
+            sys.argv = argv
+            signal.signal(signal.SIGTERM, handler)
+
+    monkeypatch.setattr(comparison, "_command", run)
+    return ran
+
+
+def test_a_comparison_and_going_on_with_it(sparsessm, here, setup, tmp_path):
+    out = tmp_path / "out"
+    code, stdout, _ = sparsessm("compare", DEMO, *setup)
+    assert code == 0
+    names = ["mag, seed 0", "error, seed 0", "error, seed 1"]  # magnitude draws nothing
+    assert here == [
+        ("evaluate", "dense"),
+        *((command, name) for name in names for command in ("prune", "evaluate")),
+    ]
+    assert sorted(os.listdir(out)) == ["comparison.json", "comparison.md", "comparison.png"]
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    state = json.loads((out / "comparison.json").read_text())
+    assert list(state["runs"]) == names
+    dense = state["dense"]
+    for name, share in zip(names, (0.5, 0.25, 0.25), strict=True):
+        run = state["runs"][name]
+        assert run["zeros"] == dense["zeros"] + share * 16384
+        assert run["parameters"] == dense["parameters"] == 728704
+        assert run["seconds"] > 0
+        assert run["peak_memory_bytes"] > 0
+    first, second = (state["runs"][f"error, seed {n}"]["measures"] for n in (0, 1))
+    assert first != second
+    table = (out / "comparison.md").read_text()
+    assert "| dense |" in table
+    assert "| error | 2 | 728,704 | 0.0% | 0.6% | 0.6% |" in table
+    assert table.split("\n", 2)[2].strip() in stdout
+
+    # the command that stands beside a run makes it again
+    here.clear()
+    command = state["runs"]["error, seed 1"]["command"].split()
+    assert command[:2] == ["sparsessm", "prune"]
+    again = tmp_path / "again"
+    assert sparsessm(*command[1:-1], again)[0] == 0
+    samples = ("--num-samples", 3, "--max-seq-length", 32)
+    report = tmp_path / "again.json"
+    text = setup[setup.index("--text") + 1]
+    assert sparsessm("evaluate", again, "--text", text, *samples, "--output", report)[0] == 0
+    value = json.loads(report.read_text())["perplexity"]["topics"]["perplexity"]
+    assert value == second["topics, perplexity"]["value"]
+
+    # nothing is done twice, and what is new is added
+    here.clear()
+    assert sparsessm("compare", DEMO, *setup)[0] == 0
+    assert here == []
+    (tmp_path / "more.yaml").write_text(HALF % (0.75, "magnitude"))
+    setup[1] = tmp_path / "more.yaml"
+    assert sparsessm("compare", DEMO, *setup)[0] == 0
+    assert here == [("prune", "more, seed 0"), ("evaluate", "more, seed 0")]
+    after = json.loads((out / "comparison.json").read_text())
+    assert list(after["runs"]) == [*names, "more, seed 0"]
+    assert after["runs"]["error, seed 1"] == state["runs"]["error, seed 1"]
+
+
+def test_a_run_that_fails_does_not_stop_the_others(
+    sparsessm, here, setup, tmp_path, monkeypatch, text_file
+):
+    run = comparison._command
+
+    def fail_once(arguments, folder, name):
+        if name == "mag, seed 0" and arguments[0] == "evaluate":
+            here.append(("failed", name))
+            raise comparison._RunFailed("the machine caught fire")
+        run(arguments, folder, name)
+
+    monkeypatch.setattr(comparison, "_command", fail_once)
+    code, stdout, stderr = sparsessm("compare", DEMO, *setup)
+    assert code == 1
+    assert "1 of 3 runs failed, mag, seed 0 with: the machine caught fire" in stderr
+    assert "| error |" in stdout
+    assert "| mag |" not in stdout
+    # tried again, and what was pruned already is not pruned again
+    monkeypatch.setattr(comparison, "_command", run)
+    here.clear()
+    assert sparsessm("compare", DEMO, *setup, "--keep")[0] == 0
+    assert here == [("evaluate", "mag, seed 0")]
+    assert os.listdir(tmp_path / "out" / "models") == ["mag-seed-0"]
+
+
+def test_refuses_the_folder_of_another_comparison(sparsessm, refused, here, setup, tmp_path):
+    out = tmp_path / "out"
+    assert sparsessm("compare", DEMO, *setup)[0] == 0
+    before = {file: file.read_bytes() for file in out.iterdir()}
+    other = test_cli.saved_tiny_model(tmp_path / "other", vocab_size=2048)
+    other.save_pretrained(tmp_path / "other")
+    assert "another model" in refused("compare", tmp_path / "other", *setup)
+    assert "made with --num-samples 2, not 3" in refused(
+        "compare", DEMO, *setup, "--num-samples", 3
+    )
+    (tmp_path / "magnitude.yaml").write_text(HALF % (0.6, "magnitude"))
+    assert "knows another recipe called mag" in refused("compare", DEMO, *setup)
+    (tmp_path / "magnitude.yaml").write_text(HALF % (0.5, "magnitude"))
+    (tmp_path / "topics.txt").write_text("another text of the same name " * 500)
+    assert "made with --calibration" in refused("compare", DEMO, *setup)
+    assert {file: file.read_bytes() for file in out.iterdir()} == before
+
+    (out / "comparison.json").write_text("{}")
+    assert "not readable as a comparison" in refused("compare", DEMO, *setup)
+    (out / "comparison.json").unlink()
+    assert "holds no comparison.json" in refused("compare", DEMO, *setup)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("alog-50",), "nothing to compare by"),
+        (("alog-50", "--text", "a.txt", "--seeds", "0,x"), "--seeds must be whole numbers"),
+        (("alog-51", "--text", "a.txt"), "built in: all-50-w8a8"),
+        (("x=alog-50,x=state-50", "--text", "a.txt"), "--recipes: two are called 'x'"),
+        (("alog-50", "--text", "a.txt"), "give --calibration"),
+        (("alog-50", "--tasks", "piqa_local", "--calibration", "a.txt"), "give --tasks-data"),
+    ],
+)
+def test_bad_arguments(refused, tmp_path, arguments, message):
+    assert message in refused(
+        "compare", DEMO, "--output", tmp_path / "out", "--recipes", *arguments
+    )
+
+
+def test_a_model_that_a_recipe_does_not_fit(refused, tmp_path):
+    tiny_model("mamba2").save_pretrained(tmp_path / "model")
+    options = ("--recipes", "alog-50", "--calibration", "a.txt", "--text", "a.txt")
+    message = refused("compare", tmp_path / "model", *options, "--output", tmp_path / "out")
+    assert "has one entry a head" in message
+
+
+def test_children_interrupts_and_errors_for_real(setup, tmp_path):
+    """In processes: a second comparison is refused, an interrupt keeps what is finished."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "sparsessm_plugin.cli", "compare", str(DEMO), *setup]
+    command = [str(part) for part in command]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stderr:  # the dense model is done when the first run begins
+        lines.append(line)
+        if line.startswith("mag, seed 0"):
+            break
+    second = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert second.returncode == 1
+    assert "another process is working on" in second.stderr
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, (lines, rest)
+    assert f"finished runs are kept in {out}" in " ".join(rest.split())
+    state = json.loads((out / "comparison.json").read_text())
+    assert state["dense"]["measures"]["topics, perplexity"]["value"] > 1
+    assert state["runs"] == {}
+    assert not [name for name in os.listdir(out) if name.startswith(".")]
+    time.sleep(0.1)
+    assert "sparsessm_plugin.cli prune" not in _commands(out)
+
+
+def _commands(folder):
+    """Command lines of all processes that name a folder."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/cmdline", "rb") as file:
+                    line = file.read().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if str(folder) in line:
+                found.append(line)
+    return "\n".join(found)
+
+
+def test_a_child_that_fails_leaves_its_error(tmp_path):
+    with pytest.raises(comparison._RunFailed, match="cannot load model") as error:
+        comparison._command(["evaluate", "none", "--text", "x.txt"], tmp_path, "dense")
+    log = tmp_path / "logs" / "dense.log"
+    assert str(log) in str(error.value)
+    assert "error: cannot load" in log.read_text()
+
+
+# -- summing up --------------------------------------------------------------------------
+
+
+def run(recipe, value, parameters=90, zeros=20, stderr=None):
+    return {
+        "recipe": recipe,
+        "parameters": parameters,
+        "zeros": zeros,
+        "measures": {
+            "a, perplexity": {"value": value, "stderr": None, "higher_is_better": False},
+            "b, acc": {"value": value / 100, "stderr": stderr, "higher_is_better": True},
+        },
+        "seconds": value,
+        "peak_memory_bytes": 2**20 * value,
+    }
+
+
+def test_table():
+    dense = run("", 10.0, parameters=100, zeros=5, stderr=0.01)
+    runs = [run("x", 11.0), run("y", 14.0, 100, 50, stderr=0.02), run("x", 13.0)]
+    rows = summarize(dense, [*runs, {"recipe": "z", "seed": 0, "error": "failed"}])
+    assert [row.label for row in rows] == ["dense", "x", "y"]
+    x, y = rows[1:]
+    assert x.measures["a, perplexity"] == Spread(12.0, 1.0)
+    assert x.ratio == {"a, perplexity": pytest.approx(1.2)}
+    assert x.removed.mean == pytest.approx(0.1)
+    assert x.zeros.mean == pytest.approx(0.2)
+    assert (x.stderr, y.stderr) == ({}, {"b, acc": 0.02})
+    lines = markdown(rows).splitlines()
+    assert lines[2].startswith("| dense |  | 100 | 0.0% | 5.0% | 5.0% | 10.00 | 0.1000 ± 0.0100 |")
+    assert (
+        "| x | 2 | 90 | 10.0% | 20.0% | 30.0% | 12.00 ± 1.00 (1.200) | 0.1200 ± 0.0100 |"
+        in (lines[3])
+    )
+    assert lines[4].startswith("| y | 1 | 100 | 0.0% | 50.0% | 50.0% | 14.00 (1.400) |")
+    assert lines[3].count("|") == lines[0].count("|")
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=6))
+def test_spread_reaches_every_value(values):
+    spread = Spread.of(values)
+    middle = (max(values) + min(values)) / 2
+    assert abs(spread.mean - middle) <= (spread.half_range or 0) + 1e-6
+    assert (spread.half_range is None) == (len(values) == 1)
+
+
+def test_fingerprint_sees_every_byte(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    seen = set()
+    for name, content in (
+        ("config.json", b"{}"),
+        ("model.safetensors", b"weights"),
+        ("model.safetensors", b"Weights"),
+        ("more.safetensors", b""),
+    ):
+        (folder / name).write_bytes(content)
+        seen.add(comparison.fingerprint(folder))
+    assert len(seen) == 4
+    (folder / "notes.txt").write_text("not a part of the model")
+    assert comparison.fingerprint(folder) in seen
