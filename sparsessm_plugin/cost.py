@@ -107,6 +107,24 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
+# -- memory that is there ------------------------------------------------------------------
+
+
+def has_room(device: torch.device, needed: int) -> bool:
+    """Whether more than half of a GPU stays free once so many bytes more are held."""
+    if device.type != "cuda":
+        return False
+    free, total = torch.cuda.mem_get_info(device)
+    # torch keeps memory that no tensor holds
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free - needed > total // 2
+
+
+def kept(tensor: Tensor) -> Tensor:
+    """A tensor where it can wait for its use: on its GPU if that has room, else in main memory."""
+    return tensor if has_room(tensor.device, tensor.nbytes) else tensor.cpu()
+
+
 # -- memory that is short ------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sparsessm_plugin import distributed
-from sparsessm_plugin.cost import halved, peak_memory_bytes, reset_peak_memory, shortage
+from sparsessm_plugin.cost import halved, has_room, peak_memory_bytes, reset_peak_memory, shortage
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.loading import load
 from sparsessm_plugin.recipes import CheckedRecipe
@@ -205,6 +205,7 @@ def _run(
             dataset=loader,
             processor=tokenizer,
             pipeline=pipeline,
+            sequential_offload_device=_place_between_layers(model, loader),
         )
     except BaseException as error:
         distributed.fail(error)
@@ -213,6 +214,16 @@ def _run(
                 modifier.release()
         raise
     return active_session().lifecycle.recipe.modifiers
+
+
+def _place_between_layers(model: Any, loader: DataLoader[Any] | None) -> str:
+    """Where what leaves a layer waits for the next one: on the GPU if that has room."""
+    if loader is None:
+        return "cpu"
+    tokens = sum(batch["input_ids"].numel() for batch in loader)
+    # before and after a layer, and all of it in float32 as Mamba's residual stream is
+    needed = 2 * 4 * tokens * model.config.get_text_config().hidden_size
+    return str(model.device) if has_room(model.device, needed) else "cpu"
 
 
 def _result(

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from sparsessm_plugin import cli, pruning
-from sparsessm_plugin.cost import halved, shortage
+from sparsessm_plugin import cli, cost, pruning
+from sparsessm_plugin.cost import halved, has_room, shortage
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import find_mixers
 from sparsessm_plugin.pruning import prune
@@ -183,3 +183,35 @@ def test_halved_keeps_rows_in_order(sizes, extras):
         assert torch.equal(torch.cat([p[key] for p in parts]), torch.cat([b[key] for b in ready]))
     if extras:
         assert all(p["scale"] == 2.0 and p["note"] == "x" for p in parts)
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "allocated", "needed", "room"),
+    [
+        (60, 0, 0, 9, True),
+        (60, 0, 0, 10, False),
+        (60, 0, 0, 40, False),
+        (20, 70, 30, 9, True),  # torch holds 40 that no tensor needs
+        (20, 70, 70, 1, False),
+    ],
+)
+def test_half_of_a_gpu_stays_free(monkeypatch, free, reserved, allocated, needed, room):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    assert has_room(torch.device("cuda"), needed) is room
+    assert not has_room(torch.device("cpu"), needed)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_where_inputs_wait_changes_no_bit(tokenizer, monkeypatch):
+    """What enters mixers is kept on the GPU or in main memory."""
+    text = "StateRemovalModifier: {keep: 4, compensate: [D, out_proj]}"
+    found = []
+    for room in (True, False):
+        monkeypatch.setattr(cost, "has_room", lambda device, needed, room=room: room)
+        monkeypatch.setattr(pruning, "has_room", lambda device, needed, room=room: room)
+        loader = Loader(batches(count=4, batch=4))
+        result = prune(tiny_model("mamba").cuda(), recipe(text, PROJECTIONS), loader, tokenizer)
+        found.append(weights(result.model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -18,6 +18,7 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
+from sparsessm_plugin.cost import kept
 from sparsessm_plugin.dependency_graph import MixerDependencyGraph
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import MixerAdapter, MixerQuantities, iter_mixers
@@ -33,7 +34,7 @@ _TOKENS_PER_CHANNEL = 16
 
 
 class CalibrationInputs:
-    """What entered one mixer, kept on the CPU until all of it has been seen.
+    """What entered one mixer, kept until all of it has been seen; on a GPU only if that has room.
 
     Of several ranks each keeps its share; ``tokens`` counts this one's until :meth:`join`.
     """
@@ -60,7 +61,7 @@ class CalibrationInputs:
         step = max(1, _TOKENS // length)
         for start in range(0, rows, step):
             mask = None if attention_mask is None else attention_mask[start : start + step].cpu()
-            self._batches.append((hidden_states[start : start + step].detach().cpu(), mask))
+            self._batches.append((kept(hidden_states[start : start + step].detach()), mask))
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -286,8 +287,8 @@ def remove(adapter: MixerAdapter, axis: str, removed: list[int]) -> MixerAdapter
 
 
 def dense_outputs(adapter: MixerAdapter, inputs: CalibrationInputs) -> list[Tensor]:
-    """(b, L, hidden_size) output of the mixer for every batch, on the CPU."""
-    return [adapter.output(q, scan(q)).cpu() for _, q in inputs.iterate(adapter)]
+    """(b, L, hidden_size) output of the mixer for every batch; on a GPU only if that has room."""
+    return [kept(adapter.output(q, scan(q))) for _, q in inputs.iterate(adapter)]
 
 
 def masked_error(target: Tensor, output: Tensor, mask: Tensor | None) -> Tensor:
