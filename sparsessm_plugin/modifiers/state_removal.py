@@ -26,7 +26,7 @@ from sparsessm_plugin.saliency.states import (
     StateStatistics,
     lowest,
 )
-from sparsessm_plugin.scan import differentiable, scan, scan_states
+from sparsessm_plugin.scan import differentiable, scan, scan_products, scan_states
 from sparsessm_plugin.solvers.compensation import mix_C, skip_update, without_skip
 from sparsessm_plugin.solvers.mixture import MixtureStatistics, best_mixture, fit_mixtures
 from sparsessm_plugin.solvers.reconstruction import reconstruct
@@ -338,6 +338,12 @@ def gather(
     if vote and adapter.has_state_transitions:
         usual = 1  # the paper's vote is taken at every step
     for q, every in pieces(adapter, inputs, adapter.sizes.state_size, usual):
+        if adapter.has_state_transitions and not (mixing or vote):
+            weight = adapter.out_gain(q, q.u) * out_norm  # no norm: the gate, whatever y is
+            products = scan_products(q, weight, every)
+            if products is not None:
+                statistics.add_products(products, *sampled(q, every, q.C[:, :, None], q.u, weight))
+                continue
         y, h = scan_states(q, every)
         if vote:
             votes = _vote_score(adapter, h)

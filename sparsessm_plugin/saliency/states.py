@@ -49,23 +49,40 @@ class StateStatistics:
         """
         T, D, N = h.shape
         G = C.shape[1]
-        self.samples += T
+        self._add_inputs(C, u, weight)
         weighted = (h * weight[..., None]).view(T, G, D // G, N)
         products = weighted.transpose(-1, -2) @ weighted  # (T, G, N, N)
         self.gram = _plus(self.gram, torch.einsum("tgnm,tgn,tgm->gnm", products, C, C))
         driven = u * weight  # (T, D)
         each = weighted * C[:, :, None, :]  # (T, G, D / G, N)
         self.skip = _plus(self.skip, torch.einsum("td,tdn->dn", driven, each.reshape(T, D, N)))
-        self.skip_energy = _plus(self.skip_energy, driven.square().sum(0))
         energy = h.square().view(T, G, D // G, N).sum((0, 2))
         self.state_energy = _plus(self.state_energy, energy)
-        self.C_energy = _plus(self.C_energy, C.square().sum(0))
         if self.wants_mixing:
             pairs = (C[:, 0, :, None] * C[:, 0, None, :]).flatten(1)  # (T, N * N) at [j, i]
             sums = (products[:, 0].flatten(1).T @ pairs).view(N, N, N, N)  # [k, q, j, i]
             self.mixing = _plus(self.mixing, sums.permute(0, 2, 1, 3))
             skip = torch.einsum("td,tdk,tj->dkj", driven, weighted.view(T, D, N), C[:, 0])
             self.mixing_skip = _plus(self.mixing_skip, skip)
+
+    def add_products(
+        self, products: tuple[Tensor, Tensor, Tensor], C: Tensor, u: Tensor, weight: Tensor
+    ) -> None:
+        """Add sampled steps of one group without their states, and nothing for mixing.
+
+        :param products: what :func:`sparsessm_plugin.scan.scan_products` returned; the other
+            parameters as in :meth:`add`
+        """
+        gram, skip, state_energy = products
+        self._add_inputs(C, u, weight)
+        self.gram = _plus(self.gram, gram[None])
+        self.skip = _plus(self.skip, skip)
+        self.state_energy = _plus(self.state_energy, state_energy[None])
+
+    def _add_inputs(self, C: Tensor, u: Tensor, weight: Tensor) -> None:
+        self.samples += len(C)
+        self.skip_energy = _plus(self.skip_energy, (u * weight).square().sum(0))
+        self.C_energy = _plus(self.C_energy, C.square().sum(0))
 
     def add_steps(self, score: Tensor) -> None:
         """Add one batch to the score that the paper's vote looks at.

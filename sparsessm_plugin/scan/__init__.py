@@ -20,6 +20,7 @@ __all__ = [
     "StatisticsRequest",
     "backend_for",
     "scan",
+    "scan_products",
     "scan_states",
 ]
 
@@ -30,6 +31,8 @@ Backend = Callable[[MixerQuantities, ScanStatistics | None], Tensor]
 # reference, which is plain torch.
 BACKENDS = {"cpu": "sparsessm_plugin.scan.cpu", "cuda": "sparsessm_plugin.scan.gpu"}
 REFERENCE = "sparsessm_plugin.scan.reference"
+# Largest N for which a kernel keeps N^2 sums next to the states.
+MOST_PRODUCTS = 32
 
 
 @cache
@@ -107,3 +110,25 @@ def scan_states(
         return y, states
     name = backend or backend_for(quantities.u.device)
     return import_module(name).scan_states(quantities, every)
+
+
+def scan_products(
+    quantities: MixerQuantities, weight: Tensor, every: int, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Run the recurrence and sum up, without keeping states, what they add to the output.
+
+    With ``phi_n = weight_t[d] C_{t,n} h_t[d,n]``, over channels and the steps t = every - 1,
+    2 every - 1, ... that are no padding.
+
+    :param quantities: the recurrence's inputs
+    :param weight: (b, L, D) what the scan output is multiplied with
+    :param every: look at every so many steps
+    :param backend: module to use instead of the device's own
+    :return: float64 sums of phi_n phi_m (N, N), of weight u phi_n by channel (D, N), and of
+        h_n^2 (N,); None for Mamba-2, many states, and where the backend cannot
+    """
+    if isinstance(quantities, HeadQuantities) or quantities.A.shape[1] > MOST_PRODUCTS:
+        return None
+    module = import_module(backend or backend_for(quantities.u.device))
+    function = getattr(module, "scan_products", None)
+    return None if function is None else function(quantities, weight, every)

@@ -29,6 +29,7 @@ SHORTEST = 16  # steps of the shortest chunk: loading and storing a state must p
 OLDEST = (7, 0)  # compute capability that Triton supports
 LOG2_E = tl.constexpr(1.4426950408889634)
 _ERROR_MODES = {None: 0, "zero": 1, "memoryless": 2}
+_STATISTICS = ("state_energy", "transition", "output_error")
 # Never 1 and never a multiple of 16 to the compiler: one binary for all sizes, and loads of
 # one channel a lane, which keeps the states of a channel in one thread.
 _SIZES = ["length", "chunk", "chunks", "channels", "states", "every"]
@@ -74,69 +75,109 @@ def _row(q: MixerQuantities, i: int) -> MixerQuantities:
     return MixerQuantities(**cut, A=q.A, D=q.D, mask=None if q.mask is None else q.mask[i : i + 1])
 
 
+def scan_products(
+    quantities: MixerQuantities, weight: Tensor, every: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the recurrence and sum products; see :func:`sparsessm_plugin.scan.scan_products`."""
+    work = _Work(quantities, least_states=16)  # the smallest side of a matrix product
+    starts, _ = work.starts(error_mode=0)
+    programs = (work.batch * work.chunks, work.blocks)
+    gram = work.room(*programs, work.block_n, work.block_n)
+    skip, energy = (work.room(programs[0], work.N, work.channels) for _ in range(2))
+    with torch.cuda.device_of(starts):
+        _sum_products[(work.blocks, work.chunks, work.batch)](
+            *work.inputs,
+            work.C,
+            weight.detach().contiguous(),
+            work.mask,
+            starts,
+            gram,
+            skip,
+            energy,
+            *work.sizes,
+            every,
+            MASKED=quantities.mask is not None,
+            **work.options,
+        )
+    return (
+        gram.sum((0, 1), dtype=torch.float64)[: work.N, : work.N],
+        skip.sum(0, dtype=torch.float64).t(),
+        energy.sum((0, 2), dtype=torch.float64),
+    )
+
+
+class _Work:
+    """What every kernel needs: the inputs as they are read, and how they are shared out."""
+
+    def __init__(self, q: MixerQuantities, least_states: int = 4):
+        self.batch, self.length, self.channels = q.u.shape
+        self.N, self.device = q.A.shape[1], q.u.device
+        self.block_n = max(least_states, triton.next_power_of_2(self.N))
+        warps = min(MOST_WARPS, max(1, self.block_n // STATES_A_WARP))
+        self.blocks = triton.cdiv(self.channels, BLOCK)
+        rows = self.batch * self.blocks * warps
+        self.chunk = _chunk(self.length, PROGRAMS * _processors(self.device) // rows)
+        self.chunks = triton.cdiv(self.length, self.chunk)
+        self.sizes = (self.length, self.chunk, self.chunks, self.channels, self.N)
+        self.options = {"BLOCK_N": self.block_n, "BLOCK_D": BLOCK, "num_warps": warps}
+
+        # rows of a power of two are loaded whole, in vectors
+        B, self.C = (F.pad(t.detach(), (0, self.block_n - self.N)).contiguous() for t in (q.B, q.C))
+        self.A = q.A.detach().float().t().contiguous()  # (N, D): channels are the lanes
+        u = q.u.detach().contiguous()
+        self.inputs = (u, q.dt.detach().contiguous(), self.A, B)
+        self.mask = u if q.mask is None else q.mask.contiguous().view(torch.uint8)
+
+    def room(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def starts(self, error_mode: int) -> tuple[Tensor, Tensor]:
+        """(b, chunks - 1, N, D) states that all chunks but the first start with; h, then h'."""
+        handed = self.chunks - 1
+        starts = self.room(self.batch, handed, self.N, self.channels)
+        pruned_starts = torch.empty_like(starts) if error_mode == 1 else starts
+        if handed:
+            between = (starts, pruned_starts, self.room(self.batch, handed, self.channels))
+            with torch.cuda.device_of(starts):
+                _end_chunks[(self.blocks, handed, self.batch)](
+                    *self.inputs, *between, *self.sizes, ERROR=error_mode, **self.options
+                )
+                _hand_on[(self.blocks, self.batch)](
+                    self.A, *between, *self.sizes, ERROR=error_mode, **self.options
+                )
+        return starts, pruned_starts
+
+
 def _run(
     q: MixerQuantities, statistics: ScanStatistics | None, every: int = 0
 ) -> tuple[Tensor, Tensor]:
     """y (b, L, D) and, with ``every``, h (b, L // every, N, D)."""
-    batch, length, channels = q.u.shape
-    N, device = q.A.shape[1], q.u.device
     request = statistics.request if statistics is not None else None
     error_mode = _ERROR_MODES[request.output_error if request is not None else None]
-    block_n = max(4, triton.next_power_of_2(N))
-    warps = min(MOST_WARPS, max(1, block_n // STATES_A_WARP))
-    blocks = triton.cdiv(channels, BLOCK)
-    chunk = _chunk(length, PROGRAMS * _processors(device) // (batch * blocks * warps))
-    chunks = triton.cdiv(length, chunk)
-
-    u, dt = q.u.detach().contiguous(), q.dt.detach().contiguous()
-    # rows of a power of two are loaded whole, in vectors
-    B, C = (F.pad(t.detach(), (0, block_n - N)).contiguous() for t in (q.B, q.C))
-    A = q.A.detach().float().t().contiguous()  # (N, D): channels are the lanes
-    z = q.z.detach().contiguous() if error_mode else u
-    mask = u if q.mask is None else q.mask.contiguous().view(torch.uint8)
-
-    def room(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    y = room(batch, length, channels)
-    kept = room(batch, length // every, N, channels) if every else y
+    work = _Work(q)
+    y = work.room(work.batch, work.length, work.channels)
+    kept = work.room(work.batch, work.length // every, work.N, work.channels) if every else y
     sums = {}  # of each chunk, (b chunks, N, D), or the accumulators of steps, (L, N, D)
     for name, total in _accumulators(statistics).items():
-        per_step = total.ndim == 3
-        sums[name] = total.transpose(1, 2) if per_step else room(batch * chunks, N, channels)
-    starts = pruned_starts = elapsed = y
-    options = {"BLOCK_N": block_n, "BLOCK_D": BLOCK, "num_warps": warps}
-    with torch.cuda.device_of(u):
-        if chunks > 1:
-            starts = room(batch, chunks - 1, N, channels)
-            pruned_starts = torch.empty_like(starts) if error_mode == 1 else y
-            elapsed = room(batch, chunks - 1, channels)
-            between = (starts, pruned_starts, elapsed)
-            sizes = (length, chunk, chunks, channels, N)
-            ended = (blocks, chunks - 1, batch)
-            _end_chunks[ended](u, dt, A, B, *between, *sizes, ERROR=error_mode, **options)
-            _hand_on[(blocks, batch)](A, *between, *sizes, ERROR=error_mode, **options)
-        _scan[(blocks, chunks, batch)](
-            u,
-            dt,
-            A,
-            B,
-            C,
+        if total.ndim == 3:
+            sums[name] = total.transpose(1, 2)
+            assert sums[name].is_contiguous()
+        else:
+            sums[name] = work.room(work.batch * work.chunks, work.N, work.channels)
+    starts, pruned_starts = work.starts(error_mode)
+    with torch.cuda.device_of(y):
+        _scan[(work.blocks, work.chunks, work.batch)](
+            *work.inputs,
+            work.C,
             q.D.detach().contiguous(),
-            z,
-            mask,
+            q.z.detach().contiguous() if error_mode else work.inputs[0],
+            work.mask,
             starts,
             pruned_starts,
             y,
             kept,
-            sums.get("state_energy", y),
-            sums.get("transition", y),
-            sums.get("output_error", y),
-            length,
-            chunk,
-            chunks,
-            channels,
-            N,
+            *(sums.get(name, y) for name in _STATISTICS),
+            *work.sizes,
             every,
             ERROR=error_mode,
             ENERGY="state_energy" in sums,
@@ -144,7 +185,7 @@ def _run(
             PER_STEP=request is not None and request.per_step,
             MASKED=q.mask is not None,
             KEEP=every > 0,
-            **options,
+            **work.options,
         )
     for name, total in _accumulators(statistics).items():
         if total.ndim == 2:
@@ -153,8 +194,7 @@ def _run(
 
 
 def _accumulators(statistics: ScanStatistics | None) -> dict[str, Tensor]:
-    names = ("state_energy", "transition", "output_error")
-    found = {name: getattr(statistics, name, None) for name in names}
+    found = {name: getattr(statistics, name, None) for name in _STATISTICS}
     return {name: total for name, total in found.items() if total is not None}
 
 
@@ -349,19 +389,22 @@ def _scan(
     # the next step is loaded while this one is computed
     next_x = _at(u, first, channels, d, d_in)
     next_delta = _at(dt, first, channels, d, d_in)
-    next_z = _at(z, first, channels, d, d_in)
+    if ERROR > 0:
+        next_z = _at(z, first, channels, d, d_in)
     next_b = tl.load(B + first * BLOCK_N + n).to(tl.float32)
     next_c = tl.load(C + first * BLOCK_N + n).to(tl.float32)
     for step in range(0, steps):
         x = next_x
         delta = next_delta
-        gain = next_z * tl.sigmoid(next_z)
+        if ERROR > 0:
+            gain = next_z * tl.sigmoid(next_z)
         b = next_b
         c = next_c
         row = first + tl.minimum(step + 1, steps - 1)
         next_x = _at(u, row, channels, d, d_in)
         next_delta = _at(dt, row, channels, d, d_in)
-        next_z = _at(z, row, channels, d, d_in)
+        if ERROR > 0:
+            next_z = _at(z, row, channels, d, d_in)
         next_b = tl.load(B + row * BLOCK_N + n).to(tl.float32)
         next_c = tl.load(C + row * BLOCK_N + n).to(tl.float32)
 
@@ -416,3 +459,84 @@ def _scan(
             tl.store(transition + at, transition_sum, mask=inside)
         if ERROR > 0:
             tl.store(error + at, error_sum, mask=inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _sum_products(
+    u,
+    dt,
+    A,
+    B,
+    C,
+    weight,
+    mask,
+    starts,
+    gram,
+    skip,
+    energy,
+    length,
+    chunk,
+    chunks,
+    channels,
+    states,
+    every,
+    MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One chunk of :func:`scan_products`; gram is (b, chunks, blocks, BLOCK_N, BLOCK_N)."""
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    d_in = d < channels
+    inside = (n < states)[:, None] & d_in[None, :]
+    entry = n[:, None] * channels + d[None, :]
+    a = tl.load(A + entry, mask=inside, other=0.0) * LOG2_E
+
+    c_index = tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)
+    begin = c_index * chunk
+    steps = tl.minimum(chunk, length - begin)
+    first = sequence * length + begin
+    # the first chunk starts from zero
+    handed = (n < tl.where(c_index > 0, states, 0))[:, None] & d_in[None, :]
+    at = (sequence * (chunks - 1) + tl.maximum(c_index - 1, 0)) * states * channels + entry
+    h = tl.load(starts + at, mask=handed, other=0.0)
+    gram_sum = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    skip_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    energy_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+
+    # the next step is loaded while this one is computed
+    next_x = _at(u, first, channels, d, d_in)
+    next_delta = _at(dt, first, channels, d, d_in)
+    next_b = tl.load(B + first * BLOCK_N + n).to(tl.float32)
+    for step in range(0, steps):
+        x = next_x
+        delta = next_delta
+        b = next_b
+        row = first + tl.minimum(step + 1, steps - 1)
+        next_x = _at(u, row, channels, d, d_in)
+        next_delta = _at(dt, row, channels, d, d_in)
+        next_b = tl.load(B + row * BLOCK_N + n).to(tl.float32)
+
+        h = tl.exp2(delta[None, :] * a) * h + (delta * x)[None, :] * b[:, None]
+        if (begin + step + 1) % every == 0:
+            real = 1
+            if MASKED:
+                real = tl.load(mask + first + step).to(tl.int32)
+            if real != 0:
+                gain = _at(weight, first + step, channels, d, d_in)
+                c = tl.load(C + (first + step) * BLOCK_N + n).to(tl.float32)
+                phi = h * c[:, None] * gain[None, :]
+                # ieee: in TF32, states that cancel each other would not
+                gram_sum += tl.dot(phi, tl.trans(phi), input_precision="ieee")
+                skip_sum += phi * (gain * x)[None, :]
+                energy_sum += h * h
+
+    slot = sequence * chunks + c_index
+    m = tl.arange(0, BLOCK_N)
+    square = n[:, None] * BLOCK_N + m[None, :]
+    block = slot * tl.num_programs(0) + tl.program_id(0)
+    tl.store(gram + block * BLOCK_N * BLOCK_N + square, gram_sum)
+    at = slot * states * channels + entry
+    tl.store(skip + at, skip_sum, mask=inside)
+    tl.store(energy + at, energy_sum, mask=inside)
