@@ -76,8 +76,9 @@ class OutOfTime(Exception):
 class Result:
     """Tables and numbers of all sections, and what went wrong in them."""
 
-    def __init__(self, budget: float):
+    def __init__(self, budget: float, name: str = ""):
         self.budget = budget
+        self.name = name
         self.started = time.monotonic()
         self.parts: list[str] = []
         self.numbers: dict[str, Any] = {}
