@@ -31,6 +31,7 @@ TEXTS = {
 HELD_BACK = 100  # windows at the end of the corpus calibration text, for development
 STATE = {
     "output_energy": "saliency: output_energy{more}",
+    "output_energy, distilled": "saliency: output_energy{more}, distill_steps: {distill}",
     "output_energy, no compensation": "saliency: output_energy, compensate: none",
     "paper": "saliency: paper, compensate: none",
     "ghost": "saliency: ghost, compensate: none",
@@ -39,6 +40,7 @@ STATE = {
 }
 CHANNEL = {
     "output_energy": "saliency: output_energy",
+    "output_energy, distilled": "saliency: output_energy, distill_steps: {distill}",
     "magnitude, out_proj and x_proj fitted": "saliency: magnitude",
     "out_proj_norm, out_proj and x_proj fitted": "saliency: out_proj_norm",
     "magnitude": "saliency: magnitude, compensate: none",
@@ -66,6 +68,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens a calibration window")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200, help="of reconstruct")
+    parser.add_argument("--distill", type=int, default=300, help="steps where distilled")
     parser.add_argument("--evaluate", type=int, default=2048, help="tokens a window of evaluation")
     parser.add_argument("--evaluate-windows", type=int, help="at most so many")
     parser.add_argument("--budget", type=float, default=1e9, help="start no run after seconds")
@@ -113,7 +116,7 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                         print(f"left out: {name} {criterion} {calibration} {case} seed {seed}")
                         continue
                     more = "" if sizes.head_dim == 1 else f", reconstruct_steps: {options.steps}"
-                    text = fields.format(more=more)
+                    text = fields.format(more=more, distill=options.distill)
                     if options.channels:
                         built = recipe("ChannelRemovalModifier", f"sparsity: {case}, {text}")
                         label = f"{case:.0%} of the channels"
@@ -160,7 +163,8 @@ def table(rows: list[dict[str, Any]], options: Any) -> str:
     lines = [
         f"Perplexity relative to dense, mean of the seeds (highest - lowest of them). "
         f"{options.windows} x {options.length} calibration tokens, "
-        f"{options.steps} steps where Mamba-2 is reconstructed.",
+        f"{options.steps} steps where Mamba-2 is reconstructed, {options.distill} where the model is "
+        "distilled.",
         "",
         "| model | case | criterion | calibrated on | corpus validation | wikitext2 test | seeds "
         "| seconds |",

@@ -53,6 +53,9 @@ class ChannelRemovalModifier(RemovalModifier):
     :param saliency: ``output_energy`` (default); for comparison ``magnitude`` (norm of all
         weights of a channel) and ``out_proj_norm`` (norm of its column of out_proj)
     :param compensate: any of ``x_proj``, ``out_proj``; ``none``; default all that there are
+    :param distill_steps: gradient steps on all weights of all mixers towards the dense model's
+        predictions of the calibration data, after the last layer; 0 is none
+    :param distill_learning_rate: of Adam, the highest
     :param targets: must match all mixers
     :param ignore: must match none
     :param report_path: ``.json`` file to write the report to
@@ -87,6 +90,7 @@ class ChannelRemovalModifier(RemovalModifier):
             given = "neither" if self.keep is None else "both"
             raise ValueError(f"give either keep or sparsity, got {given}")
         data_free = self.saliency != "output_energy" and self.compensate == []
+        data_free = data_free and not self.distill_steps
         self.requires_calibration_data = not data_free
         return self
 

@@ -14,7 +14,7 @@ from compressed_tensors.quantization import (
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from loguru import logger
-from pydantic import PrivateAttr
+from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
@@ -23,6 +23,7 @@ from sparsessm_plugin.dependency_graph import MixerDependencyGraph
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import MixerAdapter, MixerQuantities, iter_mixers
 from sparsessm_plugin.modifiers.calibration import MixerModifier
+from sparsessm_plugin.modifiers.distillation import Distillation
 from sparsessm_plugin.modifiers.saving import change_config
 from sparsessm_plugin.scan import scan
 from sparsessm_plugin.solvers.compensation import RIDGES, USUAL_RIDGE, Regression, best_ridge
@@ -83,8 +84,17 @@ class RemovalModifier(MixerModifier):
     Subclasses implement :meth:`shrink`, which turns a float32 copy of a mixer into a smaller
     one. Only then is the mixer of the model changed, over its dependency graph. Once all
     mixers are, the model's config follows, also in what is saved.
+
+    With ``distill_steps`` the mixers of the smaller model are then fitted, all together, to what
+    the dense model predicted for the calibration data. No labels; the one thing here that
+    looks beyond a layer, and slow on a CPU.
     """
 
+    distill_steps: int = Field(default=0, ge=0)
+    distill_learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
+
+    _distillation: Distillation | None = PrivateAttr(default=None)
+    _distilled: dict[str, Any] | None = PrivateAttr(default=None)
     _inputs: dict[str, CalibrationInputs] = PrivateAttr(default_factory=dict)
     _layers: list[dict[str, Any]] = PrivateAttr(default_factory=list)
     _fields: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -147,6 +157,12 @@ class RemovalModifier(MixerModifier):
 
     # -- calibration -----------------------------------------------------------------
 
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        super().on_calibration_start(state, event, **kwargs)
+        if self.distill_steps:
+            with self._released_on_error(), self._cost.stage("dense predictions"):
+                self._distillation = Distillation(state.model, state.data.calib)
+
     def observe(
         self, adapter: MixerAdapter, hidden_states: Tensor, attention_mask: Tensor | None
     ) -> None:
@@ -207,11 +223,20 @@ class RemovalModifier(MixerModifier):
         logger.info(f"{adapter.name}: removed {len(removed)} of {group.old_size} {axis}")
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        super().on_calibration_end(state, event, **kwargs)
+        for adapter in list(self._pending.values()):
+            self._compress(adapter)
         self._finish(state.model)
+        if self._distillation is not None:
+            with self._released_on_error(), self._cost.stage("distill"):
+                self._distilled = self._distillation.fit(
+                    state.model, self.distill_steps, self.distill_learning_rate
+                )
+            self._distillation = None
+        super().on_calibration_end(state, event, **kwargs)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         self._inputs.clear()
+        self._distillation = None
         return super().on_finalize(state, **kwargs)
 
     def _finish(self, model: Any) -> None:
@@ -225,7 +250,8 @@ class RemovalModifier(MixerModifier):
             with super()._released_on_error():
                 yield
         except Exception as error:
-            if not self._layers or not self._pending:
+            whole = not self._pending and self._distillation is None
+            if not self._layers or whole:
                 raise
             raise SparseSSMError(
                 f"{error} - the model in memory is now partly pruned and of no use; load it "
@@ -242,6 +268,7 @@ class RemovalModifier(MixerModifier):
             "modifier": type(self).__name__,
             "settings": self.model_dump(exclude=set(Modifier.model_fields), exclude_none=True),
             "layers": self._layers,
+            **({"distillation": self._distilled} if self._distilled else {}),
             "cost": self._cost.to_dict(),
             "total": {
                 "unit": self._layers[0]["axis"] if self._layers else "entries",

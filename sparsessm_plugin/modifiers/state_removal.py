@@ -131,6 +131,7 @@ class StateRemovalModifier(RemovalModifier):
             given = "neither" if self.keep is None else "both"
             raise ValueError(f"give either keep or sparsity, got {given}")
         data_free = self.saliency in ("magnitude", "last") and self.compensate == []
+        data_free = data_free and not self.distill_steps
         self.requires_calibration_data = not data_free
         return self
 

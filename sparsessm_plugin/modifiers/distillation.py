@@ -1,0 +1,177 @@
+"""Fit a model that has become smaller to what the dense one predicted, without labels."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from compressed_tensors.offload import disable_onloading
+from compressed_tensors.utils import patch_attr
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.utils.helpers import DisableQuantization, disable_cache, eval_context
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sparsessm_plugin import distributed
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.mixers import iter_mixers
+from sparsessm_plugin.scan.fast_forward import fast_forward
+from sparsessm_plugin.training import Tuner, to_device
+
+_DENSE = "dense_hidden_states"  # in a batch: (b, L, hidden_size) what the dense head multiplied
+# How far the logits may be from a multiple of what the head gives, relative, in any dtype.
+_MULTIPLE = 0.02
+
+
+class Distillation:
+    """What the dense model predicts for the calibration data, and a fit of the mixers to it.
+
+    Kept are the inputs of the head, tokens x hidden_size numbers in main memory, since the head
+    itself does not change.
+
+    :param model: dense, with its language head; all weights on one device
+    :param data: batches that can be read again
+    :raises SparseSSMError: no language head, weights on several devices, or logits that are no
+        multiple of what the head gives
+    """
+
+    def __init__(self, model: Any, data: Any) -> None:
+        head = model.get_output_embeddings()
+        if head is None:
+            raise SparseSSMError(
+                f"distill_steps need a language head, and {type(model).__name__} has none"
+            )
+        self._device = _single_device(model)
+        self._scale = 1.0
+        self._batches: list[dict[str, Any]] = []
+        inputs: list[Tensor] = []
+        handle = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        try:
+            with _undisturbed(model), torch.random.fork_rng(devices=[]):
+                for batch in data:
+                    logits = model(**to_device(batch, self._device)).logits
+                    hidden_states = inputs.pop()
+                    if not self._batches:
+                        self._scale = _logit_scale(logits[:1], head(hidden_states[:1]))
+                        inputs.clear()
+                    self._batches.append({**batch, _DENSE: hidden_states.cpu()})
+        finally:
+            handle.remove()
+
+    def fit(self, model: Any, steps: int, learning_rate: float) -> dict[str, Any]:
+        """Gradient steps on all weights of all mixers; taken back if they do not help.
+
+        :param model: the model as it is now
+        :param steps: of Adam, a batch each
+        :param learning_rate: the highest
+        :return: for a report: divergences in nats a token before and after
+        """
+        parameters = mixer_parameters(model)
+        with _undisturbed(model):
+            before = self.divergence(model)
+            kept = [p.detach().clone() for p in parameters.values()]
+            tuner = Tuner(
+                model, parameters, self._batches, steps, learning_rate, loss_fn=self._loss
+            )
+            with torch.enable_grad():
+                tuner.run(steps, {})
+            after = self.divergence(model)
+            if not after < before:
+                for parameter, value in zip(parameters.values(), kept, strict=True):
+                    parameter.copy_(value)
+        return {"steps": steps, "divergence_before": before, "divergence_after": after}
+
+    def divergence(self, model: Any) -> float:
+        """Mean Kullback-Leibler divergence from the dense predictions, nats a token."""
+        total = count = 0.0
+        with fast_forward(model):
+            for batch in self._batches:
+                batch = to_device(batch, self._device)
+                each = self._divergences(model, batch)
+                total += float(torch.stack([row.double().sum() for row in each]).sum())
+                count += sum(row.numel() for row in each)
+        total, count = distributed.total("divergence of the predictions", total, count)
+        return total / max(count, 1.0)
+
+    def _loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        return torch.cat(self._divergences(model, batch)).mean()
+
+    def _divergences(self, model: Any, batch: Mapping[str, Any]) -> list[Tensor]:
+        """(tokens,) of every row, padding left out."""
+        inputs = {k: v for k, v in batch.items() if k not in (_DENSE, "labels")}
+        logits = model(**inputs).logits
+        mask = batch.get("attention_mask")
+        head = model.get_output_embeddings()
+        each = []
+        # float32 logits of a whole batch would be large
+        for row, (dense, found) in enumerate(zip(batch[_DENSE], logits, strict=True)):
+            found = checkpoint(self._row, head, dense, found, use_reentrant=False)
+            each.append(found if mask is None else found[mask[row].bool()])
+        return each
+
+    def _row(self, head: Any, hidden_states: Tensor, logits: Tensor) -> Tensor:
+        with torch.no_grad():
+            reference = self._scale * head(hidden_states)
+        return divergences(reference, logits)
+
+
+def divergences(reference: Tensor, logits: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of two predictions of every token, in nats.
+
+    :param reference: (..., vocabulary) logits
+    :param logits: (..., vocabulary)
+    :return: (...) float32
+    """
+    expected, found = (x.float().log_softmax(-1) for x in (reference, logits))
+    return (expected.exp() * (expected - found)).sum(-1)
+
+
+def mixer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All floating-point weights of all mixers, by name; no scales of quantization."""
+    return {
+        f"{name}.{own}": parameter
+        for name, mixer in iter_mixers(model)
+        for own, parameter in mixer.named_parameters()
+        if parameter.is_floating_point() and not own.endswith(("_scale", "_zero_point"))
+    }
+
+
+def _single_device(model: nn.Module) -> torch.device:
+    with disable_onloading():
+        devices = {p.device for p in model.parameters()}
+    if len(devices) > 1 or next(iter(devices)).type == "meta":
+        raise SparseSSMError(
+            f"distill_steps: the model's weights lie on {', '.join(sorted(map(str, devices)))}; "
+            "for gradients all must lie on one device: load it without offloading and a device map"
+        )
+    return next(iter(devices))
+
+
+@contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """The model's own weights and forward: no hooks, caches, quantization or moving of weights."""
+    head = model.get_output_embeddings()
+    with (
+        # LLM Compressor lets it give nothing while a pipeline runs
+        patch_attr(head, "forward", MethodType(type(head).forward, head)),
+        disable_onloading(),
+        HooksMixin.disable_hooks(),
+        eval_context(model),
+        disable_cache(model),
+        DisableQuantization(model),
+        torch.no_grad(),
+    ):
+        yield
+
+
+def _logit_scale(logits: Tensor, raw: Tensor) -> float:
+    """What the family multiplies the head's output by (Granite and FalconH1 do)."""
+    logits, raw = logits.double(), raw.double()
+    scale = float((logits * raw).sum() / raw.square().sum().clamp(min=1e-30))
+    if not float((logits - scale * raw).norm()) <= _MULTIPLE * float(logits.norm()):
+        raise SparseSSMError(
+            "distill_steps: the model's logits are no multiple of what its head gives; "
+            "only 0 is allowed"
+        )
+    return scale

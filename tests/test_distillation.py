@@ -1,0 +1,144 @@
+"""Fitting a smaller model to the dense one's predictions."""
+
+import pytest
+import torch
+from conftest import DEVICE, FAMILIES, batches, check_reload, tiny_model
+from pydantic import ValidationError
+from test_modifier import nothing_left_behind, run
+from torch.nn import functional as F
+
+from sparsessm_plugin import ChannelRemovalModifier, StateRemovalModifier
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.mixers import find_mixers
+from sparsessm_plugin.modifiers.distillation import (
+    Distillation,
+    divergences,
+    mixer_parameters,
+)
+
+
+def last(**fields):
+    """Removes states without data or compensation, so that a fit has much to do."""
+    return StateRemovalModifier(saliency="last", compensate="none", keep=4, **fields)
+
+
+def divergence_from(dense, model, ready):
+    """Mean over the real tokens, by torch's own formula."""
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in ready:
+            batch = {k: v.to(model.device) for k, v in batch.items()}
+            p, q = (m(**batch).logits.double().log_softmax(-1) for m in (dense, model))
+            each = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+            mask = batch["attention_mask"].bool()
+            total, count = total + float(each[mask].sum()), count + int(mask.sum())
+    return total / count
+
+
+def test_divergences_agree_with_torch():
+    reference, logits = torch.randn(2, 3, 5, 7)
+    p, q = reference.log_softmax(-1), logits.log_softmax(-1)
+    expected = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    assert torch.allclose(divergences(reference, logits), expected, atol=1e-6)
+    assert torch.equal(divergences(logits, logits), torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fit_comes_closer_to_the_dense_model(family):
+    dense, model = (tiny_model(family).to(DEVICE) for _ in range(2))
+    ready = batches(2, 2, 12, padded=True)
+    distillation = Distillation(model, ready)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in mixer_parameters(model).values():
+            noise = torch.randn(parameter.shape, generator=generator).to(DEVICE)
+            parameter += 0.5 * parameter.norm() / parameter.numel() ** 0.5 * noise
+        before = divergence_from(dense, model, ready)
+        found = distillation.fit(model, 20, 1e-3)
+    assert found["divergence_before"] == pytest.approx(before, rel=1e-3)
+    assert found["divergence_after"] < 0.9 * before
+    after = divergence_from(dense, model, ready)
+    assert found["divergence_after"] == pytest.approx(after, rel=1e-3)
+    assert nothing_left_behind(model)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_nothing_but_the_mixers_changes():
+    dense, model = tiny_model("mamba"), tiny_model("mamba")
+    run(model, last(distill_steps=3, distill_learning_rate=1e-6))
+    own = set(mixer_parameters(model))
+    before = dict(dense.named_parameters())
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed
+    assert changed <= own
+
+
+@pytest.mark.parametrize("make", [last, lambda **f: ChannelRemovalModifier(keep=32, **f)])
+def test_a_fit_that_does_not_help_is_taken_back(make):
+    plain, model = tiny_model("mamba"), tiny_model("mamba")
+    ready = batches(2, 2, 12)
+    without = make()
+    run(plain, without, ready)
+    modifier = make(distill_steps=2, distill_learning_rate=30.0)
+    run(model, modifier, ready)
+    assert "distillation" not in without.report()
+    found = modifier.report()["distillation"]
+    assert not found["divergence_after"] < found["divergence_before"]
+    for name, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_saved_checkpoint_reloads_in_a_process_without_the_package(tmp_path):
+    model = tiny_model("mamba2")
+    run(model, last(distill_steps=2), output_dir=str(tmp_path / "out"))
+    check_reload(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("family", "factor"),
+    [
+        ("mamba", lambda c: 1.0),
+        ("granitemoehybrid", lambda c: 1 / c.logits_scaling),
+        ("falcon_h1", lambda c: c.lm_head_multiplier),
+    ],
+)
+def test_factor_between_head_and_logits_is_found(family, factor):
+    # no shipped default is 1 in both families
+    changes = {
+        "granitemoehybrid": {"logits_scaling": 8.0},
+        "falcon_h1": {"lm_head_multiplier": 3.0},
+    }
+    model = tiny_model(family, **changes.get(family, {})).to(DEVICE)
+    distillation = Distillation(model, batches(1, 1, 8))
+    assert distillation._scale == pytest.approx(factor(model.config), rel=1e-3)
+    assert distillation.divergence(model) == pytest.approx(0, abs=1e-6)
+
+
+def test_what_is_refused(monkeypatch):
+    with pytest.raises(ValidationError, match="distill_steps"):
+        last(distill_steps=-1)
+    model = tiny_model("mamba")
+    monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
+    with pytest.raises(SparseSSMError, match="distill_steps need a language head"):
+        Distillation(model, batches())
+    monkeypatch.undo()
+
+    own = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda **inputs: _with_logits(own(**inputs), lambda x: x.tanh() ** 3)
+    )
+    with pytest.raises(SparseSSMError, match="no multiple of what its head gives"):
+        Distillation(model.to(DEVICE), batches())
+
+
+def _with_logits(output, change):
+    output.logits = change(100 * output.logits)
+    return output
+
+
+def test_data_is_asked_for():
+    model = tiny_model("mamba")
+    sizes = [a.sizes for a in find_mixers(model)]
+    with pytest.raises(SparseSSMError, match="needs calibration data"):
+        run(model, last(distill_steps=1), [])
+    assert [a.sizes for a in find_mixers(model)] == sizes
