@@ -195,6 +195,24 @@ def test_an_export_for_mamba_ssm(tmp_path):
     assert "load_mamba_ssm" in reasons["mamba-ssm"]
 
 
+@pytest.mark.parametrize(
+    ("A_log", "conv1d", "reason"),
+    [
+        ((4,), (44, 1, 4), "layers.0.mixer.conv1d has 44 channels, and causal-conv1d needs a mul"),
+        ((40, 512), (40, 1, 4), "512 states; its scan takes at most 256"),
+        ((44, 16), (44, 1, 4), ""),  # in the Mamba-1 layout any number of channels will do
+    ],
+)
+def test_sizes_that_its_kernels_refuse(A_log, conv1d, reason, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"d_model": 16, "ssm_cfg": {}}))
+    mixer = "backbone.layers.0.mixer"
+    tensors = {f"{mixer}.A_log": torch.zeros(A_log), f"{mixer}.conv1d.weight": torch.zeros(conv1d)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    answer, reasons = answers(tmp_path)
+    assert answer["mamba-ssm"] == ("no" if reason else "yes")
+    assert reason in reasons["mamba-ssm"]
+
+
 def test_shards_are_read_together(tmp_path):
     model = tiny_model("mamba")
     model.save_pretrained(tmp_path, max_shard_size="20KB")

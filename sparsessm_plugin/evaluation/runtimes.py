@@ -23,6 +23,7 @@ _STATE_FIELDS = ("state_size", "mamba_d_state", "ssm_state_size")
 # compressed-tensors wrote these up to 0.14 and reads them no longer
 _GONE_FORMATS = ("marlin-24", "sparse-bitmask", "sparse-24-bitmask")
 _MAX_STATE_SIZE = 256  # of the scan kernels of mamba_ssm and vLLM
+_CONV_MULTIPLE = 8  # of the channels that causal-conv1d takes in the Mamba-2 layout
 _MAX_HEADER = 100_000_000  # what safetensors itself allows, bytes
 _COMPRESSED = (".weight_packed", ".weight_scale")
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -263,7 +264,9 @@ def _vllm(checkpoint: _Checkpoint) -> RuntimeSupport:
 def _mamba_ssm(checkpoint: _Checkpoint) -> RuntimeSupport:
     name = "mamba-ssm"
     if checkpoint.is_mamba_ssm:
-        return RuntimeSupport(name, "yes", ("by sparsessm_plugin.export.load_mamba_ssm",))
+        return _answer(
+            name, _kernel_problems(checkpoint), [], ("by sparsessm_plugin.export.load_mamba_ssm",)
+        )
     if checkpoint.model_type not in ("mamba", "mamba2"):
         return RuntimeSupport(name, "no", (f"it has no {checkpoint.model_type} model",))
     if checkpoint.quantization is not None:
@@ -271,6 +274,24 @@ def _mamba_ssm(checkpoint: _Checkpoint) -> RuntimeSupport:
     return RuntimeSupport(
         name, "no", ("this is transformers' layout; `sparsessm export` writes its own",)
     )
+
+
+def _kernel_problems(checkpoint: _Checkpoint) -> list[str]:
+    """Sizes that the kernels of mamba_ssm and causal-conv1d refuse."""
+    problems = []
+    if (most := max(checkpoint.state_sizes.values(), default=0)) > _MAX_STATE_SIZE:
+        problems.append(f"{most} states; its scan takes at most {_MAX_STATE_SIZE}")
+    for mixer in checkpoint.mixers:
+        conv = checkpoint.tensors.get(f"{mixer}.conv1d.weight")
+        channels = int(conv["shape"][0]) if conv is not None else 0
+        in_heads = len(checkpoint.tensors[f"{mixer}.A_log"]["shape"]) == 1
+        if in_heads and channels % _CONV_MULTIPLE:
+            problems.append(
+                f"{mixer}.conv1d has {channels} channels, and causal-conv1d needs a multiple of "
+                f"{_CONV_MULTIPLE}"
+            )
+            break
+    return problems
 
 
 def _answer(
