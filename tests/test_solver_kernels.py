@@ -12,6 +12,15 @@ from hypothesis import strategies as st
 
 from sparsessm_plugin.solvers.kernels import sweep, sweep_reference
 from sparsessm_plugin.solvers.masks import keep_largest, keep_largest_of_each
+from sparsessm_plugin.solvers.objective import (
+    Factor,
+    gram,
+    objective,
+    split_tf32,
+    tf32,
+    window_gram,
+)
+from sparsessm_plugin.solvers.sparsegpt import sparsegpt
 
 CPU, GPU = "sparsessm_plugin.solvers.cpu", "sparsessm_plugin.solvers.gpu"
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
@@ -132,3 +141,96 @@ def test_largest_scores_are_those_of_a_stable_sort(size, share, ties, dtype, see
         assert torch.equal(keep_largest(scores, count).cpu(), expected)
     together = keep_largest_of_each(scores.expand(3, -1), counts)
     assert torch.equal(together, torch.stack([keep_largest(scores, c) for c in counts]))
+
+
+# -- sums of products ----------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(1, 9),
+    kernel=st.integers(1, 5),
+    own=st.booleans(),
+    padded=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_gram_of_windows(batch, length, kernel, own, padded, seed):
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randn(batch, length, 3, generator=generator, dtype=torch.float64)
+    right = left if own else torch.randn(left.shape, generator=generator, dtype=torch.float64)
+    mask = torch.rand(batch, length, generator=generator) > 0.3 if padded else None
+    a, b = (
+        torch.nn.functional.pad(x, (0, 0, kernel - 1, 0)).unfold(1, kernel, 1)
+        for x in (left, right)
+    )
+    counted = torch.ones(batch, length) if mask is None else mask
+    expected = torch.einsum("btdi,btdj,bt->dij", a, b, counted.double())
+    torch.testing.assert_close(window_gram(left, right, kernel, mask), expected)
+
+
+def to_tf32(x, nearest):
+    """Keep 10 bits of mantissa, as tensor cores read float32."""
+    bits = x.float().view(torch.int32) + (1 << 12 if nearest else 0)
+    return (bits & -(1 << 13)).view(torch.float32)
+
+
+@pytest.mark.parametrize("nearest", [True, False])
+@pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
+def test_tf32_changes_the_error_of_what_is_pruned_by_less_than_a_thousandth(nearest, decay):
+    """The reconstruction error that sums of rounded inputs give against the true one."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(128, 128, generator=generator)
+    mixing *= torch.arange(1, 129).pow(-decay / 2) * 2
+    x = torch.randn(2000, 128, generator=generator) @ mixing.T
+    x += torch.randn(128, generator=generator)  # activations have a mean
+    weight = torch.randn(64, 128, generator=generator)
+    exact = gram(x, x)
+    rounded = to_tf32(x, nearest)
+    rounded = (rounded.double().T @ rounded.double()).float()
+    for sparsity in (0.5, 0.8):
+        pruned = sparsegpt(weight, exact, sparsity).weight
+        seen = float(objective(weight, pruned, rounded))
+        assert seen == pytest.approx(float(objective(weight, pruned, exact)), rel=1e-3)
+        # what is pruned with the rounded sums is no worse by the true ones
+        other = sparsegpt(weight, rounded, sparsity).weight
+        found, best = (float(objective(weight, w, exact)) for w in (other, pruned))
+        assert found == pytest.approx(best, rel=5e-3)
+
+
+def test_sums_on_tensor_cores_leave_the_settings_alone():
+    before = torch.backends.cuda.matmul.fp32_precision
+    with tf32():
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    with pytest.raises(ValueError, match="stop"), tf32():
+        raise ValueError("stop")
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+def test_products_in_three_parts_are_as_exact_as_float32():
+    """The split itself, with products as tensor cores take them."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(64, 64, generator=generator) for _ in range(2))
+    (xh, xl), (yh, yl) = split_tf32(x), split_tf32(y)
+    for part in (xh, yh):
+        assert torch.equal(to_tf32(part, False), part)
+    assert torch.equal(xh + xl, x)
+    parts = [(xl, yh), (xh, yl), (xh, yh)]
+    found = sum(to_tf32(a, False).double() @ to_tf32(b, False).double() for a, b in parts)
+    scale = x.abs().double() @ y.abs().double()
+    assert float(((found - x.double() @ y.double()).abs() / scale).max()) < 2.0**-20
+
+
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+def test_products_on_tensor_cores():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(300, 2000, generator=generator).cuda() for _ in range(2))
+    scale = (x.abs() @ y.abs().T).double()
+    exact = x.double() @ y.double().T
+    assert float(((Factor(y.T).after(x) - exact).abs() / scale).max()) < 1e-6
+    assert float(((gram(x.T, y.T) - exact).abs() / scale).max()) < 1e-3
+    x, y = x.view(3, 100, 2000), y.view(3, 100, 2000)
+    batched = Factor(y.mT).after(x)
+    for i in range(3):
+        torch.testing.assert_close(batched[i], exact[100 * i :, 100 * i :][:100, :100].float())

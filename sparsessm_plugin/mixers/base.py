@@ -170,6 +170,23 @@ class MixerAdapter(ABC):
         :param attention_mask: (b, L), zero at padding, or None
         """
 
+    def in_input(self, hidden_states: Tensor) -> Tensor:
+        """(b, L, hidden_size) what in_proj's weight multiplies, of what entered the mixer."""
+        return hidden_states
+
+    def enter(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The input of in_proj, zero at padding, and the mask of :class:`MixerQuantities`.
+
+        :param hidden_states: (b, L, hidden_size)
+        :param attention_mask: (b, L), zero at padding, or None
+        """
+        mask = padding_mask(attention_mask, hidden_states.shape[1])
+        if mask is not None:
+            hidden_states = hidden_states * mask[..., None].to(hidden_states.dtype)
+        return self.in_input(hidden_states), mask
+
     @abstractmethod
     def out_gain(self, quantities: MixerQuantities, y: Tensor) -> Tensor:
         """(b, L, D) float32 factor between the scan output and the input of out_proj.

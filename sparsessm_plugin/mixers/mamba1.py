@@ -16,7 +16,6 @@ from sparsessm_plugin.mixers.base import (
     TensorAxis,
     get_tensor,
     linear_shape,
-    padding_mask,
 )
 
 
@@ -61,11 +60,8 @@ class Mamba1Adapter(MixerAdapter):
     ) -> MixerQuantities:
         mixer, sizes = self.mixer, self.sizes
         length = hidden_states.shape[1]
-        mask = padding_mask(attention_mask, length)
-        if mask is not None:
-            hidden_states = hidden_states * mask[..., None].to(hidden_states.dtype)
-
-        conv_input, z = mixer.in_proj(hidden_states).chunk(2, dim=-1)  # (b, L, D) each
+        in_input, mask = self.enter(hidden_states, attention_mask)
+        conv_input, z = mixer.in_proj(in_input).chunk(2, dim=-1)  # (b, L, D) each
         u = F.conv1d(
             conv_input.transpose(1, 2),
             mixer.conv1d.weight,
@@ -93,7 +89,7 @@ class Mamba1Adapter(MixerAdapter):
             z=z.float(),
             mask=mask,
             inputs={
-                "in_proj": hidden_states,
+                "in_proj": in_input,
                 "conv1d": conv_input,
                 "x_proj": u,
                 "dt_proj": low_rank_dt,

@@ -19,7 +19,6 @@ from sparsessm_plugin.mixers.base import (
     TensorAxis,
     get_tensor,
     linear_shape,
-    padding_mask,
     register_adapter,
 )
 
@@ -56,10 +55,6 @@ class Mamba2Adapter(MixerAdapter):
     def out_norm(self) -> Tensor:
         return torch.linalg.vector_norm(self.mixer.out_proj.weight.detach().float(), dim=0)
 
-    def in_input(self, hidden_states: Tensor) -> Tensor:
-        """(b, L, hidden_size) what in_proj's weight multiplies."""
-        return hidden_states
-
     def in_output(self, projected: Tensor) -> Tensor:
         """(b, L, 2 D + 2 G N + H) what the family makes of in_proj's output."""
         return projected
@@ -69,12 +64,8 @@ class Mamba2Adapter(MixerAdapter):
     ) -> HeadQuantities:
         mixer, sizes = self.mixer, self.sizes
         batch, length = hidden_states.shape[:2]
-        mask = padding_mask(attention_mask, length)
-        if mask is not None:
-            hidden_states = hidden_states * mask[..., None].to(hidden_states.dtype)
-
+        in_input, mask = self.enter(hidden_states, attention_mask)
         D, N, G, H = sizes.intermediate_size, sizes.state_size, sizes.n_groups, sizes.num_heads
-        in_input = self.in_input(hidden_states)
         z, conv_input, dt = self.in_output(mixer.in_proj(in_input)).split(
             [D, D + 2 * G * N, H], dim=-1
         )

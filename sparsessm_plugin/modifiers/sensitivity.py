@@ -19,10 +19,10 @@ from llmcompressor.utils.helpers import DisableQuantization, disable_cache, eval
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.allocation import optimal_allocation, paper_allocation, uniform_allocation
+from sparsessm_plugin.cost import has_room
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import MixerAdapter, MixerQuantities, find_mixers
 from sparsessm_plugin.modifiers.calibration import (
@@ -38,7 +38,14 @@ from sparsessm_plugin.progress import Stage
 from sparsessm_plugin.scan import scan
 from sparsessm_plugin.scan.fast_forward import offer
 from sparsessm_plugin.solvers.masks import UNSTRUCTURED, check_structure, parse_structure
-from sparsessm_plugin.solvers.objective import DAMPENING, dense_target, relative_error
+from sparsessm_plugin.solvers.objective import (
+    DAMPENING,
+    dense_target,
+    gram,
+    relative_error,
+    tf32,
+    window_gram,
+)
 from sparsessm_plugin.solvers.projections import SOLVERS
 from sparsessm_plugin.solvers.sparsegpt import error_curve
 
@@ -576,6 +583,11 @@ class SensitivitySparseGPTModifier(MixerModifier):
         pruned = adapter.float_clone()  # takes the new weights stage by stage
         dense = adapter.float_clone() if dense_inputs is not None else None
         own = self._of(adapter)
+        kept: dict[int, dict[str, Tensor]] = {}
+        # the dense out_proj's input, from one stage to the next, rather than computed anew
+        device = pruned.A_log.device
+        size = 4 * inputs.tokens * adapter.sizes.intermediate_size
+        fits = device.type == "cpu" or has_room(device, size)
         for stage in _STAGES:
             members = [p for p in own if p.kind in stage]
             if not members:
@@ -585,7 +597,13 @@ class SensitivitySparseGPTModifier(MixerModifier):
             started = time.perf_counter()
             with self._cost.stage("gather"):
                 hessians, crosses = _stage_statistics(
-                    members, pruned, inputs, None if alike else dense, dense_inputs
+                    members,
+                    pruned,
+                    inputs,
+                    None if alike else dense,
+                    dense_inputs,
+                    kept,
+                    keep=stage == _STAGES[1] and fits and any(p.kind == "out_proj" for p in own),
                 )
                 owners = _owners(members)
                 hessians = _sum_to_owners(f"Hessians of {adapter.name}", hessians, owners)
@@ -836,6 +854,21 @@ def input_of(kind: str, adapter: MixerAdapter, quantities: MixerQuantities, y: T
     return quantities.inputs[kind]
 
 
+def _inputs_of(
+    kinds: set[str],
+    adapter: MixerAdapter,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """What projections of some kinds multiply, computing no more than they need, and the mask."""
+    if kinds == {"in_proj"}:
+        x, mask = adapter.enter(hidden_states, attention_mask)
+        return {"in_proj": x}, mask
+    q = adapter.quantities(hidden_states, attention_mask)
+    y = scan(q) if "out_proj" in kinds else q.u
+    return {kind: input_of(kind, adapter, q, y) for kind in kinds}, q.mask
+
+
 def gram_of(projection: _Projection, left: Tensor, right: Tensor, mask: Tensor | None) -> Tensor:
     """``sum left right^T`` over all positions but padding, as the solvers take it.
 
@@ -844,21 +877,14 @@ def gram_of(projection: _Projection, left: Tensor, right: Tensor, mask: Tensor |
     :param mask: bool, of their leading dimensions, or None
     :return: (in, in) float32; of a conv1d (D, K, K), over the K inputs that each output reads
     """
-    left, right = left.float(), right.float()
-    if projection.kind != "conv1d":
-        if mask is not None:
-            left = left * mask[..., None]
-        return left.flatten(0, -2).T @ right.flatten(0, -2)
-    kernel, length = projection.weight.shape[-1], left.shape[1]
-    left, right = (F.pad(x, (0, 0, kernel - 1, 0)) for x in (left, right))
-    rows = []
-    for i in range(kernel):
-        seen = left[:, i : i + length]
-        if mask is not None:  # outputs at padding are not used, though inputs there may be read
-            seen = seen * mask[..., None]
-        products = [(seen * right[:, j : j + length]).sum((0, 1)) for j in range(kernel)]
-        rows.append(torch.stack(products, -1))
-    return torch.stack(rows, -2)
+    alike = right is left
+    left = left.float()
+    right = left if alike else right.float()
+    if projection.kind == "conv1d":
+        return window_gram(left, right, projection.weight.shape[-1], mask)
+    if mask is not None:
+        left = left * mask[..., None]
+    return gram(left.flatten(0, -2), right.flatten(0, -2))
 
 
 def _stage_statistics(
@@ -867,6 +893,8 @@ def _stage_statistics(
     inputs: CalibrationInputs,
     dense: MixerAdapter | None,
     dense_inputs: CalibrationInputs | None,
+    kept: dict[int, dict[str, Tensor]],
+    keep: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Hessians, and products of dense and present inputs, of some projections of a mixer.
 
@@ -874,9 +902,11 @@ def _stage_statistics(
     :param inputs: what the pruned layers before it make of the data
     :param dense: the mixer as it was, or None where nothing is to be compared with it
     :param dense_inputs: what the dense layers before it make of the data
+    :param kept: by batch and kind, what the dense mixer's projections multiply; taken from here
+        where an earlier call has left it
+    :param keep: whether to leave the input of the dense out_proj there for a later call
     :return: by name
     """
-    needs_scan = any(p.kind == "out_proj" for p in members)
     hessians: dict[str, Tensor] = {}
     crosses: dict[str, Tensor] = {}
     for p in members:
@@ -887,17 +917,23 @@ def _stage_statistics(
         hessians[p.name] = zeros
         if dense is not None:
             crosses[p.name] = zeros.clone()
-    for i, q in inputs.iterate(pruned):
-        y = scan(q) if needs_scan else q.u
-        if dense is not None and dense_inputs is not None:
-            dense_q = dense.quantities(*dense_inputs.get(i, q.u.device))
-            dense_y = scan(dense_q) if needs_scan else dense_q.u
+    kinds = {p.kind for p in members}
+    for i in range(len(inputs)):
+        with tf32():
+            xs, mask = _inputs_of(kinds, pruned, *inputs.get(i, pruned.A_log.device))
+            if dense is not None and dense_inputs is not None:
+                dense_xs = kept.pop(i, {})
+                if not kinds <= dense_xs.keys():
+                    wanted = kinds | ({"out_proj"} if keep else set())
+                    batch = dense_inputs.get(i, pruned.A_log.device)
+                    dense_xs, _ = _inputs_of(wanted, dense, *batch)
+                if keep:
+                    kept[i] = {"out_proj": dense_xs["out_proj"]}
         for p in members:
-            x = input_of(p.kind, pruned, q, y)
-            hessians[p.name] += gram_of(p, x, x, q.mask)
+            x = xs[p.kind]
+            hessians[p.name] += gram_of(p, x, x, mask)
             if dense is not None:
-                dense_x = input_of(p.kind, dense, dense_q, dense_y)
-                crosses[p.name] += gram_of(p, dense_x, x, q.mask)
+                crosses[p.name] += gram_of(p, dense_xs[p.kind], x, mask)
     return hessians, crosses
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparsessm_plugin.errors import SparseSSMError
 
@@ -285,19 +286,58 @@ def tf32() -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def add_gram(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``sum left right^T`` to ``total`` in place, on tensor cores where there are some.
+def gram(left: Tensor, right: Tensor) -> Tensor:
+    """``sum left right^T`` over the calibration, on tensor cores where there are some.
 
-    TF32 rounds every input by at most 2^-10 of itself, independently. That adds about
-    ``2^-22 sum_j (w - w')_j^2 H_jj`` to the error that H gives a pruned weight, far below what
-    dampening adds; the share of the error itself that it changes is tested.
+    TF32 rounds every input by less than 2^-10 of itself, each on its own. That adds about
+    ``2^-22 sum_j (w - w')_j^2 H_jj`` to the error that a pruned weight has with these sums,
+    thousands of times less than dampening adds.
 
-    :param total: (in, in) float32
-    :param left: (tokens, in)
-    :param right: (tokens, in)
+    :param left: (tokens, in) float32
+    :param right: likewise
+    :return: (in, in) float32
     """
     with tf32():
-        total.addmm_(left.to(total.dtype).T, right.to(total.dtype))
+        return left.T @ right
+
+
+def window_gram(left: Tensor, right: Tensor, kernel: int, mask: Tensor | None = None) -> Tensor:
+    """``sum left right^T`` over the windows that a causal depthwise convolution reads.
+
+    :param left: (b, L, D) float32, zero before its first position
+    :param right: likewise
+    :param kernel: K, width of a window
+    :param mask: (b, L) bool, the outputs that count, or None for all
+    :return: (D, K, K) float32
+    """
+    length = left.shape[1]
+    if mask is not None:  # outputs at padding are not used, though inputs there may be read
+        left, right = (F.pad(x, (0, 0, kernel - 1, 0)) for x in (left, right))
+        rows = []
+        for i in range(kernel):
+            seen = left[:, i : i + length] * mask[..., None]
+            products = [(seen * right[:, j : j + length]).sum((0, 1)) for j in range(kernel)]
+            rows.append(torch.stack(products, -1))
+        return torch.stack(rows, -2)
+    # An entry depends on the lag j - i, but for the last positions: K long sums, or 2 K - 1 of
+    # two tensors, instead of K^2.
+    result = left.new_zeros(left.shape[-1], kernel, kernel)
+    for lag in range(min(kernel, length)):
+        _fill_diagonal(result, left, right, lag)
+        if lag and left is not right:
+            _fill_diagonal(result.mT, right, left, lag)
+    return result.triu() + result.triu(1).mT if left is right else result
+
+
+def _fill_diagonal(result: Tensor, left: Tensor, right: Tensor, lag: int) -> None:
+    """Entries [:, j - lag, j] of :func:`window_gram`, for lag >= 0."""
+    kernel, count = result.shape[-1], left.shape[1] - lag
+    products = left[:, :count] * right[:, lag:]
+    body = max(0, count - (kernel - 1))  # what all windows read
+    total, ends = products[:, :body].sum((0, 1)), products[:, body:].sum(0)
+    for j in range(lag, kernel):
+        read = max(0, count - (kernel - 1 - j) - body)
+        result[:, j - lag, j] = total + ends[:read].sum(0)
 
 
 class Factor:
@@ -311,13 +351,13 @@ class Factor:
     """
 
     def __init__(self, matrix: Tensor):
-        self._parts = _split(matrix) if _splits(matrix) else (matrix,)
+        self._parts = split_tf32(matrix) if _splits(matrix) else (matrix,)
 
     def after(self, x: Tensor) -> Tensor:
         """``x @ matrix`` for x (..., m, k)."""
         if len(self._parts) == 1:
             return x @ self._parts[0]
-        high, low = _split(x)
+        high, low = split_tf32(x)
         matrix_high, matrix_low = self._parts
         with tf32():
             if x.dim() == 2:
@@ -333,7 +373,7 @@ def _splits(matrix: Tensor) -> bool:
     )
 
 
-def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+def split_tf32(x: Tensor) -> tuple[Tensor, Tensor]:
     """A float32 tensor as TF32 numbers and the rest."""
     high = (x.contiguous().view(torch.int32) & -(1 << 13)).view(torch.float32)
     return high, x - high
