@@ -1,5 +1,7 @@
 """What the benchmarks share: assets, versions, result files."""
 
+import argparse
+import json
 import os
 import platform
 import time
@@ -43,6 +45,51 @@ def row_of(rows: list[dict[str, Any]], key: dict[str, Any], kinds: Iterable[str]
     return rows[-1]
 
 
+def add_part_arguments(parser: argparse.ArgumentParser) -> None:
+    """Let several processes share the runs, and put what they made together."""
+    parser.add_argument("--part", default="0/1", help="i/n: only every n-th run, from the i-th")
+    parser.add_argument("--merge", nargs="+", type=Path, help="only put .json results together")
+
+
+class Part:
+    """Which runs are this process's: asked once a run, in the same order everywhere."""
+
+    def __init__(self, text: str):
+        self.own, self.all = (int(number) for number in text.split("/"))
+        self.seen = -1
+
+    def next(self) -> bool:
+        """Whether the next run is ours."""
+        self.seen += 1
+        return self.seen % self.all == self.own
+
+
+def merge(
+    paths: Iterable[Path], lists: Iterable[str]
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The rows of several results, those of one case put together, and the machine they name.
+
+    :param lists: what a row has a list of, one entry a run; of a dense row the first is taken
+    """
+    rows: list[dict[str, Any]] = []
+    found: dict[str, str] = {}
+    for path in paths:
+        part = json.loads(path.read_text(encoding="utf-8"))
+        if found and part["versions"] != found:
+            differing = [k for k, v in part["versions"].items() if found.get(k) != v]
+            print(f"{path}: other {', '.join(differing)} than the files before", flush=True)
+        found = found or part["versions"]
+        for row in part["rows"]:
+            key = {k: v for k, v in row.items() if not isinstance(v, list)}
+            same = next((r for r in rows if all(r.get(k) == v for k, v in key.items())), None)
+            if same is None:
+                rows.append(row)
+            elif "dense" not in key.values():
+                for name in lists:
+                    same[name] = same[name] + row[name]
+    return rows, found
+
+
 def cpu_name() -> str:
     """The processor as Linux names it."""
     try:
@@ -54,9 +101,14 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def save(name: str, markdown: str, numbers: dict[str, object]) -> None:
-    """Write ``results/<name>.md`` and ``.json`` with the versions, and print the former."""
-    found = {**versions(), "cpu": f"{cpu_name()}, {os.cpu_count()} cores"}
+def save(
+    name: str, markdown: str, numbers: dict[str, object], found: dict[str, str] | None = None
+) -> None:
+    """Write ``results/<name>.md`` and ``.json`` with the versions, and print the former.
+
+    :param found: versions and machine of numbers that were made elsewhere
+    """
+    found = found or {**versions(), "cpu": f"{cpu_name()}, {os.cpu_count()} cores"}
     lines = [markdown.rstrip(), "", "Made with " + ", ".join(f"{k} {v}" for k, v in found.items())]
     text = "\n".join(lines) + "\n"
     RESULTS.mkdir(exist_ok=True)

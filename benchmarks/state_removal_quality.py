@@ -17,7 +17,7 @@ os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from common import assets, perplexities, row_of, save
+from common import Part, add_part_arguments, assets, merge, perplexities, row_of, save
 
 from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
 from sparsessm_plugin.mixers import find_mixers
@@ -73,9 +73,15 @@ def main() -> None:
     parser.add_argument("--evaluate-windows", type=int, help="at most so many")
     parser.add_argument("--budget", type=float, default=1e9, help="start no run after seconds")
     parser.add_argument("--name", default="state_removal_quality")
+    add_part_arguments(parser)
     options = parser.parse_args()
+    if options.merge:
+        rows, found = merge(options.merge, [*TEXTS, "seconds"])
+        options.models = list(dict.fromkeys(row["model"] for row in rows))
+        save(options.name, table(rows, options), {"rows": rows}, found)
+        return
     started = time.monotonic()
-    rows: list[dict[str, Any]] = []
+    rows = []
     for name in options.models:
         run_model(name, options, rows, started)
         save(options.name, table(rows, options), {"rows": rows})
@@ -102,6 +108,7 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
     if options.channels:
         cases = [options.channels]
     criteria = CHANNEL if options.channels else STATE
+    part = Part(options.part)
     # the criterion of this package first, in case the budget does not last
     for seed in range(options.seeds):
         for criterion, fields in criteria.items():
@@ -111,6 +118,8 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                 for case in cases:
                     data_free = criterion in DATA_FREE
                     if data_free and (seed or calibration != options.calibration[0]):
+                        continue
+                    if not part.next():
                         continue
                     if time.monotonic() - started > options.budget:
                         print(f"left out: {name} {criterion} {calibration} {case} seed {seed}")
@@ -163,7 +172,7 @@ def table(rows: list[dict[str, Any]], options: Any) -> str:
     lines = [
         f"Perplexity relative to dense, mean of the seeds (highest - lowest of them). "
         f"{options.windows} x {options.length} calibration tokens, "
-        f"{options.steps} steps where Mamba-2 is reconstructed, {options.distill} where the model is "
+        f"{options.steps} steps where Mamba-2 is reconstructed, {options.distill} where a model is "
         "distilled.",
         "",
         "| model | case | criterion | calibrated on | corpus validation | wikitext2 test | seeds "

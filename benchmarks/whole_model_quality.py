@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
-from common import assets, perplexities, row_of, save
+from common import Part, add_part_arguments, assets, merge, perplexities, row_of, save
 
 from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
 from sparsessm_plugin.pruning import ModelSource, prune
@@ -70,9 +70,15 @@ def main() -> None:
     parser.add_argument("--development", action="store_true", help="write no result")
     parser.add_argument("--budget", type=float, default=1e9, help="start no run after seconds")
     parser.add_argument("--name", default="whole_model_quality")
+    add_part_arguments(parser)
     options = parser.parse_args()
+    if options.merge:
+        rows, found = merge(options.merge, [*TESTS, "seconds"])
+        options.models = list(dict.fromkeys(row["model"] for row in rows))
+        save(options.name, table(rows, options), {"rows": rows}, found)
+        return
     started = time.monotonic()
-    rows: list[dict[str, Any]] = []
+    rows = []
     for name in options.models:
         run_model(name, options, rows, started)
         if not options.development:
@@ -95,6 +101,7 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
     rows.append({"model": name, "case": "", "method": "dense", "seconds": []})
     rows[-1].update({kind: [value] for kind, value in dense.items()})
     print(name, "dense", dense, flush=True)
+    part = Part(options.part)
     for seed in range(options.seeds):
         for case in options.cases:
             for method in options.methods:
@@ -102,6 +109,8 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                 if (seed and method == "magnitude") or (case == "2:4" and "optimal" in method):
                     continue
                 if case == "2:4" and method.startswith("paper"):
+                    continue
+                if not part.next():
                     continue
                 if time.monotonic() - started > options.budget:
                     print(f"left out: {name} {case} {method} seed {seed}")
