@@ -56,6 +56,21 @@ def test_gradients_of_any_shape(batch, length, channels, states, chunk, seed, ma
     check(lambda q: differentiable.in_chunks(q, chunk), q)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("scan", [differentiable.scan, differentiable.in_chunks])
+def test_gpu_gradients(scan):
+    """mamba-ssm's kernel where it is installed, and plain torch."""
+
+    def on_gpu(q):
+        moved = {k: v.cuda() for k, v in vars(q).items() if isinstance(v, torch.Tensor)}
+        return scan(type(q)(**moved)).cpu()
+
+    check(on_gpu, random_quantities(2, 150, 70, 16), tolerance=1e-4)
+    if scan is differentiable.scan:
+        heads = random_heads(2, 150)
+        check(on_gpu, heads, oracle=lambda q: ssd.scan(q, chunk=1), tolerance=1e-4)
+
+
 def test_states_that_forget_at_once():
     """A memoryless A_log: exp(dt A) is 0, and nothing that the gradient is made of overflows."""
     q = random_quantities(2, 40, 5, 3)

@@ -318,7 +318,7 @@ class GradientMagnitudeModifier(MixerModifier):
         scores = {}
         for name, tensor in tensors.items():
             gradient = gradients.pop(name)
-            if not gradient.any():
+            if not self._rounds and not gradient.any():  # later pruning may have cut it off
                 logger.warning(f"{name} has no gradient: the loss does not depend on it")
             scores[name] = importance(tensor.detach(), gradient, self.alpha)
             if self._weights[name].kind == "A_log":

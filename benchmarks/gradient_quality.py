@@ -1,0 +1,311 @@
+"""Perplexity after pruning all weights by gradient, training-free and tuned, and by component.
+
+python benchmarks/gradient_quality.py --models mamba-25m    # on a GPU
+python benchmarks/gradient_quality.py --models mamba-6m --development --windows 8 --length 256 \
+    --evaluate 256 --evaluate-windows 8 --sections prune components    # on a CPU
+
+Nothing here was tuned on the texts that are reported: settings were chosen on the last
+windows of the calibration file, which no run of this script calibrates on. ``--development``
+evaluates on these and writes no result.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from typing import Any
+
+os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch
+from common import Result, assets, perplexities, row_of, save
+from torch import Tensor
+
+from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
+from sparsessm_plugin.mixers import MixerAdapter, find_mixers, get_tensor
+from sparsessm_plugin.modifiers.gradient_magnitude import tuned_parameters
+from sparsessm_plugin.pruning import ModelSource, prune
+from sparsessm_plugin.recipes import parse_recipe
+from sparsessm_plugin.saliency.importance import choose_pruned, importance
+from sparsessm_plugin.training import Tuner, mean_gradients
+
+CALIBRATION = "corpus/calibration.jsonl"
+TESTS = {"corpus": "corpus/validation.jsonl", "wikitext2": "wikitext2/test.detok.txt"}
+HELD_BACK = 100 * 512  # tokens at the end of the calibration text, for development
+METHODS = {
+    "magnitude, per layer": "importance: magnitude, scope: per_layer",
+    "magnitude, global": "importance: magnitude",
+    "gradient, per layer": "scope: per_layer",
+    "gradient, per kind": "scope: per_kind",
+    "gradient, global, 1 round": "rounds: 1",
+    "gradient norm, global": "importance: weight_x_gradient_norm",
+    "gradient, global": "",
+}
+TUNED = {
+    "tuned, magnitude, global": "importance: magnitude",
+    "tuned, 1 round": "rounds: 1",
+    "tuned, 8 rounds": "rounds: 8",
+}
+PROBE_STEPS = 6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["mamba-25m"])
+    parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--tuned", nargs="+", default=list(TUNED), choices=list(TUNED))
+    parser.add_argument("--fields", default="", help="further fields of the modifier, as YAML")
+    parser.add_argument("--sparsity", type=float, default=0.7)
+    parser.add_argument("--component-sparsity", type=float, default=0.8)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--windows", type=int, default=128, help="windows for the gradients")
+    parser.add_argument("--length", type=int, default=512, help="tokens a calibration window")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--tune-seconds", type=float, default=240, help="of gradient steps a run")
+    parser.add_argument("--tune-steps", type=int, help="steps a round, instead")
+    parser.add_argument("--tune-seeds", type=int, default=1)
+    parser.add_argument("--evaluate", type=int, default=2048, help="tokens a window of evaluation")
+    parser.add_argument("--evaluate-windows", type=int, help="at most so many")
+    parser.add_argument("--evaluate-batch-size", type=int, default=4)
+    parser.add_argument("--development", action="store_true", help="write no result")
+    parser.add_argument("--budget", type=float, default=1e9, help="start no run after seconds")
+    parser.add_argument("--name", default="gradient_quality")
+    options = parser.parse_args()
+    result = Result(options.budget)
+    for name in options.models:
+        run = Run(name, options)
+        for section in options.sections:
+            work = SECTIONS[section]
+            result.section(f"{name}, {section}", lambda r, run=run, work=work: work(run, r))
+        if not options.development:  # after every model: what was measured is kept
+            failures = [f"{where}: {what}" for where, what in result.failures.items()]
+            text = "\n\n".join(
+                [*result.parts, *(["Failed: " + "; ".join(failures)] * bool(failures))]
+            )
+            save(options.name, text, {**result.numbers, "failures": result.failures})
+
+
+class Run:
+    """One model, its texts and its dense perplexity."""
+
+    def __init__(self, name: str, options: Any):
+        self.name, self.options = name, options
+        self.source = ModelSource(str(assets() / "models" / name))
+        self.tokenizer = self.source.load_tokenizer()
+        stream = tokenize(read_texts(assets() / "data" / CALIBRATION), self.tokenizer)
+        self.samples = windows(stream[:-HELD_BACK], options.length, CALIBRATION)
+        texts = {"development": stream[-HELD_BACK:]}
+        if not options.development:
+            texts = {
+                kind: tokenize(read_texts(assets() / "data" / path), self.tokenizer)
+                for kind, path in TESTS.items()
+            }
+        self.tests = {
+            kind: windows(tokens, options.evaluate, kind)[: options.evaluate_windows]
+            for kind, tokens in texts.items()
+        }
+        self.dense = self.evaluate(self.source.load())
+        print(name, "dense", self.dense, flush=True)
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        return perplexities(model, self.tests, self.options.evaluate_batch_size)
+
+    def loader(self, count: int, seed: int) -> Any:
+        return calibration_loader(self.samples, count, self.options.batch_size, seed)
+
+    def ratio(self, kind: str, values: list[float]) -> str:
+        """Mean, half the spread, and in brackets the mean over the dense one."""
+        value = statistics.mean(values)
+        spread = f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
+        return f"{value:.2f}{spread} ({value / self.dense[kind]:.3f})"
+
+    def prune(self, fields: list[str], loader: Any) -> Any:
+        text = ", ".join(part for part in (*fields, self.options.fields) if part)
+        recipe = f"s_stage:\n  s_modifiers:\n    GradientMagnitudeModifier: {{{text}}}\n"
+        return prune(self.source.load(), parse_recipe(recipe, "benchmark"), loader, self.tokenizer)
+
+    def rows(
+        self,
+        result: Result,
+        methods: dict[str, str],
+        seeds: int,
+        loader: Any,
+        title: str,
+        text: str,
+    ) -> None:
+        rows: list[dict[str, Any]] = []
+        for seed in range(seeds):
+            for method, fields in methods.items():
+                if seed and "magnitude" in method and "tune_steps" not in fields:
+                    continue  # which looks at no data
+
+                def work(method: str = method, fields: str = fields, seed: int = seed) -> None:
+                    pruned = self.prune(
+                        [f"sparsity: {self.options.sparsity}", fields], loader(seed)
+                    )
+                    row = row_of(rows, {"model": self.name, "method": method}, self.tests)
+                    for kind, value in self.evaluate(pruned.model).items():
+                        row[kind].append(value)
+                    row["seconds"].append(pruned.seconds)
+                    row["layers"] = by_kind(pruned.reports[0]["layers"])
+                    print(self.name, method, f"seed {seed}", row, flush=True)
+
+                result.case(f"{self.name}, {method}, seed {seed}", work)
+        result.numbers.setdefault("rows", []).extend(rows)
+        cells = [[self.name, "dense", *(f"{self.dense[kind]:.2f}" for kind in self.tests), "", ""]]
+        for row in rows:
+            cells.append(
+                [self.name, row["method"], *(self.ratio(kind, row[kind]) for kind in self.tests)]
+            )
+            cells[-1] += [str(len(row["seconds"])), f"{statistics.mean(row['seconds']):.1f}"]
+        result.table(title, text, ["model", "method", *self.tests, "seeds", "seconds"], cells)
+
+
+def by_kind(layers: list[dict[str, Any]]) -> dict[str, float]:
+    """Share of zeros of each kind of weight."""
+    kinds = dict.fromkeys(layer["kind"] for layer in layers)
+    return {
+        kind: sum(x["pruned"] for x in layers if x["kind"] == kind)
+        / sum(x["entries"] for x in layers if x["kind"] == kind)
+        for kind in kinds
+    }
+
+
+# -- sections ----------------------------------------------------------------------------
+
+
+def training_free(run: Run, result: Result) -> None:
+    options = run.options
+    run.rows(
+        result,
+        {method: METHODS[method] for method in options.methods},
+        options.seeds,
+        lambda seed: run.loader(options.windows, seed),
+        f"{run.name}: {options.sparsity:.0%} of all weights, training-free",
+        f"Perplexity, mean of the seeds ± half of (highest - lowest), in brackets its ratio to the "
+        f"dense one. Gradients of {options.windows} x {options.length} tokens of the corpus.",
+    )
+
+
+def tuned(run: Run, result: Result) -> None:
+    """All calibration text is tuned on, gradients come from as much as without tuning."""
+    options = run.options
+    batches = -(-options.windows // options.batch_size)
+    seconds = 0.0 if options.tune_steps else seconds_a_step(run)
+    methods = {}
+    for method in options.tuned:
+        rounds = 1 if "1 round" in method else 8
+        steps = options.tune_steps or max(1, int(options.tune_seconds / seconds / rounds))
+        methods[method] = f"{TUNED[method]}, tune_steps: {steps}, importance_batches: {batches}"
+    print(methods, flush=True)
+    run.rows(
+        result,
+        methods,
+        options.tune_seeds,
+        lambda seed: run.loader(len(run.samples), seed),
+        f"{run.name}: {options.sparsity:.0%} of all weights, tuned",
+        f"Steps of {options.batch_size} x {options.length} tokens, as many as fit into "
+        f"{options.tune_seconds:.0f} s by a trial before ({seconds:.3f} s a step), over "
+        f"{run.samples.numel()} tokens of the corpus. Seconds: the whole oneshot() call.",
+    )
+
+
+def seconds_a_step(run: Run) -> float:
+    model: Any = run.source.load()
+    batches = list(run.loader(PROBE_STEPS * run.options.batch_size, 0))
+    tuner = Tuner(model, tuned_parameters(model), batches, 2 * PROBE_STEPS, 1e-6)
+    tuner.run(PROBE_STEPS, {})  # compiles, allocates
+    started = time.perf_counter()
+    tuner.run(PROBE_STEPS, {})
+    return (time.perf_counter() - started) / PROBE_STEPS
+
+
+def components(run: Run, result: Result) -> None:
+    """Prune one component of all mixers and nothing else."""
+    options = run.options
+    model: Any = run.source.load()
+    parts = component_parts(find_mixers(model))
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if any(parameter is part for rows in parts.values() for part, _ in rows)
+    }
+    by_identity = {id(parameter): name for name, parameter in parameters.items()}
+    gradients, _ = mean_gradients(model, list(run.loader(options.windows, 0)), parameters)
+    share = options.component_sparsity
+    table, numbers = [], []
+    for component, rows in parts.items():
+
+        def work(component: str = component, rows: Any = rows) -> None:
+            entries = sum(part.detach()[where].numel() for part, where in rows)
+            row: dict[str, Any] = {"component": component, "entries": entries}
+            cells = [run.name, component, f"{entries:,}"]
+            for kind in ("gradient", "magnitude"):
+                scores = {
+                    str(i): importance(
+                        part.detach()[where],
+                        gradients[by_identity[id(part)]][where] if kind == "gradient" else None,
+                    )
+                    for i, (part, where) in enumerate(rows)
+                }
+                masks = choose_pruned(scores, share, min_keep=0.01)
+                before = [part.detach().clone() for part, _ in rows]
+                with torch.no_grad():
+                    for (part, where), mask in zip(rows, masks.values(), strict=True):
+                        part[where] = part[where].masked_fill(mask, 0.0)
+                    row[kind] = run.evaluate(model)
+                    for (part, _), value in zip(rows, before, strict=True):
+                        part.copy_(value)
+                cells += [run.ratio(text, [value]) for text, value in row[kind].items()]
+            numbers.append({"model": run.name, **row})
+            table.append(cells)
+            print(cells, flush=True)
+
+        result.case(f"{run.name}, {component}", work)
+    result.numbers.setdefault("components", []).extend(numbers)
+    header = [f"{kind}: {text}" for kind in ("gradient", "magnitude") for text in run.tests]
+    result.table(
+        f"{run.name}: {share:.0%} of one component alone",
+        "Perplexity, in brackets its ratio to the dense one; one threshold over all layers, one "
+        "round, nothing tuned.",
+        ["model", "component", "entries", *header],
+        table,
+    )
+
+
+def component_parts(adapters: list[MixerAdapter]) -> dict[str, list[tuple[Any, slice]]]:
+    """By component, every tensor that it has a part of, and which rows."""
+    parts: dict[str, list[tuple[Any, slice]]] = {}
+
+    def add(component: str, tensor: Tensor | None, rows: slice = slice(None)) -> None:
+        if tensor is not None:
+            parts.setdefault(component, []).append((tensor, rows))
+
+    for adapter in adapters:
+        mixer = adapter.mixer
+        add("A_log", adapter.A_log)
+        add("D", mixer.D)
+        B, C = adapter.state_rows
+        count = adapter.axis_length("state")
+        for kind in adapter.projections:
+            add(kind, get_tensor(mixer, f"{kind}.weight"))
+        holder = B.tensor.partition(".")[0]
+        for letter, axis in (("B", B), ("C", C)):
+            rows = slice(axis.start, axis.start + count)
+            add(f"{letter} rows of {holder}", get_tensor(mixer, axis.tensor), rows)
+        if adapter.has_state_transitions:  # dt's rows come first; in Mamba-2 they come last
+            rows = slice(0, B.start)
+        else:
+            rows = slice(C.start + count, None)
+        add(f"dt rows of {holder}", get_tensor(mixer, B.tensor), rows)
+    return parts
+
+
+SECTIONS = {"prune": training_free, "tune": tuned, "components": components}
+
+
+if __name__ == "__main__":
+    main()
