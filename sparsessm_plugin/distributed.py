@@ -17,6 +17,7 @@ import os
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
@@ -200,7 +201,8 @@ def check_ranks(who: str, model: nn.Module, data: Any = None, settings: Any = No
     :param data: calibration batches, or None. Every rank needs one. The number of batches may
         differ by one, where samples do not divide; and where every rank's sequences are all of
         one length, it must be the same length, as windows of a text are. Text in its natural
-        lengths may differ: positions are counted from the start of a sequence.
+        lengths may differ: positions are counted from the start of a sequence. Ranks that read
+        the same sequences are warned.
     :param settings: what JSON can hold, the same on every rank
     :raises RanksError: naming the ranks and what differs, the same on every rank
     """
@@ -208,21 +210,7 @@ def check_ranks(who: str, model: nn.Module, data: Any = None, settings: Any = No
         return
     settings = json.dumps(settings, sort_keys=True, default=str)
     _check_same(who, "settings", gather(f"{who}: settings", settings))
-    tensors = [f"{n} {tuple(p.shape)} {p.dtype} {_bits(p)}" for n, p in model.named_parameters()]
-    digest = hashlib.sha256("\n".join(tensors).encode()).hexdigest()
-    digests = gather(f"{who}: model", digest)
-    if len(set(digests)) > 1:
-        differing = [r for r, d in enumerate(digests) if d != digests[0]]
-        each = gather(f"{who}: parameters", tensors)
-        there, here = each[0], each[differing[0]]
-        unlike = next(
-            pair for pair in zip_longest(there, here, fillvalue="none") if len({*pair}) > 1
-        )
-        raise RanksError(
-            f"{who}: {_named(differing)} {'has' if len(differing) == 1 else 'have'} another model "
-            f"than rank 0; the first parameter that differs is {_short(unlike[1])}, on rank 0 "
-            f"{_short(unlike[0])} (name, shape, dtype, checksum)"
-        )
+    _check_model(who, model)
     if data is not None:
         _check_data(who, gather(f"{who}: data", _describe(data)))
 
@@ -231,6 +219,30 @@ def _check_same(who: str, what: str, values: list[str]) -> None:
     differing = [r for r, value in enumerate(values) if value != values[0]]
     if differing:
         raise RanksError(f"{who}: {_named(differing)} and rank 0 have different {what}")
+
+
+def _check_model(who: str, model: nn.Module) -> None:
+    tensors = [
+        (f"{name} {tuple(p.shape)} {str(p.dtype).removeprefix('torch.')}", _bits(p))
+        for name, p in model.named_parameters()
+    ]
+    digests = gather(f"{who}: model", hashlib.sha256(str(tensors).encode()).hexdigest())
+    differing = [r for r, digest in enumerate(digests) if digest != digests[0]]
+    if not differing:
+        return
+    each = gather(f"{who}: parameters", [list(tensor) for tensor in tensors])
+    have = f"{_named(differing)} {'has' if len(differing) == 1 else 'have'}"
+    there, here = (each[r] for r in (0, differing[0]))
+    nothing = ["nothing", 0]
+    for (expected, _), (found, _) in zip_longest(there, here, fillvalue=nothing):
+        if found != expected:
+            raise RanksError(
+                f"{who}: {have} another model than rank 0: {found} in place of {expected}"
+            )
+    name = next(b[0] for a, b in zip(there, here, strict=True) if a != b)
+    raise RanksError(
+        f"{who}: {have} other weights than rank 0; the first that differ are those of {name}"
+    )
 
 
 def _check_data(who: str, each: list[dict[str, Any]]) -> None:
@@ -253,21 +265,43 @@ def _check_data(who: str, each: list[dict[str, Any]]) -> None:
                 f"{who}: the calibration sequences of {_named(differing)} have "
                 f"{lengths[differing[0]][0]} tokens, those of rank 0 have {lengths[0][0]}"
             )
+    before: set[str] = set()
+    for r, found in enumerate(e["sequences"] for e in each):
+        again = sum(sequence in before for sequence in found)
+        if 2 * again > len(found) and rank() == 0:
+            warnings.warn(
+                f"{who}: {again} of the {len(found)} sequences that rank {r} reads are read by "
+                "another rank as well. Give each rank a dataset of its own, with "
+                "llmcompressor.datasets.get_rank_partition for example: of one that all ranks "
+                "load, LLM Compressor 0.14 lets every rank read the first samples",
+                stacklevel=2,
+            )
+            break
+        before.update(found)
 
 
 def _describe(data: Any) -> dict[str, Any]:
-    """Number of batches, and the shortest and longest of them, where they can be read twice."""
+    """Number of batches, least and greatest length, and digests of the sequences.
+
+    Only where batches can be read twice.
+    """
     try:
         batches = len(data)
     except TypeError:
-        return {"batches": None, "lengths": None}
-    lengths = set()
+        return {"batches": None, "lengths": None, "sequences": []}
+    lengths, sequences = set(), []
     with torch.random.fork_rng(devices=[]):  # a shuffled loader keeps its order for later
         for batch in data:
             ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
             if isinstance(ids, Tensor):
                 lengths.add(ids.shape[-1])
-    return {"batches": batches, "lengths": [min(lengths), max(lengths)] if lengths else None}
+                for row in ids.cpu().numpy():
+                    sequences.append(hashlib.blake2b(row.tobytes(), digest_size=6).hexdigest())
+    return {
+        "batches": batches,
+        "lengths": [min(lengths), max(lengths)] if lengths else None,
+        "sequences": sequences,
+    }
 
 
 def _bits(tensor: Tensor) -> int:
@@ -292,10 +326,6 @@ def _by_rank(messages: list[str | None]) -> str:
         if message:
             by_message.setdefault(message, []).append(r)
     return "; ".join(f"{_named(ranks)}: {message}" for message, ranks in by_message.items())
-
-
-def _short(text: str) -> str:
-    return text.replace("torch.", "")
 
 
 # -- tensors -----------------------------------------------------------------------------
