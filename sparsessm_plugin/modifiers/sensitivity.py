@@ -33,6 +33,7 @@ from sparsessm_plugin.modifiers.calibration import (
     what_enters,
 )
 from sparsessm_plugin.modifiers.removal import CalibrationInputs
+from sparsessm_plugin.modifiers.replay import Replay
 from sparsessm_plugin.modifiers.saving import change_config
 from sparsessm_plugin.progress import Stage
 from sparsessm_plugin.scan import scan
@@ -550,7 +551,9 @@ class SensitivitySparseGPTModifier(MixerModifier):
             DisableQuantization(model),
             Stage(f"{type(self).__name__}: what a loss does", len(projections)) as stage,
         ):
-            reference = model(**batch).logits
+            replay = Replay(model)
+            with replay.recorded():
+                reference = model(**batch).logits
             for projection in projections:
                 stage.at(projection.name)
                 weight = projection.weight.clone()
@@ -559,7 +562,8 @@ class SensitivitySparseGPTModifier(MixerModifier):
                 )
                 try:
                     update_offload_parameter(projection.module, "weight", solved.weight)
-                    changed = _divergence(reference, model(**batch).logits, mask)
+                    with replay.since(projection.name):
+                        changed = _divergence(reference, model(**batch).logits, mask)
                 finally:
                     update_offload_parameter(projection.module, "weight", weight)
                 harms.append(max(changed, _LEAST_DIVERGENCE) / max(solved.error, 1e-30))
