@@ -238,8 +238,9 @@ def alog(result: Result, shapes: dict[str, Shape], quick: bool) -> None:
             f"Seconds to choose {SPARSITY:.0%} of A_log in all layers from {SAMPLES} x {length} "
             f"tokens, without the rest of the model, on {DEVICE}, random weights, N = {STATES}. "
             "The loop is a reimplementation in our own words of what SparseSSM's authors "
-            "published: samples and time steps one by one, the lowest half of all entries looked for "
-            "at every step; its second pass, which hands the pruned layer's output on, is left out. "
+            "published: samples and time steps one by one, the lowest half of all entries looked "
+            "for at every step; its second pass, which hands the pruned layer's output on, is left "
+            "out. "
             f"Timed were one layer, of the loop one sample and the first {steps} steps, of this "
             f"package a batch of {batch} samples; the seconds are these, multiplied: both grow "
             "linearly with layers, samples and steps. Same criterion: A_log^2 S_t with frequency, "
@@ -409,9 +410,11 @@ def pipeline(result: Result, shapes: dict[str, Shape], quick: bool) -> None:
             f"{found.seconds:.1f} s (target {MOST_SECONDS}), "
             f"{found.tokens / found.seconds:,.0f} tokens/s, peak memory {peak / 2**30:.1f} GiB "
             f"(target {MOST_BYTES / 2**30:.0f}). The floor is what the projections' operations "
-            f"take at {ceilings.matrix / 1e12:.1f} T/s, the Hessians' at {ceilings.gram / 1e12:.1f} T/s "
+            f"take at {ceilings.matrix / 1e12:.1f} T/s, the Hessians' at "
+            f"{ceilings.gram / 1e12:.1f} T/s "
             f"and the scan's bytes at {ceilings.bandwidth / 1e9:,.0f} GB/s, rates that this "
-            "machine reached just before; stages without a number were not counted, and neither are "
+            "machine reached just before; stages without a number were not counted, and neither "
+            "are "
             "norms, convolutions and the solvers. The gap is largest in "
             + ", ".join(f"{what} ({gap:.1f} s)" for what, gap in largest)
             + ".",
@@ -501,14 +504,15 @@ def growth(result: Result, shapes: dict[str, Shape], quick: bool) -> None:
                     [what, axis, str(base_value), *(f"{t:.3f}" for t in taken), f"{power:.2f}"]
                 )
         result.numbers["growth"] = {"base": vars(base), "seconds": found}
-        picture = None if quick else plot_growth(found, f"{result.name}_growth.png")
+        picture = None if quick or not found else plot_growth(found, f"{result.name}_growth.png")
         result.table(
             "Growth",
             f"Seconds of a modifier from the start of calibration to its end, on {DEVICE}, medians "
             f"of {repeats} repeats that took turns; {base}, D = 2 hidden_size, and one of these "
             "times 1, 2 and 4. The power is the slope between the first and the last: 1 is "
             "linear, below 1 a part that does not grow. With D the weights of in_proj and "
-            "out_proj, and so a forward pass, grow as D^2, Hessians too, and the solver as D^3. N reaches "
+            "out_proj, and so a forward pass, grow as D^2, Hessians too, and the solver as D^3. N "
+            "reaches "
             "only the scan and x_proj."
             + (f"\n\n![seconds over growth]({picture})" if picture else ""),
             ["what", "grows", "from", *(f"x {factor}" for factor in FACTORS), "power"],
