@@ -272,7 +272,7 @@ def save_table(name: str, state: dict[str, Any]) -> None:
             ordered = [run for label in recipes for run in pruned if run["recipe"] == label]
             if any("error" not in run for run in ordered):
                 table = markdown(summarize(runs[DENSE], ordered))
-                lines += ["", f"## {model}: {section.lower()}", "", table]
+                lines += ["", f"## {model}: {section}", "", table]
             lines += [
                 f"\n{run_name(run['recipe'], run['seed'])} failed: {run['error']}"
                 for run in ordered

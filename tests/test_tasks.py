@@ -8,7 +8,7 @@ import sys
 import pytest
 import test_cli
 import torch
-from conftest import DEMO, tiny_model
+from conftest import DEMO, DEVICE, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsessm_plugin.errors import SparseSSMError
@@ -51,16 +51,17 @@ def data(tmp_path):
 
 @pytest.fixture(scope="module")
 def demo():
-    return AutoModelForCausalLM.from_pretrained(DEMO).eval(), AutoTokenizer.from_pretrained(DEMO)
+    model = AutoModelForCausalLM.from_pretrained(DEMO).to(DEVICE).eval()
+    return model, AutoTokenizer.from_pretrained(DEMO)
 
 
 def unbatched(model, context, continuation):
     """Log-likelihood of a continuation by the model's own forward, one sequence at a time."""
-    ids = torch.tensor([context + continuation])
+    ids = torch.tensor([context + continuation], device=model.device)
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits[0, len(context) - 1 : -1]
     logs = logits.double().log_softmax(-1)
-    target = torch.tensor(continuation)
+    target = torch.tensor(continuation, device=model.device)
     greedy = bool((logs.argmax(-1) == target).all())
     return float(logs[torch.arange(len(target)), target].sum()), greedy
 
@@ -78,7 +79,8 @@ def requests(model, count=14, seed=0):
     context, written = drawn[7][0], []
     with torch.no_grad():
         for _ in range(3):
-            logits = model(torch.tensor([context + written]), use_cache=False).logits
+            ids = torch.tensor([context + written], device=model.device)
+            logits = model(ids, use_cache=False).logits
             written.append(int(logits[0, -1].argmax()))
     return [(("", ""), *request) for request in [*drawn, (context, written)]]
 
@@ -87,7 +89,7 @@ def requests(model, count=14, seed=0):
 def test_batches_score_what_single_sequences_do(family, demo, monkeypatch):
     from sparsessm_plugin.evaluation import harness
 
-    model = tiny_model(family, vocab_size=VOCABULARY)
+    model = tiny_model(family, vocab_size=VOCABULARY).to(DEVICE)
     asked = requests(model)
     expected = [unbatched(model, context, continuation) for _, context, continuation in asked]
     assert expected[-1][1]  # what the model would write
@@ -190,7 +192,7 @@ def test_tasks_serve_one_model_after_another(demo, data):
     suite = load_tasks(["piqa_local", "blimp_local"], data)
     first = evaluate_tasks(model, tokenizer, suite)
     torch.manual_seed(0)
-    other = AutoModelForCausalLM.from_config(model.config).eval()
+    other = AutoModelForCausalLM.from_config(model.config).to(DEVICE).eval()
     alone = evaluate_tasks(other, tokenizer, load_tasks(["piqa_local", "blimp_local"], data))
     assert evaluate_tasks(other, tokenizer, suite) == alone != first
     assert evaluate_tasks(model, tokenizer, suite) == first
@@ -261,7 +263,7 @@ def test_without_lm_eval(monkeypatch, data):
 
 
 def test_a_broken_model_is_no_score(data):
-    model = tiny_model("mamba", vocab_size=VOCABULARY)
+    model = tiny_model("mamba", vocab_size=VOCABULARY).to(DEVICE)
     with torch.no_grad():
         model.backbone.norm_f.weight.fill_(float("nan"))
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
