@@ -12,7 +12,9 @@ The calibration part is all but choosing and solving: forward passes and what is
 import argparse
 import copy
 import os
+import shutil
 import statistics
+import tempfile
 from datetime import timedelta
 from typing import Any
 
@@ -30,6 +32,7 @@ from torch.utils.data import DataLoader
 from transformers import MambaConfig, MambaForCausalLM
 
 from sparsessm_plugin import distributed
+from sparsessm_plugin.pruning import DEMO_MODEL, ModelSource
 
 VOCABULARY = 1024
 SOLVING = ("compress", "allocate")  # stages of a modifier's cost that are no calibration
@@ -67,7 +70,10 @@ def main() -> None:
     config = MambaConfig(
         vocab_size=VOCABULARY, hidden_size=options.hidden, num_hidden_layers=options.layers
     )
-    base = MambaForCausalLM(config).eval().to(device)
+    base: Any = MambaForCausalLM(config).eval().to(device)
+    folder = tempfile.mkdtemp(prefix="distributed-")
+    config.save_pretrained(folder)  # oneshot() reads it once more
+    base.config._name_or_path = base.name_or_path = folder
     ids = torch.randint(1, VOCABULARY, (options.windows, options.length))
     batches = [{"input_ids": x} for x in ids.split(options.batch_size)]
     make = modifiers()
@@ -97,6 +103,7 @@ def main() -> None:
         )
         found = options.name or f"distributed_{'gpu' if cuda else 'cpu'}"
         save(found, table(title, rows), {"title": title, "rows": rows})
+    shutil.rmtree(folder)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -105,12 +112,19 @@ def timed(base: Any, make: Any, batches: list[dict[str, Tensor]], repeats: int) 
     """Median seconds of a run on fresh copies of a model, after one to warm up; its weights."""
     from llmcompressor import oneshot
 
+    tokenizer = ModelSource(DEMO_MODEL).load_tokenizer()
     calibration, total = [], []
     for repeat in range(repeats + 1):
         model, modifier = copy.deepcopy(base), make()
         ready = batches[:1] if repeat == 0 else batches
         loader: DataLoader[Any] = DataLoader(ready, batch_size=None)  # type: ignore[arg-type]
-        oneshot(model=model, recipe=modifier, dataset=loader, sequential_targets=["MambaBlock"])
+        oneshot(
+            model=model,
+            recipe=modifier,
+            dataset=loader,
+            processor=tokenizer,
+            sequential_targets=["MambaBlock"],
+        )
         if repeat:
             seconds = modifier.report()["cost"]["seconds"]
             total.append(seconds["total"])

@@ -37,6 +37,7 @@ T = TypeVar("T")
 _SIGN, _SILENT = 2.0, 40.0
 # A rank that lives but does not come: it has left the run by an error that nobody told us of.
 _LONGEST = 1800.0
+_PAUSE = 0.01  # seconds between looks at what the others do, at most
 _BUCKET = 2**24  # numbers that are summed over ranks in one go
 
 
@@ -156,7 +157,8 @@ def share(
         if tensors is not None:
             new.copy_(tensors[i])
         # as bytes: not every backend knows every dtype
-        _finish(what, dist.broadcast(new.view(-1).view(torch.uint8), src=source, async_op=True))
+        if new.numel():
+            _finish(what, dist.broadcast(new.view(-1).view(torch.uint8), src=source, async_op=True))
         received.append(new.to(device or "cpu"))
     return received if tensors is None else tensors
 
@@ -382,8 +384,8 @@ def _finish(what: str, work: Any) -> None:
     try:
         while not work.is_completed():
             time.sleep(pause)
-            pause = min(2 * pause, 0.05)
-            if pause == 0.05 and (reason := ranks.who_is_gone(what, range(ranks.size))):
+            pause = min(2 * pause, _PAUSE)
+            if pause == _PAUSE and (reason := ranks.who_is_gone(what, range(ranks.size))):
                 raise RanksError(reason)
         work.wait()
     except RuntimeError as error:  # gloo's way to say that a connection was closed
@@ -481,7 +483,7 @@ class _Ranks:
             if reason or not missing:
                 return self._decision(decided, reason)
             time.sleep(pause)
-            pause = min(2 * pause, 0.05)
+            pause = min(2 * pause, _PAUSE)
         return self._decision(decided, "")
 
     def _decision(self, key: str, reason: str) -> str:
