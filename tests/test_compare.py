@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsessm_plugin import cli
+from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.evaluation import comparison
 from sparsessm_plugin.evaluation.comparison import Spread, markdown, summarize
 
@@ -189,8 +190,8 @@ def test_a_model_that_a_recipe_does_not_fit(refused, tmp_path):
     assert "has one entry a head" in message
 
 
-def test_children_interrupts_and_errors_for_real(setup, tmp_path):
-    """In processes: a second comparison is refused, an interrupt keeps what is finished."""
+def test_an_interrupt(setup, tmp_path):
+    """In processes of their own: an interrupt ends the run that it meets and keeps the rest."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "sparsessm_plugin.cli", "compare", str(DEMO), *setup]
     command = [str(part) for part in command]
@@ -200,9 +201,6 @@ def test_children_interrupts_and_errors_for_real(setup, tmp_path):
         lines.append(line)
         if line.startswith("mag, seed 0"):
             break
-    second = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert second.returncode == 1
-    assert "another process is working on" in second.stderr
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[1]
     assert process.returncode == 130, (lines, rest)
@@ -231,11 +229,22 @@ def _commands(folder):
 
 
 def test_a_child_that_fails_leaves_its_error(tmp_path):
-    with pytest.raises(comparison._RunFailed, match="cannot load model") as error:
-        comparison._command(["evaluate", "none", "--text", "x.txt"], tmp_path, "dense")
+    with pytest.raises(comparison._RunFailed, match="nothing to evaluate") as error:
+        comparison._command(["evaluate", "none"], tmp_path, "dense")
     log = tmp_path / "logs" / "dense.log"
     assert str(log) in str(error.value)
-    assert "error: cannot load" in log.read_text()
+    assert "error: nothing to evaluate" in log.read_text()
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    with (
+        comparison._lock(tmp_path),
+        pytest.raises(SparseSSMError, match="another process is working on"),
+        comparison._lock(tmp_path),
+    ):
+        pass
+    with comparison._lock(tmp_path):
+        pass
 
 
 # -- summing up --------------------------------------------------------------------------
