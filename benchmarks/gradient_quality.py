@@ -40,7 +40,7 @@ METHODS = {
     "gradient, per layer": "scope: per_layer",
     "gradient, per kind": "scope: per_kind",
     "gradient, global, 1 round": "rounds: 1",
-    "gradient norm, global": "importance: weight_x_gradient_norm",
+    "mean gradient, global": "importance: weight_x_gradient",
     "gradient, global": "",
 }
 TUNED = {

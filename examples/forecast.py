@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         modifier = GradientMagnitudeModifier(
             sparsity=options.sparsity,
             rounds=2 if options.quick else 8,
-            importance_batches=4 if options.quick else 8,
+            importance_batches=1 if options.quick else 2,
             loss_fn=loss_fn,
             **settings,
         )

@@ -21,7 +21,12 @@ from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.pruning import prune
 from sparsessm_plugin.recipes import load_recipe, parse_recipe
 
-ONE_ROUND = {"sparsity": 0.5, "rounds": 1, "min_keep": 0.0}
+ONE_ROUND = {
+    "sparsity": 0.5,
+    "rounds": 1,
+    "min_keep": 0.0,
+    "importance": "weight_x_gradient",
+}
 
 
 def modifier(**changes):

@@ -94,9 +94,10 @@ class GradientMagnitudeModifier(MixerModifier):
     :param rounds: how often gradients are gathered and weights pruned
     :param schedule: how sparsity rises over the rounds: ``cubic``: fast first, then slower |
         ``linear``
-    :param importance: ``weight_x_gradient``: |w| |mean gradient| | ``weight_x_gradient_norm``: |w|
-        times the root of the mean squared gradient of single samples, which takes a backward pass
-        for each | ``magnitude``: |w|, which needs no data
+    :param importance: ``weight_x_gradient_norm`` (default): |w| times the root of the mean squared
+        gradient of single samples, which takes a backward pass for each | ``weight_x_gradient``:
+        |w| |mean gradient|, as in the paper; where a model is well trained the gradients of samples
+        cancel, and much less is left to tell weights apart | ``magnitude``: |w|, needs no data
     :param alpha: power of the gradient; default 1
     :param scope: what competes with what: ``global``: all weights | ``per_layer``: those of one
         tensor, so that all get the same sparsity | ``per_kind``: those of one kind (all in_proj,
@@ -120,7 +121,7 @@ class GradientMagnitudeModifier(MixerModifier):
     sparsity: float
     rounds: int = Field(default=8, ge=1)
     schedule: Schedule = "cubic"
-    importance: Importance = "weight_x_gradient"
+    importance: Importance = "weight_x_gradient_norm"
     alpha: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
     scope: Literal["global", "per_layer", "per_kind"] = "global"
     min_keep: float = Field(default=0.01, ge=0.0, lt=1.0)
