@@ -234,7 +234,8 @@ def components(run: Run, result: Result) -> None:
         if any(parameter is part for rows in parts.values() for part, _ in rows)
     }
     by_identity = {id(parameter): name for name, parameter in parameters.items()}
-    gradients, _ = mean_gradients(model, list(run.loader(options.windows, 0)), parameters)
+    batches = list(run.loader(options.windows, 0))
+    gradients, _ = mean_gradients(model, batches, parameters, of_samples=True)
     share = options.component_sparsity
     table, numbers = [], []
     for component, rows in parts.items():
