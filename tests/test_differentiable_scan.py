@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import batches, tiny_model
+from conftest import DEVICE, batches, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scan import random_heads, random_quantities, relative
@@ -127,7 +127,9 @@ def model_gradients(model, ready):
     model.zero_grad(set_to_none=True)
     for batch in ready:
         logits = model(**batch, use_cache=False).logits
-        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+        (
+            logits * torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
+        ).sum().backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -149,9 +151,10 @@ def test_gradients_of_a_model(family):
 
 
 def test_without_the_option_gradients_go_through_the_models_own_forward(monkeypatch):
-    model = tiny_model("mamba")
+    model = tiny_model("mamba").to(DEVICE)
+    ready = [{k: v.to(DEVICE) for k, v in batch.items()} for batch in batches(1, length=4)]
     monkeypatch.setattr(
         differentiable, "scan", lambda q: pytest.fail("the differentiable scan was used")
     )
     with fast_forward(model):
-        model_gradients(model, batches(1, length=4))
+        model_gradients(model, ready)

@@ -77,7 +77,8 @@ def compare(q, request, tolerance, dtype=None):
         if a is not None:
             assert a.shape == b.shape
             assert a.dtype == b.dtype
-            assert torch.linalg.norm(a.cpu() - b) <= tolerance * torch.linalg.norm(b), name
+            # where nothing is lost at all, rounding of products may still leave a trace
+            assert torch.linalg.norm(a.cpu() - b) <= tolerance * torch.linalg.norm(b) + 1e-12, name
     return result
 
 

@@ -233,4 +233,5 @@ def test_products_on_tensor_cores():
     x, y = x.view(3, 100, 2000), y.view(3, 100, 2000)
     batched = Factor(y.mT).after(x)
     for i in range(3):
-        torch.testing.assert_close(batched[i], exact[100 * i :, 100 * i :][:100, :100].float())
+        block = (slice(100 * i, 100 * i + 100),) * 2
+        assert float(((batched[i] - exact[block]).abs() / scale[block]).max()) < 1e-6
