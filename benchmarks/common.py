@@ -108,13 +108,24 @@ def save(
 
     :param found: versions and machine of numbers that were made elsewhere
     """
-    found = found or {**versions(), "cpu": f"{cpu_name()}, {os.cpu_count()} cores"}
+    found = found or machine()
     lines = [markdown.rstrip(), "", "Made with " + ", ".join(f"{k} {v}" for k, v in found.items())]
     text = "\n".join(lines) + "\n"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
     write_json(RESULTS / f"{name}.json", {**numbers, "versions": found})
     print(text)
+
+
+def keep_rows(name: str, rows: list[dict[str, Any]]) -> None:
+    """Write what was measured so far; :func:`save` does it again at the end."""
+    RESULTS.mkdir(exist_ok=True)
+    write_json(RESULTS / f"{name}.json", {"rows": rows, "versions": machine()})
+
+
+def machine() -> dict[str, str]:
+    """Versions and processors."""
+    return {**versions(), "cpu": f"{cpu_name()}, {os.cpu_count()} cores"}
 
 
 def first_line(error: Exception) -> str:

@@ -17,7 +17,16 @@ os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from common import Part, add_part_arguments, assets, merge, perplexities, row_of, save
+from common import (
+    Part,
+    add_part_arguments,
+    assets,
+    keep_rows,
+    merge,
+    perplexities,
+    row_of,
+    save,
+)
 
 from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
 from sparsessm_plugin.mixers import find_mixers
@@ -148,6 +157,7 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                         {k: round(v / dense[k], 4) for k, v in measured.items()},
                         f"{seconds:.1f} s", flush=True,
                     )  # fmt: skip
+                    keep_rows(options.name, rows)
                     del result
 
 

@@ -20,7 +20,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
-from common import Part, add_part_arguments, assets, merge, perplexities, row_of, save
+from common import (
+    Part,
+    add_part_arguments,
+    assets,
+    keep_rows,
+    merge,
+    perplexities,
+    row_of,
+    save,
+)
 
 from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
 from sparsessm_plugin.pruning import ModelSource, prune
@@ -126,6 +135,8 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                 for kind, value in perplexities(result.model, tests, options.batch_size).items():
                     row[kind].append(value)
                 row["seconds"].append(result.seconds)
+                if not options.development:
+                    keep_rows(options.name, rows)
                 print(
                     name, case, method, f"seed {seed}",
                     {kind: round(row[kind][-1], 3) for kind in tests},
