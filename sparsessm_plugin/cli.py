@@ -5,8 +5,10 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from functools import wraps
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +19,7 @@ from rich.table import Table
 from sparsessm_plugin.errors import SparseSSMError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
@@ -62,7 +64,35 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Documents a task at most
 TasksBatchSize = Annotated[int, typer.Option(min=1, help="Sequences a forward pass, for tasks.")]
 
 
+def _on_ranks(command: "Callable[..., None]") -> "Callable[..., None]":
+    """Let ``prune`` run on all ranks of torchrun, where it was started so; rank 0 prints."""
+
+    @wraps(command)
+    def run(**options: Any) -> None:
+        _quiet(options["verbose"])
+        if not options["verbose"]:  # bars of ours say more
+            os.environ.setdefault("TQDM_DISABLE", "1")
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return command(**options)
+        # torchrun gives each rank one thread unless it is told otherwise
+        os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        import torch
+
+        from sparsessm_plugin import distributed
+
+        with distributed.start(options["device"] != "cpu" and torch.cuda.is_available()):
+            if distributed.rank() == 0:
+                return command(**options)
+            nowhere = open(os.devnull, "w")  # noqa: SIM115 - loggers keep it
+            with redirect_stdout(nowhere), redirect_stderr(nowhere):
+                return command(**options)
+
+    return run
+
+
 @app.command()
+@_on_ranks
 def prune(
     model: ModelArgument,
     recipe: Annotated[str, typer.Option(help="YAML file, or a name from `sparsessm recipes`.")],
@@ -89,12 +119,10 @@ def prune(
     trust_remote_code: Trust = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show LLM Compressor's log.")] = False,
 ) -> None:
-    """Prune a model with a recipe and save it."""
-    _quiet(verbose)
-    if not verbose:  # bars of ours say more
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    """Prune a model with a recipe and save it; under torchrun, on several ranks together."""
     _choice("--pipeline", pipeline, ("independent", "sequential", "basic", "datafree"))
     source = _source(model, trust_remote_code, dtype, device)
+    from sparsessm_plugin import distributed
     from sparsessm_plugin.evaluation.components import take_inventory
     from sparsessm_plugin.evaluation.data import calibration_loader
     from sparsessm_plugin.files import (
@@ -109,6 +137,7 @@ def prune(
     from sparsessm_plugin.pruning import versions
     from sparsessm_plugin.recipes import load_recipe
 
+    rank, ranks = distributed.rank(), distributed.world_size()
     # everything that can be wrong is looked at before the weights are
     check_output_directory(output)
     if output.resolve() in (Path(model).resolve(), *Path(model).resolve().parents):
@@ -127,7 +156,7 @@ def prune(
                 f"[yellow]{escape(calibration)} gives {len(samples)} windows of "
                 f"{max_seq_length} tokens, fewer than the {num_samples} asked for; using them all"
             )
-        loader = calibration_loader(samples, num_samples, batch_size, seed)
+        loader = calibration_loader(samples, num_samples, batch_size, seed, (rank, ranks))
         calibration_report = {
             "source": calibration,
             "samples": min(num_samples, len(samples)),
@@ -135,10 +164,12 @@ def prune(
             "seed": seed,
         }
     text_samples = None
-    if text is not None:
+    if text is not None and rank == 0:
         text_samples = _windows(text, tokenizer, max_seq_length, vocab_size, text_field)
 
-    with output_directory(output) as folder:
+    # LLM Compressor's save wants every rank, and writes on rank 0
+    with output_directory(output) if rank == 0 else TemporaryDirectory() as place:
+        folder = Path(place)
         started = time.perf_counter()
         dense = source.load()
         loading = time.perf_counter() - started
@@ -155,6 +186,7 @@ def prune(
             result = _evaluate(pruned.model, text_samples, batch_size, "pruned")
             perplexity["after"] = result.to_dict()
             perplexity["ratio"] = result.perplexity / perplexity["before"]["perplexity"]
+        distributed.gather("saving", None)  # patient, unlike the backends
         started = time.perf_counter()
         _save(pruned.model, tokenizer, folder)
         report = {
@@ -172,6 +204,7 @@ def prune(
             },
             "tokens_per_second": round(pruned.tokens / pruned.seconds, 1),
             "peak_memory_bytes": pruned.peak_memory_bytes,
+            "ranks": ranks,
             "versions": versions(),
             "files": list_files(folder),
         }

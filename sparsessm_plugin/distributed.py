@@ -13,6 +13,7 @@ Every rank gives signs of life to the store; one that falls silent stops the oth
 import atexit
 import hashlib
 import json
+import math
 import os
 import socket
 import threading
@@ -20,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -37,6 +39,8 @@ T = TypeVar("T")
 _SIGN, _SILENT = 2.0, 40.0
 # A rank that lives but does not come: it has left the run by an error that nobody told us of.
 _LONGEST = 1800.0
+# Seconds that rank 0 is given to tidy up before the others end: torchrun kills it when one does.
+_TIDY = 10.0
 _PAUSE = 0.01  # seconds between looks at what the others do, at most
 _BUCKET = 2**24  # numbers that are summed over ranks in one go
 
@@ -58,6 +62,48 @@ def rank() -> int:
 def world_size() -> int:
     """How many ranks there are."""
     return dist.get_world_size() if is_distributed() else 1
+
+
+@contextmanager
+def start(cuda: bool) -> Iterator[None]:
+    """Make the process group of a program that torchrun has started on several ranks.
+
+    Around all that the program does. Elsewhere, and where there is a group already, it does
+    nothing. Of the ranks that leave by an error only the first hands it on, to be shown; the
+    others raise SystemExit.
+
+    :param cuda: over NCCL, the GPU of its local rank to each; otherwise over gloo
+    :raises SparseSSMError: there are fewer GPUs than ranks on this machine
+    """
+    several = dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+    if not several or dist.is_initialized():
+        yield
+        return
+    ranks_here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if cuda and ranks_here <= gpus:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    ranks = _Ranks.get()
+    ranks.patience = math.inf  # every error is told, so a rank that lives is at work
+    try:
+        if cuda and ranks_here > gpus:
+            raise SparseSSMError(
+                f"{ranks_here} ranks need a GPU each, and there are {gpus}; start as many ranks as "
+                "there are GPUs, or choose the CPU"
+            )
+        yield
+        gather("the end", None)
+    except BaseException as error:
+        fail(error)
+        if ranks.part():
+            raise
+        raise SystemExit(1) from error
+    # not after an error, when NCCL might wait for a rank that is gone
+    ranks.ended.set()
+    dist.destroy_process_group()
 
 
 def gather(what: str, value: T) -> list[T]:
@@ -410,6 +456,7 @@ class _Ranks:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.store = dist.PrefixStore("sparsessm", _get_default_store())
         self.meetings = 0
+        self.patience = _LONGEST
         # rank -> its latest sign of life, and when it was first seen
         self.signs: dict[int, tuple[bytes, float]] = {}
         self.ended = threading.Event()
@@ -442,6 +489,20 @@ class _Ranks:
     def leave(self, reason: str) -> None:
         """Leave word that this rank comes to no meeting any more."""
         self.store.compare_set(f"failed/{self.rank}", "", reason)
+
+    def part(self) -> bool:
+        """Leave the program after an error; whether this rank is the first to do so."""
+        me = str(self.rank)
+        try:
+            first = self.store.compare_set("parted", "", me).decode() == me
+        except RuntimeError:  # nothing left to agree by
+            return True
+        with suppress(RuntimeError):
+            if self.rank == 0:
+                self.store.set("tidy", "")
+            else:
+                self.store.wait(["tidy"], timedelta(seconds=_TIDY))
+        return first
 
     def meet(self, what: str, value: Any) -> list[Any]:
         """See :func:`gather`."""
@@ -478,8 +539,10 @@ class _Ranks:
         while not self.store.check([decided]):
             missing = [r for r in missing if not self.store.check([keys[r]])]
             reason = self.who_is_gone(what, missing)
-            if missing and not reason and time.monotonic() - started > _LONGEST:
-                reason = f"{_named(missing)} did not come to {what} for {_LONGEST / 60:.0f} minutes"
+            if missing and not reason and time.monotonic() - started > self.patience:
+                reason = (
+                    f"{_named(missing)} did not come to {what} for {self.patience / 60:.0f} minutes"
+                )
             if reason or not missing:
                 return self._decision(decided, reason)
             time.sleep(pause)

@@ -119,7 +119,7 @@ class PruningResult:
     :param model: the pruned model, its ``save_pretrained`` wrapped by LLM Compressor
     :param reports: one report for each modifier of this package
     :param seconds: of the whole ``oneshot`` call
-    :param tokens: of the calibration data, padding included
+    :param tokens: of the calibration data of all ranks, padding included
     :param peak_memory_bytes: see :func:`sparsessm_plugin.cost.peak_memory_bytes`
     """
 
@@ -230,11 +230,12 @@ def _result(
     model: Any, modifiers: list[Any], loader: DataLoader[Any] | None, started: float
 ) -> PruningResult:
     seconds = time.perf_counter() - started
+    tokens = sum(batch["input_ids"].numel() for batch in loader) if loader is not None else 0
     return PruningResult(
         model=model,
         reports=[m.report() for m in modifiers if hasattr(m, "report")],
         seconds=seconds,
-        tokens=sum(batch["input_ids"].numel() for batch in loader) if loader is not None else 0,
+        tokens=int(distributed.total("tokens", tokens)[0]),
         peak_memory_bytes=peak_memory_bytes(),
     )
 

@@ -400,7 +400,154 @@ def test_a_dead_rank_is_known_within_a_minute():
     assert distributed._SILENT + 2 * distributed._SIGN < 60
 
 
+# -- the command -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text_file(topics, tmp_path):
+    path = tmp_path / "topics.txt"
+    path.write_text("\n\n".join(topics[key] for key in sorted(topics)[:4]), encoding="utf-8")
+    return path
+
+
+def prune_arguments(tmp_path, text_file, model, output):
+    """Half of A_log and of the projections, calibrated on shares of 2 and 3 batches."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "a_stage:\n  a_modifiers:\n    SparseSSMModifier: {sparsity: 0.5}\n"
+        "    SensitivitySparseGPTModifier: {sparsity: 0.5, solver: sparsegpt}\n"
+    )
+    size = ("--num-samples", 5, "--max-seq-length", 32, "--batch-size", 1)
+    files = ("--output", output, "--calibration", text_file, "--text", text_file)
+    return [str(a) for a in ("prune", model, "--recipe", recipe, *files, *size)]
+
+
+def command(*files, **popen):
+    """``sparsessm prune`` on two ranks."""
+    torchrun = ["torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    return subprocess.Popen(
+        [sys.executable, "-m", *torchrun, "-m", "sparsessm_plugin.cli", *prune_arguments(*files)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **popen,
+    )
+
+
+def said(process, code):
+    """What the ranks, not torchrun, say of an error."""
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == code, stderr
+    return [line for line in stderr.splitlines() if line.startswith("error: ")]
+
+
+@needs_two
+def test_command_on_two_ranks(text_file, tmp_path, one_thread, capsys):
+    import json
+
+    from safetensors.torch import load_file
+
+    from sparsessm_plugin import cli
+
+    process = command(tmp_path, text_file, conftest.DEMO, tmp_path / "two")
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    arguments = prune_arguments(tmp_path, text_file, conftest.DEMO, tmp_path / "one")
+    cli.app(arguments, standalone_mode=False)
+    # so one rank has printed
+    assert len(stdout.splitlines()) == len(capsys.readouterr().out.splitlines())
+    folders = [tmp_path / "one", tmp_path / "two"]
+    reports = [json.loads((out / "sparsessm_report.json").read_text()) for out in folders]
+    weights = [load_file(out / "model.safetensors") for out in folders]
+    alone, together = reports
+    assert sorted(os.listdir(folders[1])) == sorted(["sparsessm_report.json", *together["files"]])
+    assert (alone["ranks"], together["ranks"]) == (1, 2)
+    assert alone["files"] == together["files"]
+    assert alone["after"] == together["after"]
+    for report in reports:
+        assert report["calibration"]["samples"] == 5
+        # both modifiers have seen all windows, whoever read them
+        assert {e["tokens"] for m in report["modifiers"] for e in m["layers"]} == {5 * 32}
+    tolerance = 1e-5 if DEVICE == "cpu" else 1e-2
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=tolerance)
+    assert together["perplexity"]["ratio"] == pytest.approx(alone["perplexity"]["ratio"], 1e-3)
+
+
+@needs_two
+def test_command_that_is_refused_says_it_once(text_file, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("x")
+    (line,) = said(command(tmp_path, text_file, conftest.DEMO, out), 1)
+    assert "holds no sparsessm_report.json" in line
+    assert os.listdir(out) == ["thesis.tex"]
+
+
+@needs_two
+def test_command_that_fails_half_way_leaves_nothing(text_file, tmp_path):
+    """Rank 0 fails, alone: it measures perplexity, while the other one waits for it."""
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(conftest.DEMO, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.backbone.layers[1].norm.weight[0] = float("inf")
+        model.save_pretrained(tmp_path / "model")
+    before = sorted([*os.listdir(tmp_path), "recipe.yaml"])
+    (line,) = said(command(tmp_path, text_file, tmp_path / "model", tmp_path / "out"), 1)
+    assert "loss on the text is NaN" in line
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@needs_two
+def test_interrupted_command_leaves_nothing(text_file, tmp_path):
+    import signal
+    import time
+
+    process = command(
+        *(tmp_path, text_file, conftest.DEMO, tmp_path / "out"),
+        # a test run in the background hands an ignored SIGINT on to its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    before = sorted(os.listdir(tmp_path))
+    while not [name for name in os.listdir(tmp_path) if name.endswith(".partial")]:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert stderr.count("interrupted; nothing was written") == 1, stderr
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 # -- without ranks -----------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 12), st.integers(1, 15), st.integers(1, 4), st.integers(1, 5))
+def test_shares_are_what_one_process_reads(windows, num_samples, batch_size, ranks):
+    from sparsessm_plugin.evaluation.data import calibration_loader
+
+    samples = torch.arange(2 * windows).view(windows, 2)
+    alone = [b["input_ids"].tolist() for b in calibration_loader(samples, num_samples, batch_size)]
+    if len(alone) < ranks:
+        with pytest.raises(SparseSSMError, match=f"too few for {ranks} ranks"):
+            calibration_loader(samples, num_samples, batch_size, share=(0, ranks))
+        return
+    shares = [
+        [
+            batch["input_ids"].tolist()
+            for batch in calibration_loader(samples, num_samples, batch_size, share=(r, ranks))
+        ]
+        for r in range(ranks)
+    ]
+    assert [batch for share in shares for batch in share] == alone
+    lengths = [len(share) for share in shares]
+    assert max(lengths) - min(lengths) <= 1
 
 
 def test_one_process_gets_back_what_it_gives():

@@ -114,18 +114,34 @@ def windows(tokens: Tensor, length: int, source: str) -> Tensor:
 
 
 def calibration_loader(
-    samples: Tensor, num_samples: int, batch_size: int, seed: int = 0
+    samples: Tensor,
+    num_samples: int,
+    batch_size: int,
+    seed: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> DataLoader[Any]:
     """Draw windows without replacement and serve them in batches, always in the same order.
 
     :param samples: (windows, length) to draw from
     :param num_samples: how many to draw; all, if there are fewer
     :param seed: of the draw
+    :param share: (rank, size): this rank's batches of those that one process would be served;
+        neighbours in the order of ranks, and as many as any other rank's or one less
+    :raises SparseSSMError: there are fewer batches than ranks
     """
     chosen = list(range(len(samples)))
     random.Random(seed).shuffle(chosen)
+    chosen = chosen[:num_samples]
+    rank, size = share
+    batches = -(-len(chosen) // batch_size)
+    if size > 1 and batches < size:
+        raise SparseSSMError(
+            f"{len(chosen)} windows in batches of {batch_size} are too few for {size} ranks; "
+            "give a greater --num-samples or a smaller --batch-size"
+        )
+    begin, end = (batches * r // size * batch_size for r in (rank, rank + 1))
     rows = [
         {"input_ids": samples[i], "attention_mask": torch.ones_like(samples[i])}
-        for i in chosen[:num_samples]
+        for i in chosen[begin:end]
     ]
     return DataLoader(rows, batch_size=batch_size, shuffle=False)  # type: ignore[arg-type]
