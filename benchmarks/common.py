@@ -49,6 +49,7 @@ def add_part_arguments(parser: argparse.ArgumentParser) -> None:
     """Let several processes share the runs, and put what they made together."""
     parser.add_argument("--part", default="0/1", help="i/n: only every n-th run, from the i-th")
     parser.add_argument("--merge", nargs="+", type=Path, help="only put .json results together")
+    parser.add_argument("--remark", default="", help="how they were made, for the table's head")
 
 
 class Part:

@@ -87,7 +87,8 @@ def main() -> None:
     if options.merge:
         rows, found = merge(options.merge, [*TEXTS, "seconds"])
         options.models = list(dict.fromkeys(row["model"] for row in rows))
-        save(options.name, table(rows, options), {"rows": rows}, found)
+        text = "\n\n".join(filter(None, [options.remark, table(rows, options)]))
+        save(options.name, text, {"rows": rows}, found)
         return
     started = time.monotonic()
     rows = []
