@@ -197,7 +197,8 @@ def accelerate(
     :param tokens: batch x length of the calls to choose for; in decoding, the batch alone. With
         several, the geometric mean of the ratios decides
     :param cuda_graphs: measure without the time that launching a kernel from Python takes, which is
-        what a call costs inside a CUDA graph
+        what a call costs inside a CUDA graph. Outside, torch may make cuSPARSELt's plan anew for
+        every call, which takes about half a millisecond
     :param timer: measures in place of this module's own, for tests
     :return: the measurements of every shape, and what was left dense
     :raises SparseSSMError: no such device, or no layer that could be sparse
@@ -347,16 +348,24 @@ def time_graph(calls: Sequence[Callable[[], Any]]) -> float:
 
 
 def _cusparselt(linear: nn.Linear, x: Tensor) -> Pack:
-    return torch.sparse.SparseSemiStructuredTensorCUSPARSELT.from_dense
+    return partial(_compressed, 0)
 
 
 def _cusparselt_searched(linear: nn.Linear, x: Tensor) -> Pack:
     """With the algorithm that cuSPARSELt's own search finds fastest for these tokens."""
-    cls = torch.sparse.SparseSemiStructuredTensorCUSPARSELT
-    weight: Any = SemiStructuredLinear(linear, cls.from_dense).weight
+    weight: Any = SemiStructuredLinear(linear, partial(_compressed, 0)).weight
     filled = F.pad(x, (0, 0, 0, -len(x) % 8))  # as torch does before it multiplies
     algorithm = torch._cslt_sparse_mm_search(weight.packed, filled.t(), transpose_result=True)
-    return partial(cls.from_dense, alg_id=int(algorithm))
+    return partial(_compressed, int(algorithm))
+
+
+def _compressed(algorithm: int, weight: Tensor) -> Tensor:
+    """For cuSPARSELt, with outputs token by token and not transposed."""
+    sparse: Any = torch.sparse.SparseSemiStructuredTensorCUSPARSELT.from_dense(weight)
+    # torch 2.11 takes neither as an argument, and 2.13 always multiplies the first way
+    sparse.fuse_transpose_cusparselt = True
+    sparse.alg_id_cusparselt = algorithm
+    return sparse
 
 
 def _cutlass(linear: nn.Linear, x: Tensor) -> Pack:

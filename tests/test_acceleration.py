@@ -142,6 +142,37 @@ def test_filled_up_outputs_bias_and_transposed_inputs():
         assert torch.equal(sparse.state_dict()[name], tensor)
 
 
+@pytest.mark.parametrize("library", ["cusparselt", "cusparselt, searched"])
+def test_cusparselt_gets_its_algorithm_from_any_torch(monkeypatch, library):
+    """With dense products in place of cuSPARSELt's, which needs a GPU."""
+    calls = []
+
+    def multiply(packed, x, bias=None, transpose_result=False, alg_id=0, **kwargs):
+        calls.append((transpose_result, alg_id))
+        y = packed @ x if bias is None else packed @ x + bias[:, None]
+        return y.t().contiguous() if transpose_result else y
+
+    def search(packed, x, transpose_result):
+        assert transpose_result
+        assert packed.shape[1] == x.shape[0]
+        return 3
+
+    cls = torch.sparse.SparseSemiStructuredTensorCUSPARSELT
+    monkeypatch.setattr(cls, "_validate_device_dim_dtype_shape", lambda tensor: None)
+    monkeypatch.setattr(torch, "_cslt_compress", torch.clone)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", search)
+    for bias in (False, True):
+        linear = nn.Linear(64, 48, bias=bias).bfloat16()
+        x = torch.randn(2, 5, 64).bfloat16()
+        sparse = SemiStructuredLinear(linear, acceleration.LIBRARIES[library](linear, x[0]))
+        calls.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(sparse(x), linear(x), rtol=0.02, atol=0.02)
+        assert calls == [(True, 3 if "searched" in library else 0)]
+        assert torch.equal(sparse.state_dict()["weight"], linear.weight)
+
+
 def test_is_two_of_four():
     weight = torch.tensor([[0.0, 1, 0, 2, 3, 0, 0, 0], [1, 2, 0, 0, 0, 0, 3, 4]])
     assert is_two_of_four(weight)
