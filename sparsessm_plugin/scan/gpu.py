@@ -223,6 +223,18 @@ def _probe(out):
 
 
 @triton.jit
+def _tile(A, channels, states, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The program's channels d and states n, where entries lie in (N, D), and A log2(e)."""
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    d_in = d < channels
+    inside = (n < states)[:, None] & d_in[None, :]
+    entry = n[:, None] * channels + d[None, :]
+    a = tl.load(A + entry, mask=inside, other=0.0) * LOG2_E
+    return d, d_in, n, inside, entry, a
+
+
+@triton.jit
 def _at(x, row, width, i, inside):
     """Row of a (rows, width) tensor in float32."""
     return tl.load(x + row * width + i, mask=inside, other=0.0).to(tl.float32)
@@ -247,12 +259,7 @@ def _end_chunks(
     BLOCK_D: tl.constexpr,
 ):
     """The state every chunk but the last ends in from a zero state, and its sum of dt."""
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    n = tl.arange(0, BLOCK_N)
-    d_in = d < channels
-    inside = (n < states)[:, None] & d_in[None, :]
-    entry = n[:, None] * channels + d[None, :]
-    a = tl.load(A + entry, mask=inside, other=0.0) * LOG2_E
+    d, d_in, n, inside, entry, a = _tile(A, channels, states, BLOCK_N, BLOCK_D)
     first = tl.program_id(2).to(tl.int64) * length + tl.program_id(1) * chunk
 
     h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -301,12 +308,7 @@ def _hand_on(
     BLOCK_D: tl.constexpr,
 ):
     """Turn, in place, what :func:`_end_chunks` left into the state the next chunk starts with."""
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    n = tl.arange(0, BLOCK_N)
-    d_in = d < channels
-    inside = (n < states)[:, None] & d_in[None, :]
-    entry = n[:, None] * channels + d[None, :]
-    a = tl.load(A + entry, mask=inside, other=0.0) * LOG2_E
+    d, d_in, _, inside, entry, a = _tile(A, channels, states, BLOCK_N, BLOCK_D)
 
     h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     h_pruned = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -362,12 +364,7 @@ def _scan(
     BLOCK_D: tl.constexpr,
 ):
     """One chunk with the state it really starts with: output, kept states, statistics."""
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    n = tl.arange(0, BLOCK_N)
-    d_in = d < channels
-    inside = (n < states)[:, None] & d_in[None, :]
-    entry = n[:, None] * channels + d[None, :]
-    a = tl.load(A + entry, mask=inside, other=0.0) * LOG2_E
+    d, d_in, n, inside, entry, a = _tile(A, channels, states, BLOCK_N, BLOCK_D)
     skip = tl.load(D + d, mask=d_in, other=0.0).to(tl.float32)
 
     c_index = tl.program_id(1)
@@ -485,12 +482,7 @@ def _sum_products(
     BLOCK_D: tl.constexpr,
 ):
     """One chunk of :func:`scan_products`; gram is (b, chunks, blocks, BLOCK_N, BLOCK_N)."""
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    n = tl.arange(0, BLOCK_N)
-    d_in = d < channels
-    inside = (n < states)[:, None] & d_in[None, :]
-    entry = n[:, None] * channels + d[None, :]
-    a = tl.load(A + entry, mask=inside, other=0.0) * LOG2_E
+    d, d_in, n, inside, entry, a = _tile(A, channels, states, BLOCK_N, BLOCK_D)
 
     c_index = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
