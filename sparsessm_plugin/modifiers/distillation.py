@@ -50,7 +50,7 @@ class Distillation:
         try:
             with _undisturbed(model), torch.random.fork_rng(devices=[]):
                 for batch in data:
-                    logits = model(**to_device(batch, self._device)).logits
+                    logits = model(**_inputs(to_device(batch, self._device))).logits
                     hidden_states = inputs.pop()
                     if not self._batches:
                         self._scale = _logit_scale(logits[:1], head(hidden_states[:1]))
@@ -99,14 +99,15 @@ class Distillation:
 
     def _divergences(self, model: Any, batch: Mapping[str, Any]) -> list[Tensor]:
         """(tokens,) of every row, padding left out."""
-        inputs = {k: v for k, v in batch.items() if k not in (_DENSE, "labels")}
-        logits = model(**inputs).logits
+        logits = model(**_inputs(batch)).logits
         mask = batch.get("attention_mask")
         head = model.get_output_embeddings()
         each = []
         # float32 logits of a whole batch would be large
         for row, (dense, found) in enumerate(zip(batch[_DENSE], logits, strict=True)):
-            found = checkpoint(self._row, head, dense, found, use_reentrant=False)
+            found = checkpoint(
+                self._row, head, dense, found, use_reentrant=False, preserve_rng_state=False
+            )
             each.append(found if mask is None else found[mask[row].bool()])
         return each
 
@@ -135,6 +136,11 @@ def mixer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for own, parameter in mixer.named_parameters()
         if parameter.is_floating_point() and not own.endswith(("_scale", "_zero_point"))
     }
+
+
+def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model needs for its logits; from labels it would make a loss, too."""
+    return {k: v for k, v in batch.items() if k not in (_DENSE, "labels")}
 
 
 def _single_device(model: nn.Module) -> torch.device:

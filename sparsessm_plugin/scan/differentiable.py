@@ -56,7 +56,9 @@ def in_chunks(quantities: MixerQuantities, chunk: int = _CHUNK) -> Tensor:
     outputs = []
     for start in range(0, q.u.shape[1], chunk):
         u, dt, B, C = (x[:, start : start + chunk] for x in (q.u, q.dt, q.B, q.C))
-        y, h = checkpoint(_chunk, h, u, dt, q.A, B, C, use_reentrant=False)
+        y, h = checkpoint(
+            _chunk, h, u, dt, q.A, B, C, use_reentrant=False, preserve_rng_state=False
+        )
         outputs.append(y)
     return torch.cat(outputs, dim=1) + q.D * q.u
 
