@@ -35,17 +35,21 @@ TRAIN = 0.8  # share of the rows that is trained on
 def read_series(path: Path) -> Tensor:
     """(rows, 7) of a file in the layout of ETT.
 
-    :raises SystemExit: the file has other columns, or a value that is no number
+    :raises SystemExit: no such file, other columns, a value that is no finite number, few rows
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = [c for c in COLUMNS if c not in (reader.fieldnames or ())]
-        if missing:
-            raise SystemExit(f"{path} has no column {missing[0]}; needed: {', '.join(COLUMNS)}")
-        try:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            missing = [c for c in COLUMNS if c not in (reader.fieldnames or ())]
+            if missing:
+                raise SystemExit(f"{path} has no column {missing[0]}; needed: {', '.join(COLUMNS)}")
             series = torch.tensor([[float(row[c]) for c in COLUMNS] for row in reader])
-        except (TypeError, ValueError) as error:
-            raise SystemExit(f"{path} holds a value that is no number: {error}") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SystemExit(f"cannot read {path}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"{path} holds a value that is no number: {error}") from error
+    if not bool(series.isfinite().all()):
+        raise SystemExit(f"{path} holds NaN or infinite values")
     needed = 2 * (PAST + FUTURE)
     if len(series) < needed:
         raise SystemExit(f"{path} has {len(series)} rows; at least {needed} are needed")
@@ -137,6 +141,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="seconds, to see that it runs")
     options = parser.parse_args(arguments)
+    if not 0 < options.sparsity <= 0.99:  # 1 % of each weight stays
+        parser.error(f"--sparsity must be above 0 and at most 0.99, got {options.sparsity}")
     torch.manual_seed(options.seed)
 
     size, layers, steps, tune_steps, rows = (16, 1, 20, 3, 2000) if options.quick else SIZES

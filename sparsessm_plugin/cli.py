@@ -47,6 +47,16 @@ ModelArgument = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's code run.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries.")]
+Result = Annotated[
+    Path, typer.Option(help="Folder for the result; only an earlier result is replaced.")
+]
+_REPORT = typer.Option(help="Write a report to this new .json file.")
+_CALIBRATION = typer.Option(help="Text file, JSON lines with `text`, or name[:config[:split]].")
+NumSamples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
+Seed = Annotated[int, typer.Option(help="Of the draw of calibration windows.")]
+_PIPELINES = ("independent", "sequential", "basic", "datafree")
+Pipeline = Annotated[str, typer.Option(help="independent, sequential, basic or datafree.")]
 TextField = Annotated[str, typer.Option(help="Key of the text in JSON lines.")]
 SeqLength = Annotated[int, typer.Option(min=2, help="Tokens a window.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows a forward pass.")]
@@ -96,31 +106,24 @@ def _on_ranks(command: "Callable[..., None]") -> "Callable[..., None]":
 def prune(
     model: ModelArgument,
     recipe: Annotated[str, typer.Option(help="YAML file, or a name from `sparsessm recipes`.")],
-    output: Annotated[
-        Path, typer.Option(help="Folder for the result; only an earlier result is replaced.")
-    ],
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="Text file, JSON lines with `text`, or name[:config[:split]]."),
-    ] = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 64,
+    output: Result,
+    calibration: Annotated[str | None, _CALIBRATION] = None,
+    num_samples: NumSamples = 64,
     max_seq_length: SeqLength = 2048,
     batch_size: BatchSize = 4,
     text: Annotated[
         str | None, typer.Option(help="Also measure perplexity on this text, before and after.")
     ] = None,
     text_field: TextField = "text",
-    pipeline: Annotated[
-        str, typer.Option(help="independent, sequential, basic or datafree.")
-    ] = "independent",
-    seed: Annotated[int, typer.Option(help="Of the draw of calibration windows.")] = 0,
+    pipeline: Pipeline = "independent",
+    seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show LLM Compressor's log.")] = False,
 ) -> None:
     """Prune a model with a recipe and save it; under torchrun, on several ranks together."""
-    _choice("--pipeline", pipeline, ("independent", "sequential", "basic", "datafree"))
+    _choice("--pipeline", pipeline, _PIPELINES)
     source = _source(model, trust_remote_code, dtype, device)
     from sparsessm_plugin import distributed
     from sparsessm_plugin.evaluation.components import take_inventory
@@ -140,8 +143,7 @@ def prune(
     rank, ranks = distributed.rank(), distributed.world_size()
     # everything that can be wrong is looked at before the weights are
     check_output_directory(output)
-    if output.resolve() in (Path(model).resolve(), *Path(model).resolve().parents):
-        raise SparseSSMError(f"--output {output} is or holds the model that is to be pruned")
+    _not_the_model(output, model)
     checked = load_recipe(recipe)
     checked.check_data(calibration)
     skeleton = source.load_skeleton()
@@ -224,9 +226,7 @@ def evaluate(
     tasks: Tasks = None,
     tasks_data: TasksData = None,
     limit: Limit = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Write a report to this new .json file.")
-    ] = None,
+    output: Annotated[Path | None, _REPORT] = None,
     max_seq_length: SeqLength = 2048,
     num_samples: Annotated[
         int | None, typer.Option(min=1, help="Windows to evaluate; default all.")
@@ -237,7 +237,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Perplexity over non-overlapping windows of texts, and lm-eval's tasks."""
     _quiet(verbose)
@@ -304,10 +304,7 @@ def compare(
     output: Annotated[
         Path, typer.Option(help="Folder of the comparison; one that was begun goes on.")
     ],
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="Text file, JSON lines with `text`, or name[:config[:split]]."),
-    ] = None,
+    calibration: Annotated[str | None, _CALIBRATION] = None,
     text: Annotated[
         list[str] | None, typer.Option(help="Measure perplexity; TEXT or NAME=TEXT; repeatable.")
     ] = None,
@@ -317,7 +314,7 @@ def compare(
     seeds: Annotated[
         str, typer.Option(help="Of the draws of calibration windows, with commas.")
     ] = "0",
-    num_samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 64,
+    num_samples: NumSamples = 64,
     max_seq_length: SeqLength = 2048,
     eval_samples: Annotated[
         int | None, typer.Option(min=1, help="Windows of a text to evaluate; default all.")
@@ -325,19 +322,17 @@ def compare(
     batch_size: BatchSize = 4,
     tasks_batch_size: TasksBatchSize = 64,
     text_field: TextField = "text",
-    pipeline: Annotated[
-        str, typer.Option(help="independent, sequential, basic or datafree.")
-    ] = "independent",
+    pipeline: Pipeline = "independent",
     keep: Annotated[bool, typer.Option("--keep", help="Keep the pruned checkpoints.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run recipes on one model, each in its own process; a table, JSON and a plot."""
     _quiet(verbose)
     os.environ.setdefault("TQDM_DISABLE", "1")
-    _choice("--pipeline", pipeline, ("independent", "sequential", "basic", "datafree"))
+    _choice("--pipeline", pipeline, _PIPELINES)
     texts, names = _named(text or []), _split_names("--tasks", tasks)
     if not texts and not names:
         raise SparseSSMError("nothing to compare by; give --text, --tasks or both")
@@ -353,6 +348,8 @@ def compare(
     runs: list[tuple[str, int]] = []
     for name, where in _named(_split_names("--recipes", recipes), "--recipes").items():
         label = Path(name).stem if name == where else name
+        if label == comparison.DENSE:
+            raise SparseSSMError(f"{label!r} is the model as it was; give NAME={where}")
         if label in chosen:
             raise SparseSSMError(f"two recipes are called {label!r}; give NAME=FILE")
         recipe = load_recipe(where)
@@ -361,7 +358,11 @@ def compare(
         chosen[label] = (where, recipe.text)
         drawn = any(modifier.requires_calibration_data for modifier in recipe.modifiers)
         runs += [(label, seed) for seed in (numbers if drawn else numbers[:1])]
-    _load_tasks(names, tasks_data, limit)  # only to find out now what would fail later
+    # only to find out now what would fail later
+    _load_tasks(names, tasks_data, limit)
+    vocab_size, tokenizer = _vocab_size(skeleton), source.load_tokenizer()
+    for where in (*texts.values(), *([] if calibration is None else [calibration])):
+        _windows(where, tokenizer, max_seq_length, vocab_size, text_field)
 
     def identify(where: str) -> str:
         return comparison.fingerprint(where) if Path(where).exists() else where
@@ -374,7 +375,7 @@ def compare(
     prune_options += [] if calibration is None else ["--calibration", calibration]
     evaluate_options = [*common, "--tasks-batch-size", str(tasks_batch_size)]
     for name, where in texts.items():
-        evaluate_options += ["--text", f"{name}={where}"]
+        evaluate_options += ["--text", where if name == where else f"{name}={where}"]
     for option, value in (
         ("--num-samples", eval_samples),
         ("--tasks", ",".join(names) or None),
@@ -448,7 +449,7 @@ def inspect(
     model: ModelArgument,
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Show a model's mixers, what its parameters are spent on, how sparse they are, and,
     for a folder, which runtimes load it."""
@@ -481,17 +482,15 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(help="Draw tokens/s into this new .png file.")
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Write a report to this new .json file.")
-    ] = None,
+    output: Annotated[Path | None, _REPORT] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Time prefill and decode in transformers, and weigh the state cache."""
     _quiet(verbose)
-    sizes = _batch_sizes(batch_sizes)
+    sizes = _numbers("--batch-sizes", batch_sizes, least=1)
     _new_file("--plot", plot, ".png")
     _new_file("--output", output, ".json")
     names = [model] if against is None else [against, model]
@@ -545,10 +544,8 @@ def bench(
 @app.command()
 def sensitivity(
     model: ModelArgument,
-    calibration: Annotated[
-        str, typer.Option(help="Text file, JSON lines with `text`, or name[:config[:split]].")
-    ],
-    output: Annotated[Path, typer.Option(help="Write a report to this new .json file.")],
+    calibration: Annotated[str, _CALIBRATION],
+    output: Annotated[Path, _REPORT],
     text: Annotated[
         str | None,
         typer.Option(help="Measure on this text; default the end of --calibration, held back."),
@@ -566,16 +563,16 @@ def sensitivity(
     plot: Annotated[
         Path | None, typer.Option(help="Draw heat maps into this new .png file.")
     ] = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
+    num_samples: NumSamples = 32,
     eval_samples: Annotated[int, typer.Option(min=1, help="Windows to measure on, at most.")] = 16,
     max_seq_length: SeqLength = 512,
     batch_size: BatchSize = 4,
     text_field: TextField = "text",
-    seed: Annotated[int, typer.Option(help="Of the draw of calibration windows.")] = 0,
+    seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Prune each part of a model alone and measure what it costs in perplexity."""
     _quiet(verbose)
@@ -633,15 +630,13 @@ def sensitivity(
 @app.command()
 def export(
     model: ModelArgument,
-    output: Annotated[
-        Path, typer.Option(help="Folder for the result; only an earlier result is replaced.")
-    ],
+    output: Result,
     format_: Annotated[
         str, typer.Option("--format", help="mamba_ssm, the authors' own runtime.")
     ] = "mamba_ssm",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write a Mamba or Mamba-2 model, without tokenizer, in another runtime's layout."""
     _quiet(verbose)
@@ -658,8 +653,7 @@ def export(
     _choice("--format", format_, FORMATS)
     source = _source(model, trust_remote_code, dtype, "cpu")
     check_output_directory(output)
-    if output.resolve() in (Path(model).resolve(), *Path(model).resolve().parents):
-        raise SparseSSMError(f"--output {output} is or holds the model that is to be exported")
+    _not_the_model(output, model)
     check_mamba_ssm(source.load_skeleton())
     with output_directory(output) as folder:
         export_mamba_ssm(source.load(), folder)
@@ -679,7 +673,7 @@ def export(
 
 @app.command()
 def demo(
-    num_samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 64,
+    num_samples: NumSamples = 64,
     max_seq_length: SeqLength = 512,
 ) -> None:
     """Compare the pruning criteria on the packaged demo checkpoint; needs no download."""
@@ -765,15 +759,6 @@ def _choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
         raise SparseSSMError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def _batch_sizes(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise SparseSSMError(
-            f"--batch-sizes must be whole numbers above 0 with commas between them, got {text!r}"
-        )
-    return list(dict.fromkeys(int(part) for part in parts))
-
-
 def _shares(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
@@ -793,6 +778,11 @@ def _new_file(option: str, path: Path | None, suffix: str) -> None:
         raise SparseSSMError(f"{option} {path} exists; choose another name")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise SparseSSMError(f"{option} {path}: {path.parent} is no folder to write to")
+
+
+def _not_the_model(output: Path, model: str) -> None:
+    if output.resolve() in (Path(model).resolve(), *Path(model).resolve().parents):
+        raise SparseSSMError(f"--output {output} is or holds the model {model}")
 
 
 def _source(name: str, trust_remote_code: bool, dtype: str, device: str) -> Any:
@@ -825,20 +815,11 @@ def _windows(
 
 
 @contextmanager
-def _progress(label: str, total: int) -> "Iterator[Any]":
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+def _progress(label: str, total: int) -> "Iterator[Callable[[int], None]]":
+    from sparsessm_plugin.progress import Stage, shown
 
-    with Progress(
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    ) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda done: progress.advance(task, done)
+    with shown(err), Stage(escape(label), total) as stage:
+        yield stage.advance
 
 
 def _named(sources: list[str], option: str = "--text") -> dict[str, str]:
@@ -856,11 +837,11 @@ def _named(sources: list[str], option: str = "--text") -> dict[str, str]:
     return named
 
 
-def _numbers(option: str, text: str) -> list[int]:
+def _numbers(option: str, text: str, least: int = 0) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
         raise SparseSSMError(
-            f"{option} must be whole numbers with commas between them, got {text!r}"
+            f"{option} must be whole numbers from {least} on with commas between them, got {text!r}"
         )
     return list(dict.fromkeys(int(part) for part in parts))
 

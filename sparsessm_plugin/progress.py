@@ -51,13 +51,13 @@ class Stage:
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, description=f"{self.name}: {what}")
 
-    def advance(self) -> None:
-        """A step is done."""
+    def advance(self, steps: int = 1) -> None:
+        """Steps are done."""
         self._begin()
-        self.done += 1
+        self.done += steps
         self.latest = time.monotonic()
         if self._bars is not None and self._task is not None:
-            self._bars.advance(self._task)
+            self._bars.advance(self._task, steps)
         elif self.latest - self._logged >= _LOG_EVERY:
             self._logged = self.latest
             of = "" if self.total is None else f" of {self.total}"

@@ -175,6 +175,8 @@ def test_refuses_the_folder_of_another_comparison(sparsessm, refused, here, setu
         (("x=alog-50,x=state-50", "--text", "a.txt"), "--recipes: two are called 'x'"),
         (("alog-50", "--text", "a.txt"), "give --calibration"),
         (("alog-50", "--tasks", "piqa_local", "--calibration", "a.txt"), "give --tasks-data"),
+        (("dense=alog-50", "--text", "a.txt"), "'dense' is the model as it was"),
+        (("alog-50", "--calibration", "none.txt", "--text", __file__), "none.txt does not exist"),
     ],
 )
 def test_bad_arguments(refused, tmp_path, arguments, message):

@@ -55,6 +55,7 @@ def test_generated_series_has_days(forecast):
         (("HUFL", "OT"), 700, None, "no column HULL"),
         (None, 50, None, "has 50 rows; at least 240 are needed"),
         (None, 700, "n/a", "no number"),
+        (None, 700, "nan", "NaN or infinite"),
     ],
 )
 def test_files_that_are_refused(forecast, tmp_path, columns, rows, value, message):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MAMBA2, tiny_model
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 
 from sparsessm_plugin import recipe_path
 from sparsessm_plugin.errors import SparseSSMError
@@ -166,6 +166,13 @@ def test_a_recipe_is_checked_against_a_model_without_weights():
     recipe = parse_recipe(with_fields("sparsity: 0.5\n      targets: re:nothing"))
     with pytest.raises(SparseSSMError, match="matches no state-space mixer"):
         recipe.check_model(model)
+    with torch.device("meta"):
+        llama = AutoModelForCausalLM.from_config(
+            LlamaConfig(vocab_size=32, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+        )
+    theirs = "a_stage: {a_modifiers: {SparseGPTModifier: {sparsity: 0.5}}}"
+    with pytest.raises(SparseSSMError, match="no state-space mixer"):
+        parse_recipe(theirs).check_model(llama)
 
 
 def recipe_of(*modifiers):

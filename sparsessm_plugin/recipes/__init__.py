@@ -53,11 +53,14 @@ class CheckedRecipe:
     def check_model(self, model: "nn.Module") -> None:
         """Check the modifiers against a model; the meta device will do.
 
-        :raises SparseSSMError: no matching mixer, sizes that a field does not fit, weights that
-            cannot be quantized, or a modifier that writes into what an earlier one has pruned
+        :raises SparseSSMError: no known mixer, or none that matches, sizes that a field does not
+            fit, weights that cannot be quantized, or a modifier that writes into what an earlier
+            one has pruned
         """
+        from sparsessm_plugin.mixers import find_mixers
         from sparsessm_plugin.recipes.conflicts import check_modifiers
 
+        find_mixers(model)
         for modifier in self.modifiers:
             for check in ("matching_mixers", "check_model"):
                 if hasattr(modifier, check):
