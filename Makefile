@@ -7,19 +7,25 @@ TORCH  ?= torch==2.13.0
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BASE  := $(VENV)/.installed-base
 
 .PHONY: demo test lint check install wheel clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml
+# what a user installs, without the tools of development
+$(BASE): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(STAMP): $(BASE)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-demo: $(STAMP)
+demo: $(BASE)
 	$(BIN)/sparsessm demo
 
 test: $(STAMP)
@@ -33,7 +39,7 @@ lint: $(STAMP)
 check: lint test
 
 wheel: $(STAMP)
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
