@@ -37,11 +37,14 @@ def perplexities(model: Any, tests: dict[str, Any], batch_size: int) -> dict[str
 
 
 def row_of(rows: list[dict[str, Any]], key: dict[str, Any], kinds: Iterable[str]) -> dict[str, Any]:
-    """The row with this key, made with empty lists for seconds and each kind if it is new."""
+    """The row with this key, made with empty lists, one entry a run, if it is new.
+
+    :param kinds: texts; each has a list, and so have seconds and seeds
+    """
     for row in rows:
         if all(row.get(k) == v for k, v in key.items()):
             return row
-    rows.append({**key, **{kind: [] for kind in kinds}, "seconds": []})
+    rows.append({**key, **{name: [] for name in (*kinds, "seconds", "seeds")}})
     return rows[-1]
 
 
@@ -50,6 +53,19 @@ def add_part_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", default="0/1", help="i/n: only every n-th run, from the i-th")
     parser.add_argument("--merge", nargs="+", type=Path, help="only put .json results together")
     parser.add_argument("--remark", default="", help="how they were made, for the table's head")
+    parser.add_argument("--resume", action="store_true", help="go on from this name's .json")
+
+
+def begin(options: Any) -> list[dict[str, Any]]:
+    """The rows to start with: none, or those that an earlier call has measured."""
+    path = RESULTS / f"{options.name}.json"
+    if not options.resume or not path.exists():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["versions"] != machine():
+        raise SystemExit(f"{path} was made on another machine or with other versions")
+    rows: list[dict[str, Any]] = content["rows"]
+    return rows
 
 
 class Part:
@@ -65,12 +81,10 @@ class Part:
         return self.seen % self.all == self.own
 
 
-def merge(
-    paths: Iterable[Path], lists: Iterable[str]
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def merge(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The rows of several results, those of one case put together, and the machine they name.
 
-    :param lists: what a row has a list of, one entry a run; of a dense row the first is taken
+    A seed that is there already is not taken again.
     """
     rows: list[dict[str, Any]] = []
     found: dict[str, str] = {}
@@ -85,9 +99,10 @@ def merge(
             same = next((r for r in rows if all(r.get(k) == v for k, v in key.items())), None)
             if same is None:
                 rows.append(row)
-            elif "dense" not in key.values():
-                for name in lists:
-                    same[name] = same[name] + row[name]
+            else:
+                new = [i for i, seed in enumerate(row["seeds"]) if seed not in same["seeds"]]
+                for name in [name for name, value in row.items() if isinstance(value, list)]:
+                    same[name] = same[name] + [row[name][i] for i in new]
     return rows, found
 
 

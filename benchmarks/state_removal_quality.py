@@ -21,6 +21,7 @@ from common import (
     Part,
     add_part_arguments,
     assets,
+    begin,
     keep_rows,
     merge,
     perplexities,
@@ -85,13 +86,13 @@ def main() -> None:
     add_part_arguments(parser)
     options = parser.parse_args()
     if options.merge:
-        rows, found = merge(options.merge, [*TEXTS, "seconds"])
+        rows, found = merge(options.merge)
         options.models = list(dict.fromkeys(row["model"] for row in rows))
         text = "\n\n".join(filter(None, [options.remark, table(rows, options)]))
         save(options.name, text, {"rows": rows}, found)
         return
     started = time.monotonic()
-    rows = []
+    rows = begin(options)
     for name in options.models:
         run_model(name, options, rows, started)
         save(options.name, table(rows, options), {"rows": rows})
@@ -109,11 +110,13 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
         kind: windows(tokens[pair[1]], options.evaluate, pair[1])[: options.evaluate_windows]
         for kind, pair in TEXTS.items()
     }
-    dense_model = source.load()
-    sizes = find_mixers(dense_model)[0].sizes
-    dense = perplexities(dense_model, tests, options.batch_size)
-    rows.append({"model": name, "criterion": "dense", **{k: [v] for k, v in dense.items()}})
-    del dense_model
+    sizes = find_mixers(source.load_skeleton())[0].sizes
+    whole = row_of(rows, {"model": name, "criterion": "dense"}, TEXTS)
+    if not whole["seeds"]:
+        for kind, value in perplexities(source.load(), tests, options.batch_size).items():
+            whole[kind].append(value)
+        whole["seeds"].append(0)
+    dense = {kind: whole[kind][0] for kind in TEXTS}
     cases = options.divide or ([2, 4] if sizes.n_groups == sizes.head_dim == 1 else [2, 4, 8])
     if options.channels:
         cases = [options.channels]
@@ -131,28 +134,31 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                         continue
                     if not part.next():
                         continue
-                    if time.monotonic() - started > options.budget:
-                        print(f"left out: {name} {criterion} {calibration} {case} seed {seed}")
-                        continue
                     more = "" if sizes.head_dim == 1 else f", reconstruct_steps: {options.steps}"
                     text = fields.format(more=more, distill=options.distill)
                     if options.channels:
-                        built = recipe("ChannelRemovalModifier", f"sparsity: {case}, {text}")
                         label = f"{case:.0%} of the channels"
+                        built = recipe("ChannelRemovalModifier", f"sparsity: {case}, {text}")
                     else:
                         keep = sizes.state_size // int(case)
-                        built = recipe("StateRemovalModifier", f"keep: {keep}, {text}")
                         label = f"N {sizes.state_size} -> {keep}"
+                        built = recipe("StateRemovalModifier", f"keep: {keep}, {text}")
+                    key = {"model": name, "case": label, "criterion": criterion}
+                    key["calibration"] = None if data_free else calibration
+                    row = row_of(rows, key, TEXTS)
+                    if seed in row["seeds"]:
+                        continue
+                    if time.monotonic() - started > options.budget:
+                        print(f"left out: {name} {criterion} {calibration} {case} seed {seed}")
+                        continue
                     begun = time.perf_counter()
                     result = one(source, tokenizer, built, tokens, calibration, seed, options)
                     seconds = time.perf_counter() - begun
                     measured = perplexities(result.model, tests, options.batch_size)
-                    key = {"model": name, "case": label, "criterion": criterion}
-                    key["calibration"] = None if data_free else calibration
-                    row = row_of(rows, key, TEXTS)
                     for kind, value in measured.items():
                         row[kind].append(value / dense[kind])
                     row["seconds"].append(seconds)
+                    row["seeds"].append(seed)
                     print(
                         name, label, criterion, calibration, f"seed {seed}",
                         {k: round(v / dense[k], 4) for k, v in measured.items()},
@@ -192,7 +198,7 @@ def table(rows: list[dict[str, Any]], options: Any) -> str:
     ]
     order = {name: i for i, name in enumerate(CHANNEL if options.channels else STATE)}
     for row in sorted(
-        rows,
+        (row for row in rows if row["seeds"]),
         key=lambda r: (
             options.models.index(r["model"]),
             kept_states(r),

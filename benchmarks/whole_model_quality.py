@@ -24,6 +24,7 @@ from common import (
     Part,
     add_part_arguments,
     assets,
+    begin,
     keep_rows,
     merge,
     perplexities,
@@ -82,13 +83,13 @@ def main() -> None:
     add_part_arguments(parser)
     options = parser.parse_args()
     if options.merge:
-        rows, found = merge(options.merge, [*TESTS, "seconds"])
+        rows, found = merge(options.merge)
         options.models = list(dict.fromkeys(row["model"] for row in rows))
         text = "\n\n".join(filter(None, [options.remark, table(rows, options)]))
         save(options.name, text, {"rows": rows}, found)
         return
     started = time.monotonic()
-    rows = []
+    rows = begin(options)
     for name in options.models:
         run_model(name, options, rows, started)
         if not options.development:
@@ -106,11 +107,12 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
         kind: windows(tokens, options.evaluate, kind)[: options.evaluate_windows]
         for kind, tokens in evaluation_streams(stream, tokenizer, options).items()
     }
-    model = source.load()
-    dense = perplexities(model, tests, options.batch_size)
-    rows.append({"model": name, "case": "", "method": "dense", "seconds": []})
-    rows[-1].update({kind: [value] for kind, value in dense.items()})
-    print(name, "dense", dense, flush=True)
+    dense = row_of(rows, {"model": name, "case": "", "method": "dense"}, tests)
+    if not dense["seeds"]:
+        for kind, value in perplexities(source.load(), tests, options.batch_size).items():
+            dense[kind].append(value)
+        dense["seeds"].append(0)
+    print(name, "dense", {kind: dense[kind][0] for kind in tests}, flush=True)
     part = Part(options.part)
     for seed in range(options.seeds):
         for case in options.cases:
@@ -122,6 +124,9 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                     continue
                 if not part.next():
                     continue
+                row = row_of(rows, {"model": name, "case": case, "method": method}, tests)
+                if seed in row["seeds"]:
+                    continue
                 if time.monotonic() - started > options.budget:
                     print(f"left out: {name} {case} {method} seed {seed}")
                     continue
@@ -132,10 +137,10 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                 # before the first pass the fast path must be there for upstream's modifier, too
                 with fast_forward(model):
                     result = prune(model, parse_recipe(text, "benchmark"), loader, tokenizer)
-                row = row_of(rows, {"model": name, "case": case, "method": method}, tests)
                 for kind, value in perplexities(result.model, tests, options.batch_size).items():
                     row[kind].append(value)
                 row["seconds"].append(result.seconds)
+                row["seeds"].append(seed)
                 if not options.development:
                     keep_rows(options.name, rows)
                 print(
@@ -159,6 +164,7 @@ def remaining(rows: list[dict[str, Any]], row: dict[str, Any], kind: str) -> str
     same = [r for r in rows if r["model"] == row["model"]]
     dense = next(r for r in same if r["method"] == "dense")[kind][0]
     reference = [r for r in same if r["method"] == REFERENCE and r["case"] == row["case"]]
+    reference = [r for r in reference if r["seeds"]]
     if not reference:
         return ""
     lost = statistics.mean(reference[0][kind]) - dense
@@ -178,7 +184,7 @@ def table(rows: list[dict[str, Any]], options: Any) -> str:
     order = {"": 0, **{case: i + 1 for i, case in enumerate(CASES)}}
     methods = ["dense", *METHODS]
     for row in sorted(
-        rows,
+        (row for row in rows if row["seeds"]),
         key=lambda r: (
             options.models.index(r["model"]),
             order[r["case"]],
