@@ -62,8 +62,10 @@ def begin(options: Any) -> list[dict[str, Any]]:
     if not options.resume or not path.exists():
         return []
     content = json.loads(path.read_text(encoding="utf-8"))
-    if content["versions"] != machine():
-        raise SystemExit(f"{path} was made on another machine or with other versions")
+    found, here = content["versions"], machine()
+    differing = [k for k in here if found.get(k) != here[k] and k != "cpu"]
+    if differing:
+        raise SystemExit(f"{path} was made with other {', '.join(differing)}")
     rows: list[dict[str, Any]] = content["rows"]
     return rows
 
