@@ -299,7 +299,7 @@ def compare(
     model: ModelArgument,
     recipes: Annotated[
         list[str],
-        typer.Option(help="YAML files (NAME=FILE) or built-in names; with commas or repeated."),
+        typer.Option(help="YAML files (NAME=FILE) or built-in names; one or more."),
     ],
     output: Annotated[
         Path, typer.Option(help="Folder of the comparison; one that was begun goes on.")
@@ -688,7 +688,7 @@ def main() -> None:
     # a terminated run tidies up like an interrupted one
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        app()
+        app(_repeated(sys.argv[1:]))
     except SystemExit as end:
         if end.code == _INTERRUPTED:  # typer has turned the KeyboardInterrupt into this
             _fail("interrupted; nothing was written", _INTERRUPTED)
@@ -704,6 +704,24 @@ def main() -> None:
         if cause is None:
             raise
         _fail(str(cause), 1)
+
+
+def _repeated(arguments: list[str]) -> list[str]:
+    """``compare MODEL --recipes A B`` as ``compare MODEL --recipes A --recipes B``.
+
+    Only where the model comes first, so that it is not taken for a recipe.
+    """
+    if arguments[:1] != ["compare"] or arguments[1:2] == [] or arguments[1].startswith("-"):
+        return arguments
+    spread: list[str] = []
+    option = None
+    for argument in arguments:
+        if argument.startswith("-"):
+            option = argument if argument in ("--recipes", "--text", "--tasks") else None
+        elif option is not None and spread[-1] != option:
+            spread.append(option)
+        spread.append(argument)
+    return spread
 
 
 def _our_error(error: BaseException | None) -> SparseSSMError | None:

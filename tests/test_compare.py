@@ -310,3 +310,22 @@ def test_fingerprint_sees_every_byte(tmp_path):
     assert len(seen) == 4
     (folder / "notes.txt").write_text("not a part of the model")
     assert comparison.fingerprint(folder) in seen
+
+
+@pytest.mark.parametrize(
+    ("given", "understood"),
+    [
+        (
+            "compare M --recipes A B,C D --seeds 0 --text x=1 2 --output O",
+            "compare M --recipes A --recipes B,C --recipes D --seeds 0 --text x=1 --text 2 "
+            "--output O",
+        ),
+        ("compare M --recipes A --recipes B --keep", "compare M --recipes A --recipes B --keep"),
+        ("compare --recipes A M", "compare --recipes A M"),
+        ("evaluate M --text A B", "evaluate M --text A B"),
+        ("compare", "compare"),
+        ("", ""),
+    ],
+)
+def test_several_values_of_an_option(given, understood):
+    assert cli._repeated(given.split()) == understood.split()
