@@ -559,8 +559,12 @@ def main() -> None:
     parser.add_argument(
         "--budget", type=float, default=500, help="seconds after which no new case begins"
     )
+    parser.add_argument("--memory", type=float, help="GiB of the GPU's that may be used")
     parser.add_argument("--name", default=f"speed_{DEVICE}", help="of the result files")
     options = parser.parse_args()
+    if options.memory:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.memory * 2**30 / total)
     shapes = QUICK_SHAPES if options.quick else {name: SHAPES[name] for name in options.shapes}
     result = Result(options.budget, options.name)
     load = os.getloadavg()[0]

@@ -111,13 +111,18 @@ def peak_memory_bytes() -> int:
 
 
 def has_room(device: torch.device, needed: int) -> bool:
-    """Whether more than half of a GPU stays free once so many bytes more are held."""
+    """Whether more than half of a GPU stays free once so many bytes more are held.
+
+    Where ``torch.cuda.set_per_process_memory_fraction`` has set a limit, of that.
+    """
     if device.type != "cuda":
         return False
     free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
     # torch keeps memory that no tensor holds
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free - needed > total // 2
+    free += torch.cuda.memory_reserved(device) - allocated
+    limit = total * torch.cuda.get_per_process_memory_fraction(device)
+    return min(free, limit - allocated) - needed > limit / 2
 
 
 def kept(tensor: Tensor) -> Tensor:

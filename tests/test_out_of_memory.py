@@ -186,16 +186,20 @@ def test_halved_keeps_rows_in_order(sizes, extras):
 
 
 @pytest.mark.parametrize(
-    ("free", "reserved", "allocated", "needed", "room"),
+    ("free", "reserved", "allocated", "share", "needed", "room"),
     [
-        (60, 0, 0, 9, True),
-        (60, 0, 0, 10, False),
-        (60, 0, 0, 40, False),
-        (20, 70, 30, 9, True),  # torch holds 40 that no tensor needs
-        (20, 70, 70, 1, False),
+        (60, 0, 0, 1.0, 9, True),
+        (60, 0, 0, 1.0, 10, False),
+        (60, 0, 0, 1.0, 40, False),
+        (20, 70, 30, 1.0, 9, True),  # torch holds 40 that no tensor needs
+        (20, 70, 70, 1.0, 1, False),
+        (90, 10, 10, 0.4, 9, True),  # 30 of the 40 that this process may have
+        (90, 10, 10, 0.4, 10, False),
+        (25, 10, 10, 0.4, 6, False),  # others have the rest
     ],
 )
-def test_half_of_a_gpu_stays_free(monkeypatch, free, reserved, allocated, needed, room):
+def test_half_of_a_gpu_stays_free(monkeypatch, free, reserved, allocated, share, needed, room):
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)

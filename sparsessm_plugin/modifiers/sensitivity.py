@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sparsessm_plugin import distributed
 from sparsessm_plugin.allocation import optimal_allocation, paper_allocation, uniform_allocation
 from sparsessm_plugin.cost import has_room
+from sparsessm_plugin.cost import kept as where_there_is_room
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import MixerAdapter, MixerQuantities, find_mixers
 from sparsessm_plugin.modifiers.calibration import (
@@ -133,9 +134,9 @@ class SensitivitySparseGPTModifier(MixerModifier):
     :param ignore: what to leave alone, likewise
     :param block_size: columns whose mask SparseGPT chooses together
     :param dampening_frac: added to each Hessian's diagonal, of its mean
-    :param offload_hessians: keep Hessians in main memory between batches: slower, and needs
-        less of the accelerator's. Unless allocation is uniform, those of all projections are held
-        at once
+    :param offload_hessians: keep all Hessians in main memory between batches: slower. Unless
+        allocation is uniform, those of all projections are held at once; by default those wait in
+        main memory that would leave less than half of the accelerator's free
     :param report_path: ``.json`` file to write the report to
     """
 
@@ -419,11 +420,12 @@ class SensitivitySparseGPTModifier(MixerModifier):
     def _add_hessian(self, projection: _Projection, gram: Tensor, tokens: int) -> None:
         name = projection.name
         self._tokens[name] = self._tokens.get(name, 0) + tokens
-        gram = gram.cpu() if self.offload_hessians else gram
         if name in self._hessians:
-            self._hessians[name] += gram
+            self._hessians[name] += gram.to(self._hessians[name].device)
         else:
-            self._hessians[name] = gram
+            self._hessians[name] = (
+                gram.cpu() if self.offload_hessians else where_there_is_room(gram)
+            )
 
     def _of(self, adapter: MixerAdapter) -> list[_Projection]:
         return [
