@@ -250,6 +250,22 @@ def single_rows(batch: Any) -> Iterator[Any]:
         )
 
 
+def single_device(who: str, model: nn.Module) -> torch.device:
+    """Where all weights of a model lie.
+
+    :param who: asks for it, for the message
+    :raises SparseSSMError: on several devices, or nowhere
+    """
+    devices = {str(p.device): p.device for p in model.parameters()}
+    if len(devices) > 1 or "meta" in devices:
+        raise SparseSSMError(
+            f"{who}: the model's weights lie on {', '.join(sorted(devices))}; "
+            "for its gradients all must lie on one device: load it without offloading and "
+            "without a device map"
+        )
+    return next(iter(devices.values()))
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on a device."""
     if isinstance(batch, Mapping):  # BatchEncoding among them

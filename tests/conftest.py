@@ -1,6 +1,7 @@
 """Tiny random models of every family, calibration batches, and where assets lie."""
 
 import atexit
+import json
 import os
 import shutil
 import subprocess
@@ -241,6 +242,19 @@ def topics():
     from pydoc_data.topics import topics
 
     return topics
+
+
+def fresh_process(script, *arguments, **environment):
+    """What a script prints last in a process of its own, read as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 RELOAD = """

@@ -1,13 +1,11 @@
 """What is quantized and saved loads again, in a fresh process, with the logits it had."""
 
-import json
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import DEMO, Loader, batches, tiny_model
+from conftest import DEMO, Loader, batches, fresh_process, tiny_model
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaPreTrainedModel
@@ -128,15 +126,7 @@ def saved(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(saved):
     """What a fresh process says of each."""
-    done = subprocess.run(
-        [sys.executable, "-c", READER, str(saved), *CASES],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return fresh_process(READER, saved, *CASES, HF_HUB_OFFLINE="1")
 
 
 @pytest.mark.parametrize("name", CASES)

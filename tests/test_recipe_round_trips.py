@@ -1,13 +1,8 @@
 """Every built-in recipe: what is saved loads in a fresh process, with its logits and its zeros."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import DEMO, Loader, batches, tiny_model
+from conftest import DEMO, Loader, batches, fresh_process, tiny_model
 from llmcompressor import active_session, oneshot
 from transformers import AutoTokenizer
 
@@ -117,15 +112,7 @@ def saved(tmp_path_factory):
 def loaded(saved):
     """What a fresh process says of each; those that need this package come last."""
     order = sorted(CASES, key=lambda case: case.endswith(("w4a16", "W4A16")))
-    done = subprocess.run(
-        [sys.executable, "-c", READER, str(saved[0]), *order],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return fresh_process(READER, saved[0], *order, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
 
 
 @pytest.mark.parametrize("case", CASES)

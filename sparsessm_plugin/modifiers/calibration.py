@@ -118,6 +118,9 @@ class MixerModifier(Modifier):
         """Change the mixer, which has now seen all the data."""
         raise NotImplementedError
 
+    def finish(self, state: State) -> None:
+        """Do what remains once all mixers are changed; the hooks are still there."""
+
     def report(self) -> dict[str, Any]:
         """What was done: settings, one entry a layer, totals."""
         raise NotImplementedError
@@ -219,6 +222,7 @@ class MixerModifier(Modifier):
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         for adapter in list(self._pending.values()):
             self._compress(adapter)
+        self.finish(state)
         self.release()
 
     def _compress(self, adapter: MixerAdapter) -> None:

@@ -17,7 +17,7 @@ from sparsessm_plugin import distributed
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import iter_mixers
 from sparsessm_plugin.scan.fast_forward import fast_forward
-from sparsessm_plugin.training import Tuner, to_device
+from sparsessm_plugin.training import Tuner, single_device, to_device
 
 _DENSE = "dense_hidden_states"  # in a batch: (b, L, hidden_size) what the dense head multiplied
 # How far the logits may be from a multiple of what the head gives, relative, in any dtype.
@@ -42,7 +42,8 @@ class Distillation:
             raise SparseSSMError(
                 f"distill_steps need a language head, and {type(model).__name__} has none"
             )
-        self._device = _single_device(model)
+        with disable_onloading():
+            self._device = single_device("distill_steps", model)
         self._scale = 1.0
         self._batches: list[dict[str, Any]] = []
         inputs: list[Tensor] = []
@@ -141,17 +142,6 @@ def mixer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What the model needs for its logits; from labels it would make a loss, too."""
     return {k: v for k, v in batch.items() if k not in (_DENSE, "labels")}
-
-
-def _single_device(model: nn.Module) -> torch.device:
-    with disable_onloading():
-        devices = {p.device for p in model.parameters()}
-    if len(devices) > 1 or next(iter(devices)).type == "meta":
-        raise SparseSSMError(
-            f"distill_steps: the model's weights lie on {', '.join(sorted(map(str, devices)))}; "
-            "for gradients all must lie on one device: load it without offloading and a device map"
-        )
-    return next(iter(devices))
 
 
 @contextmanager

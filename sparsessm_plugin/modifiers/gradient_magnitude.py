@@ -35,6 +35,7 @@ from sparsessm_plugin.training import (
     NonFiniteGradients,
     Tuner,
     mean_gradients,
+    single_device,
 )
 from sparsessm_plugin.vocabulary import check_token_ids
 
@@ -234,14 +235,7 @@ class GradientMagnitudeModifier(MixerModifier):
         self._seconds = time.perf_counter() - started
 
     def _device(self, model: nn.Module) -> torch.device:
-        devices = {str(p.device): p.device for p in model.parameters()}
-        if len(devices) > 1 or "meta" in devices:
-            raise SparseSSMError(
-                f"{type(self).__name__}: the model's weights lie on {', '.join(sorted(devices))}; "
-                "for its gradients all must lie on one device: load it without offloading and "
-                "without a device map"
-            )
-        device = next(iter(devices.values()))
+        device = single_device(type(self).__name__, model)
         if device.type == "cpu" and torch.accelerator.is_available():
             logger.warning(
                 f"{type(self).__name__} computes on the CPU, where the model is; load the model "

@@ -222,27 +222,21 @@ class RemovalModifier(MixerModifier):
         self._layers.append(entry)
         logger.info(f"{adapter.name}: removed {len(removed)} of {group.old_size} {axis}")
 
-    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        for adapter in list(self._pending.values()):
-            self._compress(adapter)
-        self._finish(state.model)
+    def finish(self, state: State) -> None:
+        if self._fields:
+            change_config(state.model, self._fields)
+            self._fields = {}
         if self._distillation is not None:
             with self._released_on_error(), self._cost.stage("distill"):
                 self._distilled = self._distillation.fit(
                     state.model, self.distill_steps, self.distill_learning_rate
                 )
             self._distillation = None
-        super().on_calibration_end(state, event, **kwargs)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         self._inputs.clear()
         self._distillation = None
         return super().on_finalize(state, **kwargs)
-
-    def _finish(self, model: Any) -> None:
-        if self._fields:
-            change_config(model, self._fields)
-            self._fields = {}
 
     @contextmanager
     def _released_on_error(self) -> Iterator[None]:

@@ -33,6 +33,7 @@ from sparsessm_plugin.modifiers.calibration import (
     number_of_batches,
     what_enters,
 )
+from sparsessm_plugin.modifiers.distillation import divergences
 from sparsessm_plugin.modifiers.removal import CalibrationInputs
 from sparsessm_plugin.modifiers.replay import Replay
 from sparsessm_plugin.modifiers.saving import change_config
@@ -841,8 +842,7 @@ def _divergence(reference: Tensor, logits: Tensor, mask: Tensor | None) -> float
     """
     total, count = 0.0, 0
     for row in range(len(logits)):  # float32 logits of a whole batch would be large
-        expected, found = (x[row].float().log_softmax(-1) for x in (reference, logits))
-        each = (expected.exp() * (expected - found)).sum(-1)
+        each = divergences(reference[row], logits[row])
         if mask is not None:
             each = each[mask[row].bool()]
         total += float(each.double().sum())
