@@ -207,6 +207,17 @@ GROUPS_OF_48 = f"ignore: [lm_head], config_groups: {{g: {{targets: [Linear], wei
         ),
         ([OURS, ("ChannelRemovalModifier", "sparsity: 0.5")], ["put ChannelRemovalModifier first"]),
         (
+            [OURS, ("StateRemovalModifier", "keep: 8, compensate: none, distill_steps: 9")],
+            ["StateRemovalModifier would write into the zeros", "put StateRemovalModifier first"],
+        ),
+        (
+            [
+                ("SparseSSMModifier", "sparsity: 0.5"),
+                ("StateRemovalModifier", "keep: 8, compensate: none, distill_steps: 9"),
+            ],
+            ["that SparseSSMModifier has made in mixer", "put StateRemovalModifier first"],
+        ),
+        (
             [
                 ("SparseSSMModifier", "sparsity: 0.5, pruned_value: zero"),
                 ("SparseSSMModifier", "sparsity: 0.5, pruned_value: memoryless"),
@@ -239,6 +250,8 @@ def test_what_is_wrong_for_every_model_is_seen_in_the_recipe(modifiers, parts):
         [OURS, ("SparseGPTModifier", "sparsity: 0.5, preserve_sparsity_mask: true")],
         [("StateRemovalModifier", "keep: 8"), OURS],
         [OURS, ("StateRemovalModifier", "keep: 8, compensate: D")],
+        [("SparseSSMModifier", "sparsity: 0.5"), ("StateRemovalModifier", "keep: 8")],
+        [("StateRemovalModifier", "keep: 8, distill_steps: 9"), OURS],
         [OURS, ("SparseGPTQModifier", 'scheme: W8A8, ignore: [lm_head, "re:.*dt_proj$"]')],
         [OURS, ("QuantizationModifier", "scheme: FP8_DYNAMIC, ignore: [lm_head]")],
         [UPSTREAM, ("SparseGPTModifier", 'sparsity: 0.5, targets: ["re:.*out_proj$"]')],

@@ -103,7 +103,9 @@ def _undone(first: Any, second: Any, model: nn.Module) -> set[str] | None:
 
 
 def _pruned(modifier: Any, model: nn.Module) -> set[str]:
-    """Modules in whose weights a modifier makes zeros."""
+    """Modules in whose weights a modifier makes zeros, or other values that must stay."""
+    if isinstance(modifier, SparseSSMModifier):
+        return _names(modifier.matching_mixers, model)  # A_log is the mixer's own
     if isinstance(modifier, SensitivitySparseGPTModifier):
         return _names(modifier.matching_projections, model)
     if isinstance(modifier, GradientMagnitudeModifier):
@@ -128,6 +130,12 @@ def _written(modifier: Any, model: nn.Module) -> set[str]:
     if isinstance(modifier, GPTQModifier) and not isinstance(modifier, SparseGPTQModifier):
         return set(quantized_weights(modifier, model))
     if isinstance(modifier, (StateRemovalModifier, ChannelRemovalModifier)):
+        if modifier.distill_steps:  # all weights of all mixers
+            return {
+                name.rpartition(".")[0]
+                for adapter in find_mixers(model)
+                for name, _ in adapter.mixer.named_parameters(prefix=adapter.name)
+            }
         return {
             f"{adapter.name}.{kind}"
             for adapter in find_mixers(model)
