@@ -47,6 +47,8 @@ TUNED = {
     "tuned, magnitude, global": "importance: magnitude",
     "tuned, 1 round": "rounds: 1",
     "tuned, 8 rounds": "rounds: 8",
+    "tuned to the dense model, 1 round": "rounds: 1, tune_loss: dense",
+    "tuned to the dense model, 8 rounds": "rounds: 8, tune_loss: dense",
 }
 PROBE_STEPS = 6
 
@@ -66,6 +68,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--tune-seconds", type=float, default=240, help="of gradient steps a run")
     parser.add_argument("--tune-steps", type=int, help="steps a round, instead")
+    parser.add_argument("--tune-windows", type=int, default=32, help="for the gradients of a round")
     parser.add_argument("--tune-seeds", type=int, default=1)
     parser.add_argument("--evaluate", type=int, default=2048, help="tokens a window of evaluation")
     parser.add_argument("--evaluate-windows", type=int, help="at most so many")
@@ -191,9 +194,9 @@ def training_free(run: Run, result: Result) -> None:
 
 
 def tuned(run: Run, result: Result) -> None:
-    """All calibration text is tuned on, gradients come from as much as without tuning."""
+    """All calibration text is tuned on, gradients come from a little of it in each round."""
     options = run.options
-    batches = -(-options.windows // options.batch_size)
+    batches = -(-options.tune_windows // options.batch_size)
     seconds = 0.0 if options.tune_steps else seconds_a_step(run)
     methods = {}
     for method in options.tuned:
@@ -209,7 +212,8 @@ def tuned(run: Run, result: Result) -> None:
         f"{run.name}: {options.sparsity:.0%} of all weights, tuned",
         f"Steps of {options.batch_size} x {options.length} tokens, as many as fit into "
         f"{options.tune_seconds:.0f} s by a trial before ({seconds:.3f} s a step), over "
-        f"{run.samples.numel()} tokens of the corpus. Seconds: the whole oneshot() call.",
+        f"{run.samples.numel()} tokens of the corpus; gradients of {options.tune_windows} windows "
+        "a round. Seconds: the whole oneshot() call.",
     )
 
 

@@ -41,7 +41,7 @@ TEXTS = {
 HELD_BACK = 100  # windows at the end of the corpus calibration text, for development
 STATE = {
     "output_energy": "saliency: output_energy{more}",
-    "output_energy, distilled": "saliency: output_energy{more}, distill_steps: {distill}",
+    "output_energy, distilled": "saliency: output_energy{more}, {distill}",
     "output_energy, no compensation": "saliency: output_energy, compensate: none",
     "paper": "saliency: paper, compensate: none",
     "ghost": "saliency: ghost, compensate: none",
@@ -50,7 +50,7 @@ STATE = {
 }
 CHANNEL = {
     "output_energy": "saliency: output_energy",
-    "output_energy, distilled": "saliency: output_energy, distill_steps: {distill}",
+    "output_energy, distilled": "saliency: output_energy, {distill}",
     "magnitude, out_proj and x_proj fitted": "saliency: magnitude",
     "out_proj_norm, out_proj and x_proj fitted": "saliency: out_proj_norm",
     "magnitude": "saliency: magnitude, compensate: none",
@@ -78,7 +78,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens a calibration window")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200, help="of reconstruct")
-    parser.add_argument("--distill", type=int, default=300, help="steps where distilled")
+    parser.add_argument("--distill", type=int, default=600, help="steps where distilled")
+    parser.add_argument("--distill-windows", type=int, help="for these; default all there are")
     parser.add_argument("--evaluate", type=int, default=2048, help="tokens a window of evaluation")
     parser.add_argument("--evaluate-windows", type=int, help="at most so many")
     parser.add_argument("--budget", type=float, default=1e9, help="start no run after seconds")
@@ -121,6 +122,7 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
     if options.channels:
         cases = [options.channels]
     criteria = CHANNEL if options.channels else STATE
+    layer_batches = -(-options.windows // options.batch_size)
     part = Part(options.part)
     # the criterion of this package first, in case the budget does not last
     for seed in range(options.seeds):
@@ -135,7 +137,8 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                     if not part.next():
                         continue
                     more = "" if sizes.head_dim == 1 else f", reconstruct_steps: {options.steps}"
-                    text = fields.format(more=more, distill=options.distill)
+                    distill = f"distill_steps: {options.distill}, layer_batches: {layer_batches}"
+                    text = fields.format(more=more, distill=distill)
                     if options.channels:
                         label = f"{case:.0%} of the channels"
                         built = recipe("ChannelRemovalModifier", f"sparsity: {case}, {text}")
@@ -152,7 +155,11 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                         print(f"left out: {name} {criterion} {calibration} {case} seed {seed}")
                         continue
                     begun = time.perf_counter()
-                    result = one(source, tokenizer, built, tokens, calibration, seed, options)
+                    count = options.windows
+                    if "distilled" in criterion:
+                        count = options.distill_windows or 10**9
+                    loader = loader_of(tokens, calibration, count, seed, options)
+                    result = prune(source.load(), built, loader, tokenizer)
                     seconds = time.perf_counter() - begun
                     measured = perplexities(result.model, tests, options.batch_size)
                     for kind, value in measured.items():
@@ -168,15 +175,13 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                     del result
 
 
-def one(
-    source: Any, tokenizer: Any, built: Any, tokens: Any, calibration: str, seed: int, options: Any
-) -> Any:
+def loader_of(tokens: Any, calibration: str, count: int, seed: int, options: Any) -> Any:
+    """Batches of so many calibration windows, or of all there are."""
     path = TEXTS[calibration][0]
     samples = windows(tokens[path], options.length, path)
     if calibration == "corpus":
         samples = samples[: -max(1, HELD_BACK * 512 // options.length)]
-    loader = calibration_loader(samples, options.windows, options.batch_size, seed)
-    return prune(source.load(), built, loader, tokenizer)
+    return calibration_loader(samples, count, options.batch_size, seed)
 
 
 def kept_states(row: dict[str, Any]) -> int:
@@ -189,8 +194,9 @@ def table(rows: list[dict[str, Any]], options: Any) -> str:
     lines = [
         f"Perplexity relative to dense, mean of the seeds (highest - lowest of them). "
         f"{options.windows} x {options.length} calibration tokens, "
-        f"{options.steps} steps where Mamba-2 is reconstructed, {options.distill} where a model is "
-        "distilled.",
+        f"{options.steps} steps where Mamba-2 is reconstructed. Distilled: {options.distill} steps "
+        f"over {options.distill_windows or 'all'} windows (2252 of the corpus, 599 of "
+        "wikitext2), layers fitted to as many as elsewhere.",
         "",
         "| model | case | criterion | calibrated on | corpus validation | wikitext2 test | seeds "
         "| seconds |",

@@ -21,6 +21,7 @@ from sparsessm_plugin.distributed import reduce_sum, world_size
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import iter_mixers
 from sparsessm_plugin.scan.fast_forward import fast_forward
+from sparsessm_plugin.solvers.objective import tf32
 
 IGNORED_LABEL = -100  # what transformers' losses leave out
 
@@ -383,7 +384,8 @@ class Tuner:
         losses = []
         for name, mask in pruned.items():
             self._copies[name].masked_fill_(mask, 0.0)
-        with differentiable(self.model, self.parameters.values()):
+        # Adam's steps are far coarser than what TF32 rounds away
+        with differentiable(self.model, self.parameters.values()), tf32():
             for _ in range(steps):
                 batch = to_device(self.batches[self.done % len(self.batches)], device)
                 self.done += 1

@@ -142,3 +142,21 @@ def test_data_is_asked_for():
     with pytest.raises(SparseSSMError, match="needs calibration data"):
         run(model, last(distill_steps=1), [])
     assert [a.sizes for a in find_mixers(model)] == sizes
+
+
+def test_layers_may_be_fitted_over_fewer_batches():
+    ready = batches(3, 2, 12)
+    results = []
+    for data, fields in ((ready[:1], {}), (ready, {"layer_batches": 1})):
+        model = tiny_model("mamba")
+        modifier = StateRemovalModifier(keep=4, **fields)
+        run(model, modifier, data)
+        assert {layer["tokens"] for layer in modifier.report()["layers"]} == {24}
+        results.append(model.state_dict())
+    assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
+    modifier = last(distill_steps=2, layer_batches=1)
+    run(tiny_model("mamba"), modifier, ready)
+    dense, model = tiny_model("mamba"), tiny_model("mamba")
+    run(model, last())
+    before = modifier.report()["distillation"]["divergence_before"]  # over all batches
+    assert before == pytest.approx(divergence_from(dense, model, ready), rel=1e-3)

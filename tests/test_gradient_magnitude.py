@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import VOCAB, Loader, batches, check_reload, tiny_model
 from pydantic import ValidationError
+from test_distillation import divergence_from
 from test_modifier import nothing_left_behind, run
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -186,6 +187,19 @@ def test_tuning_lowers_the_loss():
     assert losses[1] < losses[0] - 0.3
 
 
+@pytest.mark.parametrize("family", ["mamba", "jamba"])  # tied, and with a head of its own
+def test_tuning_towards_the_dense_model_comes_closer_to_it(family):
+    ready, found = batches(2, 2, 12, padded=True), []
+    for fields in ({}, {"tune_steps": 10, "tune_loss": "dense", "learning_rate": 3e-3}):
+        dense, model = tiny_model(family), tiny_model(family)
+        run(model, modifier(sparsity=0.6, rounds=2, **fields), ready)
+        found.append(divergence_from(dense, model, ready))
+        heads = [m.get_output_embeddings().weight for m in (dense, model)]
+        assert torch.equal(*heads)
+        assert zeros(prunable(model)) == round(0.6 * sum(p.numel() for p in values(model).values()))
+    assert found[1] < 0.8 * found[0]
+
+
 def test_half_precision():
     """Sums and tuned copies are float32: steps far below bfloat16's resolution add up."""
     model = tiny_model("mamba").bfloat16()
@@ -319,6 +333,7 @@ def test_a_loss_of_the_users(kind):
         ("{sparsity: 0.5, importance: magnitude, alpha: 2}", "alpha has no meaning"),
         ("{sparsity: 0.5, loss_fn: mean_squared}", "loss_fn: Input should be callable"),
         ("{sparsity: 0.5, targets: 're:('}", "no regular expression"),
+        ("{sparsity: 0.5, tune_loss: dense}", "no meaning without tune_steps"),
     ],
 )
 def test_settings_that_are_refused(fields, message):

@@ -53,6 +53,8 @@ class ChannelRemovalModifier(RemovalModifier):
     :param saliency: ``output_energy`` (default); for comparison ``magnitude`` (norm of all
         weights of a channel) and ``out_proj_norm`` (norm of its column of out_proj)
     :param compensate: any of ``x_proj``, ``out_proj``; ``none``; default all that there are
+    :param layer_batches: layers are looked at and fitted over so many batches, the first (of each
+        rank's); default all
     :param distill_steps: gradient steps on all weights of all mixers towards the dense model's
         predictions of the calibration data, after the last layer; 0 is none
     :param distill_learning_rate: of Adam, the highest

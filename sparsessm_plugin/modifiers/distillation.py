@@ -22,6 +22,10 @@ from sparsessm_plugin.training import Tuner, single_device, to_device
 _DENSE = "dense_hidden_states"  # in a batch: (b, L, hidden_size) what the dense head multiplied
 # How far the logits may be from a multiple of what the head gives, relative, in any dtype.
 _MULTIPLE = 0.02
+# Logits that are turned to float32 at once: 256 MB, and several times that for what becomes of it.
+_LOGITS = 2**26
+# Batches whose divergence is measured before and after a fit; more say nothing new.
+_MEASURED = 32
 
 
 class Distillation:
@@ -29,6 +33,9 @@ class Distillation:
 
     Kept are the inputs of the head, tokens x hidden_size numbers in main memory, since the head
     itself does not change.
+
+    Attributes: ``batches``, those of the data with what the dense model makes of them; read by
+    :meth:`loss`.
 
     :param model: dense, with its language head; all weights on one device
     :param data: batches that can be read again
@@ -45,7 +52,7 @@ class Distillation:
         with disable_onloading():
             self._device = single_device("distill_steps", model)
         self._scale = 1.0
-        self._batches: list[dict[str, Any]] = []
+        self.batches: list[dict[str, Any]] = []
         inputs: list[Tensor] = []
         handle = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
         try:
@@ -53,10 +60,10 @@ class Distillation:
                 for batch in data:
                     logits = model(**_inputs(to_device(batch, self._device))).logits
                     hidden_states = inputs.pop()
-                    if not self._batches:
+                    if not self.batches:
                         self._scale = _logit_scale(logits[:1], head(hidden_states[:1]))
                         inputs.clear()
-                    self._batches.append({**batch, _DENSE: hidden_states.cpu()})
+                    self.batches.append({**batch, _DENSE: hidden_states.cpu()})
         finally:
             handle.remove()
 
@@ -72,9 +79,7 @@ class Distillation:
         with _undisturbed(model):
             before = self.divergence(model)
             kept = [p.detach().clone() for p in parameters.values()]
-            tuner = Tuner(
-                model, parameters, self._batches, steps, learning_rate, loss_fn=self._loss
-            )
+            tuner = Tuner(model, parameters, self.batches, steps, learning_rate, loss_fn=self.loss)
             with torch.enable_grad():
                 tuner.run(steps, {})
             after = self.divergence(model)
@@ -84,10 +89,13 @@ class Distillation:
         return {"steps": steps, "divergence_before": before, "divergence_after": after}
 
     def divergence(self, model: Any) -> float:
-        """Mean Kullback-Leibler divergence from the dense predictions, nats a token."""
+        """Mean Kullback-Leibler divergence from the dense predictions, nats a token.
+
+        Over the first batches, where there are many.
+        """
         total = count = 0.0
         with fast_forward(model):
-            for batch in self._batches:
+            for batch in self.batches[:_MEASURED]:
                 batch = to_device(batch, self._device)
                 each = self._divergences(model, batch)
                 total += float(torch.stack([row.double().sum() for row in each]).sum())
@@ -95,24 +103,36 @@ class Distillation:
         total, count = distributed.total("divergence of the predictions", total, count)
         return total / max(count, 1.0)
 
-    def _loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+    def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        """Mean divergence of one of ``batches``, nats a token, to be differentiated.
+
+        :param model: of the same head as the dense one
+        :param batch: on the model's device
+        """
         return torch.cat(self._divergences(model, batch)).mean()
 
     def _divergences(self, model: Any, batch: Mapping[str, Any]) -> list[Tensor]:
-        """(tokens,) of every row, padding left out."""
+        """(tokens,) of a few rows each, padding left out."""
         logits = model(**_inputs(batch)).logits
         mask = batch.get("attention_mask")
-        head = model.get_output_embeddings()
+        head, dense = model.get_output_embeddings(), batch[_DENSE]
+        # float32 logits of a whole batch may be large
+        rows = max(1, _LOGITS // logits[0].numel())
         each = []
-        # float32 logits of a whole batch would be large
-        for row, (dense, found) in enumerate(zip(batch[_DENSE], logits, strict=True)):
+        for start in range(0, len(logits), rows):
+            part = slice(start, start + rows)
             found = checkpoint(
-                self._row, head, dense, found, use_reentrant=False, preserve_rng_state=False
+                self._part,
+                head,
+                dense[part],
+                logits[part],
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
-            each.append(found if mask is None else found[mask[row].bool()])
+            each.append(found.flatten() if mask is None else found[mask[part].bool()])
         return each
 
-    def _row(self, head: Any, hidden_states: Tensor, logits: Tensor) -> Tensor:
+    def _part(self, head: Any, hidden_states: Tensor, logits: Tensor) -> Tensor:
         with torch.no_grad():
             reference = self._scale * head(hidden_states)
         return divergences(reference, logits)

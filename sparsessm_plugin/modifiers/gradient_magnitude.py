@@ -21,6 +21,7 @@ from sparsessm_plugin import distributed
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import MixerAdapter, find_mixers
 from sparsessm_plugin.modifiers.calibration import MixerModifier
+from sparsessm_plugin.modifiers.distillation import Distillation
 from sparsessm_plugin.modifiers.saving import change_config
 from sparsessm_plugin.saliency.importance import (
     Importance,
@@ -111,6 +112,10 @@ class GradientMagnitudeModifier(MixerModifier):
     :param ignore: what to leave alone, likewise
     :param tune_steps: gradient steps after each round; 0 trains nothing. All floating-point
         weights but the embeddings are tuned, ignored ones too; what is pruned stays 0
+    :param tune_loss: what these steps lower: ``labels``: the loss whose gradients choose the
+        weights | ``dense``: the divergence from what the model predicted before it was pruned,
+        which says more about each token and is harder to learn by heart; what predicts tokens
+        is not tuned then, and tokens x hidden_size numbers wait in main memory. Default labels
     :param learning_rate: of these steps (Adam), the highest: it rises over the first tenth of all
         steps and then falls to 0 along a cosine
     :param importance_batches: gradients are gathered over so many batches, the first; default all
@@ -127,6 +132,7 @@ class GradientMagnitudeModifier(MixerModifier):
     scope: Literal["global", "per_layer", "per_kind"] = "global"
     min_keep: float = Field(default=0.01, ge=0.0, lt=1.0)
     tune_steps: int = Field(default=0, ge=0)
+    tune_loss: Literal["labels", "dense"] = "labels"
     learning_rate: float = Field(default=2e-4, gt=0.0, allow_inf_nan=False)
     importance_batches: int | None = Field(default=None, ge=1)
     # a function cannot be written into a recipe
@@ -159,6 +165,12 @@ class GradientMagnitudeModifier(MixerModifier):
                 raise ValueError("alpha has no meaning for importance 'magnitude'; leave it out")
         elif self.alpha is None:
             self.alpha = 1.0
+        if self.tune_loss == "dense" and not self.tune_steps:
+            raise ValueError("tune_loss 'dense' has no meaning without tune_steps")
+        if self.tune_loss == "dense" and self.loss_fn is not None:
+            raise ValueError(
+                "tune_loss 'dense' compares predictions of tokens; loss_fn must be None"
+            )
         return self
 
     @property
@@ -265,15 +277,7 @@ class GradientMagnitudeModifier(MixerModifier):
         if self.tune_steps:
             # what an earlier modifier has pruned outside of the targets stays so, too
             others = {n: w.tensor.detach() == 0 for n, w in _prunable(model).items()}
-            tuner = Tuner(
-                model,
-                tuned_parameters(model),
-                batches,
-                self.rounds * self.tune_steps,
-                self.learning_rate,
-                loss_fn=self.loss_fn,
-                non_finite=self._non_finite,
-            )
+            tuner = self._tuner(model, batches)
         for done in range(1, self.rounds + 1):
             share = sparsity_after(done, self.rounds, start, self.sparsity, self.schedule)
             scores, loss = self._scores(model, batches, tensors)
@@ -295,6 +299,24 @@ class GradientMagnitudeModifier(MixerModifier):
             logger.info(f"round {done} of {self.rounds}: {count} entries pruned ({share:.2%})")
         for name, mask in pruned.items():
             self._record(name, mask, zero_before[name])
+
+    def _tuner(self, model: Any, batches: list[Any]) -> Tuner:
+        parameters, loss_fn = tuned_parameters(model), self.loss_fn
+        if self.tune_loss == "dense":
+            distillation = Distillation(model, batches)
+            batches, loss_fn = distillation.batches, distillation.loss
+            # it reads what the dense model gave to the head, which stays as it is
+            head = {id(p) for p in model.get_output_embeddings().parameters()}
+            parameters = {n: p for n, p in parameters.items() if id(p) not in head}
+        return Tuner(
+            model,
+            parameters,
+            batches,
+            self.rounds * self.tune_steps,
+            self.learning_rate,
+            loss_fn=loss_fn,
+            non_finite=self._non_finite,
+        )
 
     def _scores(
         self, model: nn.Module, batches: list[Any], tensors: dict[str, nn.Parameter]

@@ -67,10 +67,13 @@ class CalibrationInputs:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def get(self, i: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Batch i in float32 on a device."""
+    def get(
+        self, i: int, device: torch.device, dtype: torch.dtype | None = torch.float32
+    ) -> tuple[Tensor, Tensor | None]:
+        """Batch i on a device, in a dtype or as it came."""
         hidden_states, mask = self._batches[i]
-        return hidden_states.to(device).float(), None if mask is None else mask.to(device)
+        hidden_states = hidden_states.to(device).to(dtype or hidden_states.dtype)
+        return hidden_states, None if mask is None else mask.to(device)
 
     def iterate(self, adapter: MixerAdapter) -> Iterator[tuple[int, MixerQuantities]]:
         """The recurrence's quantities, batch by batch, as the mixer makes them now."""
@@ -87,15 +90,18 @@ class RemovalModifier(MixerModifier):
 
     With ``distill_steps`` the mixers of the smaller model are then fitted, all together, to what
     the dense model predicted for the calibration data. No labels; the one thing here that
-    looks beyond a layer, and slow on a CPU.
+    looks beyond a layer, and slow on a CPU. It gains from much more text than a layer's fit,
+    which ``layer_batches`` leaves with less.
     """
 
+    layer_batches: int | None = Field(default=None, ge=1)
     distill_steps: int = Field(default=0, ge=0)
     distill_learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
 
     _distillation: Distillation | None = PrivateAttr(default=None)
     _distilled: dict[str, Any] | None = PrivateAttr(default=None)
     _inputs: dict[str, CalibrationInputs] = PrivateAttr(default_factory=dict)
+    _batches_seen: dict[str, int] = PrivateAttr(default_factory=dict)
     _layers: list[dict[str, Any]] = PrivateAttr(default_factory=list)
     _fields: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -166,8 +172,11 @@ class RemovalModifier(MixerModifier):
     def observe(
         self, adapter: MixerAdapter, hidden_states: Tensor, attention_mask: Tensor | None
     ) -> None:
-        inputs = self._inputs.setdefault(adapter.name, CalibrationInputs())
-        inputs.add(hidden_states, attention_mask)
+        seen = self._batches_seen.get(adapter.name, 0)
+        self._batches_seen[adapter.name] = seen + 1
+        if self.layer_batches is None or seen < self.layer_batches:
+            inputs = self._inputs.setdefault(adapter.name, CalibrationInputs())
+            inputs.add(hidden_states, attention_mask)
 
     def compress(self, adapter: MixerAdapter) -> None:
         with _new_quantization_parameters(adapter.mixer):

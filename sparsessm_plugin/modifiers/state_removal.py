@@ -81,6 +81,8 @@ class StateRemovalModifier(RemovalModifier):
         and out_proj where C can be mixed, D and out_proj where B and C are normalised, D,
         reconstruct and out_proj for the Mamba-2 layout
     :param reconstruct_steps: gradient steps of ``reconstruct`` for each layer
+    :param layer_batches: layers are looked at and fitted over so many batches, the first (of each
+        rank's); default all
     :param distill_steps: gradient steps on all weights of all mixers towards the dense model's
         predictions of the calibration data, after the last layer; 0 is none
     :param distill_learning_rate: of Adam, the highest
