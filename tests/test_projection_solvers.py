@@ -553,10 +553,14 @@ def test_channels_share_the_zeros_nearly_as_well_as_possible():
 # -- dense target ------------------------------------------------------------------------
 
 
+def moved(weight, gram, cross, dampening_frac=0.01):
+    return dense_target(weight, gram, cross, damped_inverse_cholesky(gram, dampening_frac))
+
+
 def test_dense_target_is_least_squares_of_the_dense_output():
     x, dense = inputs(6), inputs(6, seed=3)
     w = normal(4, 6)
-    target = dense_target(w, x.T @ x, dense.T @ x, 0.0)
+    target = moved(w, x.T @ x, dense.T @ x, 0.0)
     expected = torch.linalg.lstsq(x, dense @ w.T).solution.T
     torch.testing.assert_close(target, expected, rtol=1e-6, atol=1e-8)
 
@@ -565,13 +569,22 @@ def test_dense_target_stays_where_nothing_changed():
     x = inputs(6, samples=3)
     x[:, 1] = 0
     w = normal(4, 6).bfloat16()
-    target = dense_target(w, x.T @ x, x.T @ x)
+    target = moved(w, x.T @ x, x.T @ x)
     torch.testing.assert_close(target, w.double())
-    heavy = dense_target(w, x.T @ x, inputs(6, samples=3, seed=3).T @ x, 1e9)
+    heavy = moved(w, x.T @ x, inputs(6, samples=3, seed=3).T @ x, 1e9)
     torch.testing.assert_close(heavy, w.double(), rtol=1e-6, atol=1e-6)
-    assert dense_target(w, (x.T @ x).float(), (x.T @ x).float()).dtype == torch.float32
+    assert moved(w, (x.T @ x).float(), (x.T @ x).float()).dtype == torch.float32
     with pytest.raises(SparseSSMError, match="cross product"):
-        dense_target(w, x.T @ x, torch.eye(5).double())
+        moved(w, x.T @ x, torch.eye(5).double())
+
+
+@pytest.mark.parametrize("solver", ["sparsegpt", "alps"])
+def test_an_inverse_that_is_there_changes_nothing(solver):
+    x, w = inputs(8), normal(6, 8)
+    inverse = damped_inverse_cholesky(x.T @ x, 0.1)
+    expected = SOLVERS[solver](w, x.T @ x, 0.5, dampening_frac=0.1)
+    found = SOLVERS[solver](w, x.T @ x, 0.5, dampening_frac=7.0, inverse=inverse)
+    assert torch.equal(found.weight, expected.weight)
 
 
 # -- error curve -------------------------------------------------------------------------

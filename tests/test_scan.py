@@ -377,7 +377,8 @@ def test_fast_forward_leaves_cached_calls_to_the_model(family, monkeypatch):
     ids = torch.randint(1, 96, (2, 9), device=DEVICE)
     calls = []
     module = import_module("sparsessm_plugin.scan.fast_forward")
-    monkeypatch.setattr(module, "scan", lambda q: calls.append(q) or scan(q))
+    read_out = module.read_out
+    monkeypatch.setattr(module, "read_out", lambda a, q: calls.append(q) or read_out(a, q))
 
     def prefill_and_step():
         first = model(ids[:, :8], use_cache=True)
@@ -450,11 +451,11 @@ def test_offered_scan_is_used_once():
     hidden_states = torch.randn(1, 5, 32)
     with torch.no_grad(), fast_forward(model):
         expected = adapter.mixer(hidden_states)
-        q = adapter.quantities(hidden_states)
-        offer(adapter.mixer, hidden_states, None, q, torch.zeros_like(q.u))
+        nothing = torch.zeros_like(adapter.quantities(hidden_states).u)
+        offer(adapter.mixer, hidden_states, None, nothing)
         assert (adapter.mixer(hidden_states) == 0).all()  # taken at its word
         assert torch.equal(adapter.mixer(hidden_states), expected)
-        offer(adapter.mixer, hidden_states, None, q, torch.zeros_like(q.u))
+        offer(adapter.mixer, hidden_states, None, nothing)
         other = hidden_states.clone()  # not the very input: the offer does not count
         assert torch.equal(adapter.mixer(other), expected)
 

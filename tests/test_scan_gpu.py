@@ -252,7 +252,9 @@ def test_views_need_not_be_contiguous():
 @pytest.mark.parametrize("family", ["mamba", "jamba"])
 def test_fast_forward_gives_the_models_own_logits(family, monkeypatch):
     module = import_module("sparsessm_plugin.scan.fast_forward")
-    monkeypatch.setattr(module, "scan", partial(scan, backend=GPU))
+    monkeypatch.setattr(
+        module, "read_out", lambda adapter, q: adapter.out_input(q, scan(q, backend=GPU))
+    )
     monkeypatch.setattr(module, "scans_in_kernels", lambda mixer: False)
     model = tiny_model(family).to(DEVICE)
     ids = torch.randint(1, 96, (2, 18), device=DEVICE)
@@ -265,24 +267,99 @@ def test_fast_forward_gives_the_models_own_logits(family, monkeypatch):
     assert relative(result[mask.bool()], expected[mask.bool()]) < 1e-4
 
 
+@kernels_run
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_may_be_a_part_of_a_wider_tensor(dtype):
+    q = on_device(random_quantities(2, 35, 34, 5, masked=True), dtype)
+    q.z = torch.stack([torch.full_like(q.z, torch.nan), q.z], 2)[:, :, 1]
+    y = scan(q, backend=GPU)
+    gated = import_module(GPU).scan(q, gated=dtype)
+    assert gated.dtype == dtype
+    torch.testing.assert_close(gated, (y * q.gate).to(dtype))
+
+
+@kernels_run
+@examples
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(1, 70),
+    channels=st.sampled_from([1, 5, 127, 128, 130]),
+    kernel=st.integers(1, 5),
+    biased=st.booleans(),
+    padded=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_steps_of_single_channels(batch, length, channels, kernel, biased, padded, dtype, seed):
+    """The convolution and the step size, of rows that lie in a wider tensor."""
+    gpu = import_module("sparsessm_plugin.mixers.gpu")
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, length, 2 * channels, generator=generator).to(DEVICE, dtype)
+    x[..., :channels] = torch.nan
+    x = x[..., channels:]
+    weight = torch.randn(channels, 1, kernel, generator=generator).to(DEVICE, dtype)
+    bias = torch.randn(channels, generator=generator).to(DEVICE, dtype) if biased else None
+    mask = (torch.rand(batch, length, generator=generator) > 0.3).to(DEVICE) if padded else None
+    exact = [None if t is None else t.double() for t in (x, weight, bias)]
+    expected = torch.nn.functional.conv1d(
+        exact[0].transpose(1, 2), *exact[1:], padding=kernel - 1, groups=channels
+    )[..., :length]
+    expected = torch.nn.functional.silu(expected).transpose(1, 2)
+    if mask is not None:
+        expected = expected * mask[..., None]
+    found = gpu.convolve(x, weight, bias, mask)
+    assert found.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    value = 8 * exact[0] + (0 if bias is None else exact[2])
+    found = gpu.softplus(8 * x, bias)
+    assert found.dtype == torch.float32
+    expected = torch.nn.functional.softplus(value, threshold=40)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
+@kernels_run
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "jamba"])
+def test_quantities_are_those_without_kernels(family, monkeypatch):
+    module = import_module("sparsessm_plugin.mixers.mamba1")
+    gpu = import_module("sparsessm_plugin.mixers.gpu")
+    adapter = find_mixers(tiny_model(family).to(DEVICE))[0]
+    hidden_states = torch.randn(2, 19, adapter.sizes.hidden_size, device=DEVICE)
+    mask = torch.ones(2, 19, dtype=torch.long, device=DEVICE)
+    mask[0, :5] = 0
+    found = []
+    with torch.no_grad():
+        for kernels in (None, gpu):
+            monkeypatch.setattr(module, "_kernels", lambda x, kernels=kernels: kernels)
+            q = vars(adapter.quantities(hidden_states, mask))
+            found.append({**q, **q["inputs"]})
+    for name, value in found[0].items():
+        if isinstance(value, torch.Tensor) and name != "mask":
+            assert relative(found[1][name], value) < 1e-5, name
+
+
 @pytest.mark.parametrize(
-    ("family", "device", "bound", "backend", "replaced"),
+    ("family", "device", "bound", "backend", "replaced", "in_half"),
     [
-        ("mamba", "cpu", True, REFERENCE, True),  # what is bound refuses the CPU
-        ("mamba", "cuda", True, GPU, False),
-        ("mamba", "cuda", False, GPU, True),
-        ("mamba", "cuda", False, REFERENCE, False),
-        ("mamba2", "cuda", True, GPU, False),
-        ("mamba2", "cuda", False, REFERENCE, True),
+        ("mamba", "cpu", True, REFERENCE, True, True),  # what is bound refuses the CPU
+        ("mamba", "cuda", True, GPU, False, True),
+        ("mamba", "cuda", True, REFERENCE, False, False),
+        ("mamba", "cuda", False, GPU, True, True),
+        ("mamba", "cuda", False, REFERENCE, False, False),
+        ("mamba2", "cuda", True, GPU, False, False),
+        ("mamba2", "cuda", False, REFERENCE, True, True),
     ],
 )
-def test_where_fast_forward_replaces(family, device, bound, backend, replaced, monkeypatch):
+def test_where_fast_forward_replaces(
+    family, device, bound, backend, replaced, in_half, monkeypatch
+):
     module = import_module("sparsessm_plugin.scan.fast_forward")
     monkeypatch.setattr(module, "scans_in_kernels", lambda mixer: bound)
     monkeypatch.setattr(module, "backend_for", lambda device: backend)
     forward = module._Forward(find_mixers(tiny_model(family))[0])
     with torch.no_grad():
-        assert forward._takes_over(torch.device(device)) == replaced
+        for dtype, expected in ((torch.float32, replaced), (torch.bfloat16, in_half)):
+            assert forward._takes_over(torch.device(device), dtype) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -139,7 +139,7 @@ def test_largest_scores_are_those_of_a_stable_sort(size, share, ties, dtype, see
         expected = torch.zeros(size, dtype=torch.bool)
         expected[scores.cpu().argsort(descending=True, stable=True)[:count]] = True
         assert torch.equal(keep_largest(scores, count).cpu(), expected)
-    together = keep_largest_of_each(scores.expand(3, -1), counts)
+    together = keep_largest_of_each(scores.expand(3, -1), torch.tensor(counts, device=DEVICE))
     assert torch.equal(together, torch.stack([keep_largest(scores, c) for c in counts]))
 
 
@@ -167,6 +167,19 @@ def test_gram_of_windows(batch, length, kernel, own, padded, seed):
     counted = torch.ones(batch, length) if mask is None else mask
     expected = torch.einsum("btdi,btdj,bt->dij", a, b, counted.double())
     torch.testing.assert_close(window_gram(left, right, kernel, mask), expected)
+
+
+@kernels_run
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("length", "lag"), [(1, 0), (300, 0), (300, 3), (257, 1)])
+def test_triton_sums_lagged_products(length, lag, dtype):
+    generator = torch.Generator().manual_seed(0)
+    both = torch.randn(2, length, 2, 130, generator=generator).to(DEVICE, dtype)
+    left, right = both.unbind(2)  # views
+    steps = max(0, length - lag - 2)
+    found = import_module(GPU).lagged_products(left, right, lag, steps)
+    expected = (left[:, :steps].double() * right[:, lag : lag + steps].double()).sum((0, 1))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 def to_tf32(x, nearest):

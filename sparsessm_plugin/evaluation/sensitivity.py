@@ -30,7 +30,7 @@ from sparsessm_plugin.modifiers.calibration import check_finite_input, what_ente
 from sparsessm_plugin.modifiers.sensitivity import gram_of, input_of
 from sparsessm_plugin.saliency import SALIENCIES, SaliencyInputs, Unstructured
 from sparsessm_plugin.saliency.values import PRUNED_VALUES
-from sparsessm_plugin.scan import ScanStatistics, scan
+from sparsessm_plugin.scan import ScanStatistics, read_out
 from sparsessm_plugin.scan.fast_forward import fast_forward, offer
 from sparsessm_plugin.solvers.objective import relative_error
 from sparsessm_plugin.solvers.projections import SOLVERS
@@ -284,11 +284,11 @@ def _gather(model: Any, calibration: Iterable[Mapping[str, Tensor]], solver: str
             statistics[adapter.name] = ScanStatistics(
                 request, channels, states, device=quantities.u.device
             )
-        y = scan(quantities, statistics.get(adapter.name))
-        offer(adapter.mixer, hidden_states, attention_mask, quantities, y)
+        out_input = read_out(adapter, quantities, statistics.get(adapter.name))
+        offer(adapter.mixer, hidden_states, attention_mask, out_input)
         for p in projections:
             if p.adapter.name == adapter.name:
-                x = input_of(p.kind, adapter, quantities, y)
+                x = input_of(p.kind, quantities, out_input)
                 products = gram_of(p, x, x, quantities.mask)
                 hessians[p.name] = hessians[p.name] + products if p.name in hessians else products
 

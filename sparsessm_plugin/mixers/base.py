@@ -42,7 +42,8 @@ class MixerQuantities:
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, elementwise over (D, N)
     y_t = sum_n C_{t,n} h_{t,:,n} + D u_t
 
-    All tensors but ``inputs`` are float32. Padded positions have u = 0.
+    All tensors but ``inputs`` are float32; where kernels read any type, as on a GPU without
+    gradients, u, B, C and z have the model's dtype. Padded positions have u = 0.
 
     :param u: (b, L, D) scan input, after conv1d and activation
     :param dt: (b, L, D) step size, after bias and softplus, > 0
@@ -68,8 +69,8 @@ class MixerQuantities:
 
     @property
     def gate(self) -> Tensor:
-        """(b, L, D) silu(z), the factor between the scan output y and out_proj."""
-        return nn.functional.silu(self.z)
+        """(b, L, D) float32 silu(z), the factor between the scan output y and out_proj."""
+        return nn.functional.silu(self.z.float())
 
 
 @dataclass
@@ -278,7 +279,12 @@ class MixerAdapter(ABC):
 
     def float_clone(self) -> "MixerAdapter":
         """An adapter of a float32 copy of the mixer, without hooks and offloading."""
-        return type(self)(_float_clone(self.mixer), self.name)
+        return type(self)(_clone(self.mixer, torch.float32), self.name)
+
+    def working_clone(self) -> "MixerAdapter":
+        """:meth:`float_clone`; on a GPU in the mixer's own dtype, whose sums are float32."""
+        on_gpu = self.A_log.device.type == "cuda"
+        return type(self)(_clone(self.mixer, None if on_gpu else torch.float32), self.name)
 
     def scale_state(self, factor: float) -> None:
         """Multiply what the states add to the scan output, written into the weights.
@@ -392,7 +398,7 @@ def linear_shape(linear: Any) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def _float_clone(module: nn.Module) -> nn.Module:
+def _clone(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     # not deepcopy: hooks, and a forward that others have put on the instance, stay behind
     clone = nn.Module.__new__(type(module))
     nn.Module.__init__(clone)
@@ -401,15 +407,15 @@ def _float_clone(module: nn.Module) -> nn.Module:
     clone.training = module.training
     for name, parameter in module.named_parameters(recurse=False):
         value = parameter.detach()
-        value = value.float() if value.is_floating_point() else value
+        value = value.to(dtype or value.dtype) if value.is_floating_point() else value
         clone.register_parameter(name, nn.Parameter(value.clone(), requires_grad=False))
     for name in module._parameters:
         if name not in clone._parameters:  # such as the bias of a layer without one
             clone.register_parameter(name, None)
     for name, buffer in module.named_buffers(recurse=False):
-        value = buffer.float() if buffer.is_floating_point() else buffer
+        value = buffer.to(dtype or buffer.dtype) if buffer.is_floating_point() else buffer
         persistent = name not in module._non_persistent_buffers_set
         clone.register_buffer(name, value.clone(), persistent=persistent)
     for name, child in module.named_children():
-        clone.add_module(name, _float_clone(child))
+        clone.add_module(name, _clone(child, dtype))
     return clone

@@ -19,6 +19,19 @@ from sparsessm_plugin.mixers.base import (
 )
 
 
+def _kernels(x: Tensor) -> Any:
+    """Triton's kernels where they run; they have no gradients."""
+    if x.device.type != "cuda" or torch.is_grad_enabled():
+        return None
+    from sparsessm_plugin import scan  # which imports this package
+
+    if scan.backend_for(x.device) == scan.REFERENCE:
+        return None
+    from sparsessm_plugin.mixers import gpu
+
+    return gpu
+
+
 class Mamba1Adapter(MixerAdapter):
     """Mixers with a (D, N) A_log and dt, B, C from x_proj; one subclass a family."""
 
@@ -62,36 +75,47 @@ class Mamba1Adapter(MixerAdapter):
         length = hidden_states.shape[1]
         in_input, mask = self.enter(hidden_states, attention_mask)
         conv_input, z = mixer.in_proj(in_input).chunk(2, dim=-1)  # (b, L, D) each
-        u = F.conv1d(
-            conv_input.transpose(1, 2),
-            mixer.conv1d.weight,
-            mixer.conv1d.bias,
-            padding=sizes.conv_kernel_size - 1,
-            groups=sizes.intermediate_size,
-        )[..., :length]
-        u = mixer.act(u).transpose(1, 2)  # (b, L, D)
-        if mask is not None:
-            # the convolution's bias and its look-back fill padded positions again
-            u = u * mask[..., None].to(u.dtype)
+        kernels = _kernels(hidden_states)
+        if kernels is not None and mixer.activation == "silu":
+            u = kernels.convolve(conv_input, mixer.conv1d.weight, mixer.conv1d.bias, mask)
+        else:
+            u = F.conv1d(
+                conv_input.transpose(1, 2),
+                mixer.conv1d.weight,
+                mixer.conv1d.bias,
+                padding=sizes.conv_kernel_size - 1,
+                groups=sizes.intermediate_size,
+            )[..., :length]
+            u = mixer.act(u).transpose(1, 2)  # (b, L, D)
+            if mask is not None:
+                # the convolution's bias and its look-back fill padded positions again
+                u = u * mask[..., None].to(u.dtype)
 
+        x_input = u
         R, N = sizes.time_step_rank, sizes.state_size
         low_rank_dt, B, C = self.normalize(*mixer.x_proj(u).split([R, N, N], dim=-1))
-        dt = F.linear(low_rank_dt, mixer.dt_proj.weight).float()  # (b, L, D)
-        if mixer.dt_proj.bias is not None:
-            dt = dt + mixer.dt_proj.bias.float()
+        dt = F.linear(low_rank_dt, mixer.dt_proj.weight)  # (b, L, D)
+        if kernels is not None:
+            dt = kernels.softplus(dt, mixer.dt_proj.bias)
+        else:
+            dt = dt.float()
+            if mixer.dt_proj.bias is not None:
+                dt = dt + mixer.dt_proj.bias.float()
+            dt = F.softplus(dt)
+            u, B, C, z = (x.float() for x in (u, B, C, z))
         return MixerQuantities(
-            u=u.float(),
-            dt=F.softplus(dt),
+            u=u,
+            dt=dt,
             A=-torch.exp(mixer.A_log.float()),
-            B=B.float(),
-            C=C.float(),
+            B=B,
+            C=C,
             D=mixer.D.float(),
-            z=z.float(),
+            z=z,
             mask=mask,
             inputs={
                 "in_proj": in_input,
                 "conv1d": conv_input,
-                "x_proj": u,
+                "x_proj": x_input,
                 "dt_proj": low_rank_dt,
             },
         )

@@ -1,6 +1,6 @@
 """Run a model again from the layer where it has changed; what comes before gives what it gave."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,14 +53,58 @@ class Replay:
 
         :param name: of the first module that has changed
         """
+        outputs = []
+        for layer_name in self._before(name):
+            recorded = self._outputs.get(layer_name, [])
+            if len(recorded) != 1:  # it was called again and again, or not at all
+                break
+            outputs.append((layer_name, recorded[0]))
+        with self._giving(outputs):
+            yield
+
+    def layer(self, name: str) -> str | None:
+        """The layer that a module stands in, if it and all before it were called once each."""
+        for layer_name in self._layers:
+            if len(self._outputs.get(layer_name, [])) != 1:
+                return None
+            if name == layer_name or name.startswith(f"{layer_name}."):
+                return layer_name
+        return None
+
+    def output(self, layer: str, run: Callable[[], Any]) -> Any:
+        """What a layer gives now; what comes after it does not run.
+
+        :param layer: see :meth:`layer`
+        :param run: calls the model
+        """
+
+        def stop(*call: Any) -> None:
+            raise _Reached(call[-1])
+
+        handle = self._layers[layer].register_forward_hook(stop)
+        try:
+            with self.since(layer):
+                run()
+        except _Reached as reached:
+            return reached.output
+        finally:
+            handle.remove()
+        raise RuntimeError(f"{layer} was not called")
+
+    @contextmanager
+    def after(self, layer: str, output: Any) -> Iterator[None]:
+        """Let a layer, and so all before it, give an output, of any batch, without running."""
+        with self._giving([(name, output) for name in (*self._before(layer), layer)]):
+            yield
+
+    @contextmanager
+    def _giving(self, outputs: list[tuple[str, Any]]) -> Iterator[None]:
         replaced: list[tuple[nn.Module, Any]] = []
         try:
-            for layer_name, layer in self._before(name):
-                outputs = self._outputs.get(layer_name, [])
-                if len(outputs) != 1:  # it was called again and again, or not at all
-                    break
+            for name, output in outputs:
+                layer = self._layers[name]
                 replaced.append((layer, vars(layer).get("forward")))
-                layer.forward = lambda *args, output=outputs[0], **kwargs: output
+                layer.forward = lambda *args, output=output, **kwargs: output
             yield
         finally:
             for layer, forward in reversed(replaced):
@@ -69,9 +113,16 @@ class Replay:
                 else:
                     layer.forward = forward
 
-    def _before(self, name: str) -> list[tuple[str, nn.Module]]:
-        layers = list(self._layers.items())
-        for i, (layer_name, _) in enumerate(layers):
+    def _before(self, name: str) -> list[str]:
+        layers = list(self._layers)
+        for i, layer_name in enumerate(layers):
             if name == layer_name or name.startswith(f"{layer_name}."):
                 return layers[:i]
         return []
+
+
+class _Reached(Exception):
+    """Ends a forward pass where its output is known."""
+
+    def __init__(self, output: Any):
+        self.output = output

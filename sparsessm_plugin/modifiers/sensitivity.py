@@ -15,7 +15,7 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pytorch.utils.helpers import tensors_to_device
 from llmcompressor.utils import calibration_forward_context
-from llmcompressor.utils.helpers import DisableQuantization, disable_cache, eval_context
+from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
@@ -33,16 +33,16 @@ from sparsessm_plugin.modifiers.calibration import (
     number_of_batches,
     what_enters,
 )
-from sparsessm_plugin.modifiers.distillation import divergences
+from sparsessm_plugin.modifiers.probe import Probe
 from sparsessm_plugin.modifiers.removal import CalibrationInputs
-from sparsessm_plugin.modifiers.replay import Replay
 from sparsessm_plugin.modifiers.saving import change_config
 from sparsessm_plugin.progress import Stage
-from sparsessm_plugin.scan import scan
+from sparsessm_plugin.scan import read_out
 from sparsessm_plugin.scan.fast_forward import offer
 from sparsessm_plugin.solvers.masks import UNSTRUCTURED, check_structure, parse_structure
 from sparsessm_plugin.solvers.objective import (
     DAMPENING,
+    damped_inverse_cholesky,
     dense_target,
     gram,
     relative_error,
@@ -64,9 +64,12 @@ _CURVE = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
 _CURVE_ROWS = 64
 # The optimal allocation raises no projection's sparsity further than this above the mean.
 _MOST_MORE = 0.3
-# What each projection's harm is measured with: tokens of the data, and how much is pruned.
-_PROBE_ROWS, _PROBE_LENGTH, _PROBE_SPARSITY = 4, 256, 0.5
+_PROBE_SPARSITY = 0.5  # that each projection's harm is measured at
 _LEAST_DIVERGENCE = 1e-9  # nats a token
+# Sparsities need less of the data than new weights do: that many tokens, evenly over all of it.
+_ALLOCATION_TOKENS = 32768
+# On a GPU, so many bytes of the dense model's Hessians are held at once; others wait their turn.
+_MOST_HESSIANS = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,9 @@ class SensitivitySparseGPTModifier(MixerModifier):
     Lifecycle:
 
     - on_initialize: find the projections, check them, the settings and the data
-    - on_calibration_start: unless nothing needs it, run the dense model over the data once: every
+    - on_calibration_start: unless nothing needs it, run the dense model over the data: every
       projection's Hessian, from these the sparsity of each, and for a dense target what enters
-      each mixer
+      each mixer. On a GPU in several passes where Hessians of all layers at once would be large
     - hooks: keep what enters each mixer behind the pruned layers before it
     - on_sequential_epoch_end: prune the projections of the mixers that are done, in the order in
       which data passes them, each with what those before it leave of its inputs
@@ -135,9 +138,8 @@ class SensitivitySparseGPTModifier(MixerModifier):
     :param ignore: what to leave alone, likewise
     :param block_size: columns whose mask SparseGPT chooses together
     :param dampening_frac: added to each Hessian's diagonal, of its mean
-    :param offload_hessians: keep all Hessians in main memory between batches: slower. Unless
-        allocation is uniform, those of all projections are held at once; by default those wait in
-        main memory that would leave less than half of the accelerator's free
+    :param offload_hessians: keep all Hessians in main memory between batches: slower. By default
+        those wait there that would leave less than half of the accelerator's free
     :param report_path: ``.json`` file to write the report to
     """
 
@@ -161,6 +163,8 @@ class SensitivitySparseGPTModifier(MixerModifier):
     _inputs: dict[str, CalibrationInputs] = PrivateAttr(default_factory=dict)
     _dense_inputs: dict[str, CalibrationInputs] = PrivateAttr(default_factory=dict)
     _sensitivities: dict[str, float] = PrivateAttr(default_factory=dict)
+    _losses: dict[str, list[float]] = PrivateAttr(default_factory=dict)
+    _probe: Probe | None = PrivateAttr(default=None)
     _masks: list[Tensor | None] = PrivateAttr(default_factory=list)
     _state: Any = PrivateAttr(default=None)
     _layers: list[dict[str, Any]] = PrivateAttr(default_factory=list)
@@ -348,31 +352,88 @@ class SensitivitySparseGPTModifier(MixerModifier):
                     hook = partial(self._linear_hook, projection)
                     self.register_hook(projection.module, hook, "forward_pre")
             if self._needs_first_pass:
-                with self._cost.stage("first_pass"):
-                    self._first_pass(state)
+                self._study_dense_model(state)
             with self._cost.stage("allocate"):
                 self._allocate()
         self._first_pass_seconds = time.perf_counter() - started
 
+    def _study_dense_model(self, state: State) -> None:
+        """Find what the sparsities follow from, and what enters the mixers of the dense model."""
+        with self._cost.stage("first_pass"):
+            every = self._spacing(state.data.calib)
+        keep = self.target_output in _OF_DENSE_PREFIX
+        for group in self._groups():
+            with self._cost.stage("first_pass"):
+                self._first_pass(state, group, every, keep)
+            with self._cost.stage("allocate"):
+                self._measure(group)
+            keep = False
+        self._probe = None
+
+    def _groups(self) -> list[list[_Projection]]:
+        """The projections in parts whose Hessians a GPU holds at once; one without allocation."""
+        if self.allocation == "uniform":
+            return [[]]
+        groups: list[list[_Projection]] = [[]]
+        held = 0
+        for projection in self._projections.values():
+            on_gpu = get_execution_device(projection.module).type == "cuda"
+            size = 4 * _hessian_shape(projection).numel() if on_gpu else 0
+            if groups[-1] and not self.offload_hessians and held + size > _MOST_HESSIANS:
+                groups.append([])
+                held = 0
+            groups[-1].append(projection)
+            held += size
+        return groups
+
+    def _spacing(self, dataloader: Any) -> tuple[int, int]:
+        """Every how many batches of all ranks make Hessians of the dense model; the first one."""
+        tokens, batches = 0, 0
+        with torch.random.fork_rng(devices=[]):  # a shuffled loader keeps its order for later
+            for batch in dataloader:
+                tokens += batch["input_ids"].numel()
+                batches += 1
+        counts = distributed.gather("tokens and batches", (tokens, batches))
+        before = sum(count for _, count in counts[: distributed.rank()])
+        every = max(1, sum(count for count, _ in counts) // _ALLOCATION_TOKENS)
+        if self._linears:  # of many experts each must see some
+            every = 1
+        return every, -before % every
+
     @torch.no_grad()
-    def _first_pass(self, state: State) -> None:
-        """Run the dense model over the data; Hessians, and what enters the mixers."""
+    def _first_pass(
+        self, state: State, group: list[_Projection], spacing: tuple[int, int], keep: bool
+    ) -> None:
+        """Run the dense model over the data.
+
+        :param group: the projections whose Hessians are summed up
+        :param spacing: see :meth:`_spacing`
+        :param keep: also run it over the batches that are left out there, and keep what enters
+            the mixers
+        """
+        adapters = {p.adapter.name: p.adapter for p in group if p.adapter}
         handles = {
             self.register_hook(
                 adapter.mixer, partial(self._dense_hook, adapter), "forward_pre", with_kwargs=True
             )
-            for adapter in self._pending.values()
+            for adapter in adapters.values()
         }
-        if self.allocation != "uniform":
-            handles |= {
-                self.register_hook(p.module, partial(self._linear_hook, p), "forward_pre")
-                for p in self._linears.values()
-            }
+        handles |= {
+            self.register_hook(p.module, partial(self._linear_hook, p), "forward_pre")
+            for p in group
+            if p.adapter is None
+        }
+        kept = {
+            self.register_hook(
+                adapter.mixer, partial(self._keep_hook, adapter), "forward_pre", with_kwargs=True
+            )
+            for adapter in (self._pending.values() if keep else ())
+        }
+        every, start = spacing
         model: Any = state.model
         device = get_execution_device(model)
         batches = number_of_batches(state.data.calib)
         with (
-            HooksMixin.disable_hooks(keep=handles),
             calibration_forward_context(model),
             DisableQuantization(model),
             torch.random.fork_rng(devices=[]),  # a shuffled loader keeps its order for later
@@ -380,9 +441,25 @@ class SensitivitySparseGPTModifier(MixerModifier):
         ):
             for index, batch in enumerate(state.data.calib):
                 state.current_batch_idx = index
-                model(**tensors_to_device(batch, device))
+                hooks = kept | (handles if index % every == start else set())
+                if hooks:
+                    with HooksMixin.disable_hooks(keep=hooks):
+                        model(**tensors_to_device(batch, device))
                 stage.advance()
-        self.remove_hooks(handles)
+        self.remove_hooks(handles | kept)
+
+    def _keep_hook(
+        self,
+        adapter: MixerAdapter,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        hidden_states, attention_mask = what_enters(args, kwargs)
+        with self._released_on_error():
+            check_finite_input(adapter.name, hidden_states)
+            inputs = self._dense_inputs.setdefault(adapter.name, CalibrationInputs())
+            inputs.add(hidden_states, attention_mask)
 
     def _dense_hook(
         self,
@@ -394,16 +471,11 @@ class SensitivitySparseGPTModifier(MixerModifier):
         hidden_states, attention_mask = what_enters(args, kwargs)
         with self._released_on_error():
             check_finite_input(adapter.name, hidden_states)
-            if self.target_output in _OF_DENSE_PREFIX:
-                inputs = self._dense_inputs.setdefault(adapter.name, CalibrationInputs())
-                inputs.add(hidden_states, attention_mask)
-            if self.allocation == "uniform":
-                return
             quantities = adapter.quantities(hidden_states, attention_mask)
-            y = scan(quantities)
-            offer(adapter.mixer, hidden_states, attention_mask, quantities, y)
+            out_input = read_out(adapter, quantities)
+            offer(adapter.mixer, hidden_states, attention_mask, out_input)
             for projection in self._of(adapter):
-                x = input_of(projection.kind, adapter, quantities, y)
+                x = input_of(projection.kind, quantities, out_input)
                 gram = gram_of(projection, x, x, quantities.mask)
                 self._add_hessian(projection, gram, _count(x, quantities.mask))
 
@@ -453,22 +525,11 @@ class SensitivitySparseGPTModifier(MixerModifier):
     # -- sparsities ------------------------------------------------------------------
 
     def _allocate(self) -> None:
-        """Decide the zeros of every projection; forget the Hessians of the dense model."""
+        """Decide the zeros of every projection."""
         assert self.sparsity is not None
         projections = list(self._projections.values())
         sizes = [p.entries for p in projections]
-        if self.allocation != "uniform":
-            self._sum_tokens(projections)
-            owners = _owners(projections)
-            if _share_memory(projections):
-                owners = dict.fromkeys(owners, 0)  # one rank alone may try out weights
-            self._hessians = _sum_to_owners("Hessians", self._hessians, owners)
-            traces = {
-                name: float(hessian.double().diagonal(dim1=-2, dim2=-1).sum())
-                for name, hessian in self._hessians.items()
-            }
-            self._sensitivities = _of_all_ranks("traces of Hessians", traces)
-        if self.allocation == "optimal" and 0 < self.sparsity < _CURVE[-1]:
+        if self.allocation == "optimal":
             zeros = self._optimal_zeros(projections, sizes)
         else:
             zeros = uniform_allocation(sizes, self.sparsity)
@@ -486,6 +547,25 @@ class SensitivitySparseGPTModifier(MixerModifier):
                     self.alpha,
                 )
                 self._zeros.update(zip(names, counts, strict=True))
+
+    def _measure(self, group: list[_Projection]) -> None:
+        """Traces of Hessians and, for the optimal allocation, losses; forget the Hessians."""
+        if not group:
+            return
+        self._sum_tokens(group)
+        owners = _owners(group)
+        if _share_memory(group):
+            owners = dict.fromkeys(owners, 0)  # one rank alone may try out weights
+        hessians = _sum_to_owners("Hessians", self._hessians, owners)
+        traces = {
+            name: float(hessian.double().diagonal(dim1=-2, dim2=-1).sum())
+            for name, hessian in hessians.items()
+        }
+        self._sensitivities |= _of_all_ranks("traces of Hessians", traces)
+        if self.allocation == "optimal" and self._leaves_a_choice:
+            own = [p for p in group if p.name in hessians]  # of several ranks
+            losses = self._losses_of(own, hessians)
+            self._losses |= _of_all_ranks("losses of projections", losses)
         self._hessians.clear()
         self._tokens.clear()
 
@@ -497,33 +577,25 @@ class SensitivitySparseGPTModifier(MixerModifier):
             self._tokens[name] = sum(count.get(name, 0) for count in counts)
             self._check_seen(name, self._tokens[name])
 
+    @property
+    def _leaves_a_choice(self) -> bool:
+        """Whether an allocation has anything to decide."""
+        assert self.sparsity is not None
+        projections = self._projections.values()
+        there = sum(int((p.weight == 0).sum()) for p in projections)
+        enough = there >= self.sparsity * sum(p.entries for p in projections)
+        return 0 < self.sparsity < _CURVE[-1] and not enough
+
     def _optimal_zeros(self, projections: list[_Projection], sizes: list[int]) -> list[int]:
         """Least summed divergence of the predicted tokens, by the error that SparseGPT leaves."""
         assert self.sparsity is not None
         there = [int((p.weight == 0).sum()) for p in projections]
-        if sum(there) >= self.sparsity * sum(sizes):
-            return there
-        own = [p for p in projections if p.name in self._hessians]  # of several ranks
-        harms = self._harms(own)
-        losses = {}
-        with Stage(f"{type(self).__name__}: sparsities", len(own)) as stage:
-            for projection, harm in zip(own, harms, strict=True):
-                stage.at(projection.name)
-                weight = projection.weight.float()
-                curve = error_curve(
-                    weight,
-                    self._hessians[projection.name].to(weight.device),
-                    _CURVE,
-                    rows=_CURVE_ROWS,
-                    block_size=self.block_size,
-                    dampening_frac=self.dampening_frac,
-                )
-                losses[projection.name] = [harm * loss for loss in curve.tolist()]
-                stage.advance()
-        losses = _of_all_ranks("losses of projections", losses)
+        if not self._losses:
+            enough = sum(there) >= self.sparsity * sum(sizes) and self.sparsity
+            return there if enough else uniform_allocation(sizes, self.sparsity)
         return optimal_allocation(
             _CURVE,
-            [losses[p.name] for p in projections],
+            [self._losses[p.name] for p in projections],
             sizes,
             self.sparsity,
             lowest=[count / size for count, size in zip(there, sizes, strict=True)],
@@ -531,47 +603,49 @@ class SensitivitySparseGPTModifier(MixerModifier):
         )
 
     @torch.no_grad()
-    def _harms(self, projections: list[_Projection]) -> list[float]:
-        """How much a unit of squared output error of each projection changes the predictions.
+    def _losses_of(
+        self, projections: list[_Projection], hessians: dict[str, Tensor]
+    ) -> dict[str, list[float]]:
+        """How far zeros move the predictions at each sparsity of the curve, by name.
 
-        Each is pruned alone for a moment, by Wanda as that costs nothing, and the divergence from
-        the dense model's predictions on a little of the data is divided by the error made. It
-        grows with the error evenly enough: SparseGPT at another sparsity gives about the same.
+        The error that SparseGPT leaves, times what a unit of squared output error of the
+        projection does. For that each is pruned alone for a moment, by Wanda as that costs
+        nothing, and the divergence from the dense model's predictions on a little of the data is
+        divided by the error made. It grows with the error evenly enough: SparseGPT at another
+        sparsity gives about the same.
         """
-        batch = _probe(next(iter(self._state.data.calib)))
-        model: Any = self._state.model
-        # all ranks look at what rank 0 reads first
-        names = distributed.first("names in the probe", list(batch))
-        values = distributed.share("probe", lambda: list(batch.values()))
-        device = get_execution_device(model)
-        batch = tensors_to_device(dict(zip(names, values, strict=True)), device)
-        mask = batch.get("attention_mask")
-        harms = []
-        with (
-            HooksMixin.disable_hooks(),
-            eval_context(model),
-            disable_cache(model),
-            DisableQuantization(model),
-            Stage(f"{type(self).__name__}: what a loss does", len(projections)) as stage,
-        ):
-            replay = Replay(model)
-            with replay.recorded():
-                reference = model(**batch).logits
-            for projection in projections:
-                stage.at(projection.name)
-                weight = projection.weight.clone()
-                solved = SOLVERS["wanda"](
-                    weight, self._hessians[projection.name].to(weight.device), _PROBE_SPARSITY
+        if self._probe is None:
+            batch = next(iter(self._state.data.calib))
+            self._probe = Probe(self._state.model, batch)
+        by_name = {p.name: p for p in projections}
+        errors: dict[str, float] = {}
+
+        def pruned(name: str) -> Tensor:
+            weight = by_name[name].weight
+            hessian = hessians[name].to(weight.device)
+            solved = SOLVERS["wanda"](weight, hessian, _PROBE_SPARSITY)
+            errors[name] = solved.error
+            return solved.weight
+
+        losses = {}
+        with Stage(f"{type(self).__name__}: what a loss does", len(projections)) as stage:
+            moved = self._probe.divergences(list(by_name), pruned, lambda name: stage.advance())
+        with Stage(f"{type(self).__name__}: sparsities", len(projections)) as stage:
+            for name, projection in by_name.items():
+                stage.at(name)
+                weight = projection.weight.float()
+                curve = error_curve(
+                    weight,
+                    hessians[name].to(weight.device),
+                    _CURVE,
+                    rows=_CURVE_ROWS,
+                    block_size=self.block_size,
+                    dampening_frac=self.dampening_frac,
                 )
-                try:
-                    update_offload_parameter(projection.module, "weight", solved.weight)
-                    with replay.since(projection.name):
-                        changed = _divergence(reference, model(**batch).logits, mask)
-                finally:
-                    update_offload_parameter(projection.module, "weight", weight)
-                harms.append(max(changed, _LEAST_DIVERGENCE) / max(solved.error, 1e-30))
+                harm = max(moved[name], _LEAST_DIVERGENCE) / max(errors[name], 1e-30)
+                losses[name] = [harm * loss for loss in curve.tolist()]
                 stage.advance()
-        return harms
+        return losses
 
     # -- pruning ---------------------------------------------------------------------
 
@@ -587,8 +661,8 @@ class SensitivitySparseGPTModifier(MixerModifier):
         inputs.join(adapter.name)
         if self.requires_calibration_data:
             self._check_seen(adapter.name, inputs.tokens)
-        pruned = adapter.float_clone()  # takes the new weights stage by stage
-        dense = adapter.float_clone() if dense_inputs is not None else None
+        pruned = adapter.working_clone()  # takes the new weights stage by stage
+        dense = adapter.working_clone() if dense_inputs is not None else None
         own = self._of(adapter)
         kept: dict[int, dict[str, Tensor]] = {}
         # the dense out_proj's input, from one stage to the next, rather than computed anew
@@ -676,11 +750,13 @@ class SensitivitySparseGPTModifier(MixerModifier):
         zeros_before = weight == 0
         keep = ~zeros_before if bool(zeros_before.any()) else None
         try:
-            target = weight.float()
+            target, known = weight.float(), {}
             if cross is not None:
                 assert self.target_output is not None
-                moved = dense_target(target, hessian, cross.float(), self.dampening_frac)
+                inverse = damped_inverse_cholesky(hessian, self.dampening_frac)
+                moved = dense_target(target, hessian, cross.float(), inverse)
                 target = target.lerp(moved, _TARGET_SHARE[self.target_output])
+                known = {"inverse": inverse}
             solved = SOLVERS[self.solver](
                 target,
                 hessian,
@@ -689,6 +765,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
                 keep=keep,
                 block_size=self.block_size,
                 dampening_frac=self.dampening_frac,
+                **known,
             )
         except SparseSSMError as error:
             raise SparseSSMError(f"{name} cannot be pruned: {error}") from error
@@ -755,6 +832,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         self._dense_inputs.clear()
         self._hessians.clear()
         self._masks.clear()
+        self._probe = None
         self._state = None
 
 
@@ -817,47 +895,12 @@ def _vocabulary_modules(model: Any) -> set[str]:
     }
 
 
-# -- what the predictions say ----------------------------------------------------------------
-
-
-def _probe(batch: dict[str, Any]) -> dict[str, Any]:
-    """A little of a batch, from where its first row has tokens."""
-    shape = batch["input_ids"].shape
-    mask = batch.get("attention_mask")
-    start = 0 if mask is None else int(mask[0].bool().int().argmax())
-    columns = slice(start, start + _PROBE_LENGTH)
-    return {
-        key: value[:_PROBE_ROWS, columns] if value.shape[:2] == shape else value
-        for key, value in batch.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _divergence(reference: Tensor, logits: Tensor, mask: Tensor | None) -> float:
-    """Mean Kullback-Leibler divergence of two predictions, in nats a token.
-
-    :param reference: (b, L, vocabulary) logits
-    :param logits: likewise
-    :param mask: (b, L), zero at padding, or None
-    """
-    total, count = 0.0, 0
-    for row in range(len(logits)):  # float32 logits of a whole batch would be large
-        each = divergences(reference[row], logits[row])
-        if mask is not None:
-            each = each[mask[row].bool()]
-        total += float(each.double().sum())
-        count += each.numel()
-    return total / max(count, 1)
-
-
 # -- what weights multiply -----------------------------------------------------------------
 
 
-def input_of(kind: str, adapter: MixerAdapter, quantities: MixerQuantities, y: Tensor) -> Tensor:
+def input_of(kind: str, quantities: MixerQuantities, out_input: Tensor) -> Tensor:
     """(b, L, in) what a mixer's projection multiplies; of conv1d (b, L, D)."""
-    if kind == "out_proj":
-        return adapter.out_input(quantities, y)
-    return quantities.inputs[kind]
+    return out_input if kind == "out_proj" else quantities.inputs[kind]
 
 
 def _inputs_of(
@@ -871,8 +914,8 @@ def _inputs_of(
         x, mask = adapter.enter(hidden_states, attention_mask)
         return {"in_proj": x}, mask
     q = adapter.quantities(hidden_states, attention_mask)
-    y = scan(q) if "out_proj" in kinds else q.u
-    return {kind: input_of(kind, adapter, q, y) for kind in kinds}, q.mask
+    out_input = read_out(adapter, q) if "out_proj" in kinds else q.u
+    return {kind: input_of(kind, q, out_input) for kind in kinds}, q.mask
 
 
 def gram_of(projection: _Projection, left: Tensor, right: Tensor, mask: Tensor | None) -> Tensor:
@@ -884,13 +927,22 @@ def gram_of(projection: _Projection, left: Tensor, right: Tensor, mask: Tensor |
     :return: (in, in) float32; of a conv1d (D, K, K), over the K inputs that each output reads
     """
     alike = right is left
-    left = left.float()
-    right = left if alike else right.float()
+    half = left.is_cuda and projection.weight.dtype.itemsize == 2
+    # tensor cores multiply what the weight multiplies, and add in float32
+    dtype = projection.weight.dtype if half else torch.float32
+    left = left.to(dtype)
+    right = left if alike else right.to(dtype)
     if projection.kind == "conv1d":
         return window_gram(left, right, projection.weight.shape[-1], mask)
     if mask is not None:
         left = left * mask[..., None]
     return gram(left.flatten(0, -2), right.flatten(0, -2))
+
+
+def _hessian_shape(projection: _Projection) -> torch.Size:
+    """(in, in); of a conv1d (D, K, K)."""
+    rows, size = projection.weight.shape[0], projection.weight.shape[-1]
+    return torch.Size((rows, size, size) if projection.kind == "conv1d" else (size, size))
 
 
 def _stage_statistics(
@@ -915,23 +967,24 @@ def _stage_statistics(
     """
     hessians: dict[str, Tensor] = {}
     crosses: dict[str, Tensor] = {}
+    device = pruned.A_log.device
+    dtype = None if device.type == "cuda" else torch.float32  # as the mixers are
     for p in members:
-        size = p.weight.shape[-1]
-        shape = (p.weight.shape[0], size, size) if p.kind == "conv1d" else (size, size)
         # solvers choose: a sum in another order, as ranks make it, must not choose otherwise
-        zeros = torch.zeros(shape, dtype=torch.float64, device=pruned.A_log.device)
+        zeros = torch.zeros(_hessian_shape(p), dtype=torch.float64, device=device)
         hessians[p.name] = zeros
         if dense is not None:
             crosses[p.name] = zeros.clone()
     kinds = {p.kind for p in members}
     for i in range(len(inputs)):
         with tf32():
-            xs, mask = _inputs_of(kinds, pruned, *inputs.get(i, pruned.A_log.device))
+            batch = inputs.get(i, device, dtype)
+            xs, mask = _inputs_of(kinds, pruned, *batch)
             if dense is not None and dense_inputs is not None:
                 dense_xs = kept.pop(i, {})
                 if not kinds <= dense_xs.keys():
                     wanted = kinds | ({"out_proj"} if keep else set())
-                    batch = dense_inputs.get(i, pruned.A_log.device)
+                    batch = dense_inputs.get(i, device, dtype)
                     dense_xs, _ = _inputs_of(wanted, dense, *batch)
                 if keep:
                     kept[i] = {"out_proj": dense_xs["out_proj"]}

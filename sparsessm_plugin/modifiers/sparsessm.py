@@ -26,7 +26,7 @@ from sparsessm_plugin.saliency import (
     aggregate,
 )
 from sparsessm_plugin.saliency.values import PRUNED_VALUES
-from sparsessm_plugin.scan import PrunedValue, ScanStatistics, scan
+from sparsessm_plugin.scan import PrunedValue, ScanStatistics, read_out
 from sparsessm_plugin.scan.fast_forward import offer
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -156,8 +156,8 @@ class SparseSSMModifier(MixerModifier):
                 request, channels, state_size, device=quantities.u.device
             )
             self._seconds[adapter.name] = 0.0
-        y = scan(quantities, self._statistics[adapter.name])
-        offer(adapter.mixer, hidden_states, attention_mask, quantities, y)
+        x = read_out(adapter, quantities, self._statistics[adapter.name])
+        offer(adapter.mixer, hidden_states, attention_mask, x)
         self._seconds[adapter.name] += time.perf_counter() - started
 
     def compress(self, adapter: MixerAdapter) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers.base import HeadQuantities, MixerQuantities
+from sparsessm_plugin.mixers.base import HeadQuantities, MixerAdapter, MixerQuantities
 from sparsessm_plugin.scan import kernels, ssd
 from sparsessm_plugin.scan.statistics import PrunedValue, ScanStatistics, StatisticsRequest
 
@@ -19,6 +19,7 @@ __all__ = [
     "ScanStatistics",
     "StatisticsRequest",
     "backend_for",
+    "read_out",
     "scan",
     "scan_products",
     "scan_states",
@@ -92,6 +93,24 @@ def scan(
         return kernels.scan(quantities)
     implementation: Backend = import_module(backend or backend_for(quantities.u.device)).scan
     return implementation(quantities, statistics)
+
+
+def read_out(
+    adapter: MixerAdapter, quantities: MixerQuantities, statistics: ScanStatistics | None = None
+) -> Tensor:
+    """Run the recurrence up to what out_proj multiplies.
+
+    :param adapter: of the mixer that the quantities come from
+    :param quantities: the recurrence's inputs
+    :param statistics: accumulators to add this batch to, or None
+    :return: (b, L, D) float32; where the quantities are in half precision and kernels of this
+        package run, in that
+    """
+    half = quantities.u.dtype.itemsize == 2
+    name = backend_for(quantities.u.device)
+    if half and adapter.has_state_transitions and name == BACKENDS["cuda"]:
+        return import_module(name).scan(quantities, statistics, gated=quantities.u.dtype)
+    return adapter.out_input(quantities, scan(quantities, statistics))
 
 
 def scan_states(

@@ -2,8 +2,8 @@
 
 On the CPU, transformers walks through time in Python (Mamba-1) or multiplies by broadcast sums
 (Mamba-2); the scans of this package do the same tens of times faster. So they do on a GPU, in
-Triton. Where transformers has mamba-ssm's kernels bound, or on a device without a fast
-backend, nothing is replaced.
+Triton. Where transformers has mamba-ssm's kernels bound, but for Mamba-1 in half precision, or on
+a device without a fast backend, nothing is replaced.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from sparsessm_plugin.mixers import (
     known_mixers,
 )
 from sparsessm_plugin.mixers.kernels import scans_in_kernels
-from sparsessm_plugin.scan import REFERENCE, backend_for, scan
+from sparsessm_plugin.scan import REFERENCE, backend_for, read_out
 
 
 @contextmanager
@@ -53,16 +53,15 @@ def offer(
     mixer: nn.Module,
     hidden_states: Tensor,
     attention_mask: Tensor | None,
-    quantities: MixerQuantities,
-    y: Tensor,
+    x: Tensor,
 ) -> None:
-    """Hand over a scan already made of this very input, so that it is not made again.
+    """Hand over what out_proj multiplies for this very input, so that it is not made again.
 
     For forward pre-hooks; without :func:`fast_forward` nothing happens.
     """
     forward = getattr(vars(mixer).get("forward"), "__func__", None)
     if isinstance(forward, _Forward):
-        forward.offered = (hidden_states, attention_mask, quantities, y)
+        forward.offered = (hidden_states, attention_mask, x)
 
 
 class _Forward:
@@ -78,25 +77,27 @@ class _Forward:
         self.active = False
         self.earlier = vars(adapter.mixer).get("forward")
         self.own_forward = adapter.mixer.forward
-        self.offered: tuple[Tensor, Tensor | None, MixerQuantities, Tensor] | None = None
+        self.offered: tuple[Tensor, Tensor | None, Tensor] | None = None
 
-    def _is_fast_on(self, device: torch.device) -> bool:
+    def _is_fast_on(self, device: torch.device, dtype: torch.dtype) -> bool:
         if device.type == "cpu":  # kernels that transformers may have bound refuse it
             return True
+        runs = not self.adapter.has_state_transitions or backend_for(device) != REFERENCE
         if scans_in_kernels(self.adapter.mixer):
-            return False
+            # those want other layouts: in half precision, copies make them slower than ours
+            return runs and self.adapter.has_state_transitions and dtype.itemsize == 2
         # the chunked scan of Mamba-2 is matrix products, fast everywhere
-        return not self.adapter.has_state_transitions or backend_for(device) != REFERENCE
+        return runs
 
-    def _takes_over(self, device: torch.device) -> bool:
-        return self.gradients if torch.is_grad_enabled() else self._is_fast_on(device)
+    def _takes_over(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return self.gradients if torch.is_grad_enabled() else self._is_fast_on(device, dtype)
 
-    def _scan(self, quantities: MixerQuantities) -> Tensor:
+    def _read_out(self, quantities: MixerQuantities) -> Tensor:
         if not torch.is_grad_enabled():
-            return scan(quantities)
+            return read_out(self.adapter, quantities)
         from sparsessm_plugin.scan import differentiable  # brings numba along
 
-        return differentiable.scan(quantities)
+        return self.adapter.out_input(quantities, differentiable.scan(quantities))
 
     def attach(self) -> None:
         self.active = True
@@ -129,10 +130,12 @@ class _Forward:
         replaces = self.active and cache_params is None
         of_this = offered and offered[0] is hidden_states and offered[1] is attention_mask
         if replaces and offered and of_this and not torch.is_grad_enabled():
-            return self.adapter.output(offered[2], offered[3])  # no scan is faster than none
-        if not replaces or not self._takes_over(hidden_states.device):
+            # no scan is faster than none
+            return self.adapter.mixer.out_proj(offered[2].to(hidden_states.dtype))
+        if not replaces or not self._takes_over(hidden_states.device, hidden_states.dtype):
             return self.own_forward(
                 hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
             )
         quantities = self.adapter.quantities(hidden_states, attention_mask)
-        return self.adapter.output(quantities, self._scan(quantities))
+        x = self._read_out(quantities)
+        return self.adapter.mixer.out_proj(x.to(hidden_states.dtype))

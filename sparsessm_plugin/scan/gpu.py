@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm_plugin.mixers.base import MixerQuantities
+from sparsessm_plugin.mixers.gpu import by_rows
 from sparsessm_plugin.scan.statistics import ScanStatistics
 
 BLOCK = 32  # channels a program: the lanes of a warp
@@ -32,7 +33,7 @@ _ERROR_MODES = {None: 0, "zero": 1, "memoryless": 2}
 _STATISTICS = ("state_energy", "transition", "output_error")
 # Never 1 and never a multiple of 16 to the compiler: one binary for all sizes, and loads of
 # one channel a lane, which keeps the states of a channel in one thread.
-_SIZES = ["length", "chunk", "chunks", "channels", "states", "every"]
+_SIZES = ["length", "chunk", "chunks", "channels", "states", "every", "z_width"]
 
 
 def check(device: torch.device) -> None:
@@ -53,15 +54,22 @@ def check(device: torch.device) -> None:
             raise RuntimeError("Triton's kernels compute nothing on this GPU")
 
 
-def scan(quantities: MixerQuantities, statistics: ScanStatistics | None = None) -> Tensor:
-    """Run the recurrence; see :func:`sparsessm_plugin.scan.scan`."""
+def scan(
+    quantities: MixerQuantities,
+    statistics: ScanStatistics | None = None,
+    gated: torch.dtype | None = None,
+) -> Tensor:
+    """Run the recurrence; see :func:`sparsessm_plugin.scan.scan`.
+
+    :param gated: give y times the gate instead, in this dtype
+    """
     if statistics is not None:
         statistics.begin(quantities)
         if statistics.request.per_step:
             # sequences add to the same steps, one after the other
-            count = len(quantities.u)
-            return torch.cat([_run(_row(quantities, i), statistics)[0] for i in range(count)])
-    return _run(quantities, statistics)[0]
+            rows = [_row(quantities, i) for i in range(len(quantities.u))]
+            return torch.cat([_run(row, statistics, gated=gated)[0] for row in rows])
+    return _run(quantities, statistics, gated=gated)[0]
 
 
 def scan_states(quantities: MixerQuantities, every: int) -> tuple[Tensor, Tensor]:
@@ -128,8 +136,8 @@ class _Work:
         self.inputs = (u, q.dt.detach().contiguous(), self.A, B)
         self.mask = u if q.mask is None else q.mask.contiguous().view(torch.uint8)
 
-    def room(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
+    def room(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def starts(self, error_mode: int) -> tuple[Tensor, Tensor]:
         """(b, chunks - 1, N, D) states that all chunks but the first start with; h, then h'."""
@@ -149,13 +157,17 @@ class _Work:
 
 
 def _run(
-    q: MixerQuantities, statistics: ScanStatistics | None, every: int = 0
+    q: MixerQuantities,
+    statistics: ScanStatistics | None,
+    every: int = 0,
+    gated: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y (b, L, D) and, with ``every``, h (b, L // every, N, D)."""
+    """y (b, L, D), times the gate with ``gated``, and, with ``every``, h (b, L // every, N, D)."""
     request = statistics.request if statistics is not None else None
     error_mode = _ERROR_MODES[request.output_error if request is not None else None]
     work = _Work(q)
-    y = work.room(work.batch, work.length, work.channels)
+    y = work.room(work.batch, work.length, work.channels, dtype=gated or torch.float32)
+    z = by_rows(q.z.detach())
     kept = work.room(work.batch, work.length // every, work.N, work.channels) if every else y
     sums = {}  # of each chunk, (b chunks, N, D), or the accumulators of steps, (L, N, D)
     for name, total in _accumulators(statistics).items():
@@ -170,7 +182,7 @@ def _run(
             *work.inputs,
             work.C,
             q.D.detach().contiguous(),
-            q.z.detach().contiguous() if error_mode else work.inputs[0],
+            z,
             work.mask,
             starts,
             pruned_starts,
@@ -179,7 +191,9 @@ def _run(
             *(sums.get(name, y) for name in _STATISTICS),
             *work.sizes,
             every,
+            z.stride(1),
             ERROR=error_mode,
+            GATED=gated is not None,
             ENERGY="state_energy" in sums,
             TRANSITION="transition" in sums,
             PER_STEP=request is not None and request.per_step,
@@ -213,8 +227,9 @@ def _processors(device: torch.device) -> int:
 
 # -- kernels -----------------------------------------------------------------------------
 #
-# Shapes in memory: u, dt, z, y (b, L, D); A (N, D); B, C (b, L, BLOCK_N); states and sums
-# (..., N, D). In registers: (BLOCK_N, BLOCK_D). What lies outside of N and D is zero and stays.
+# Shapes in memory: u, dt, y (b, L, D), and z, whose rows are z_width apart; A (N, D); B, C
+# (b, L, BLOCK_N); states and sums (..., N, D). In registers: (BLOCK_N, BLOCK_D). What lies outside
+# of N and D is zero and stays.
 
 
 @triton.jit
@@ -354,7 +369,9 @@ def _scan(
     channels,
     states,
     every,
+    z_width,
     ERROR: tl.constexpr,
+    GATED: tl.constexpr,
     ENERGY: tl.constexpr,
     TRANSITION: tl.constexpr,
     PER_STEP: tl.constexpr,
@@ -386,22 +403,22 @@ def _scan(
     # the next step is loaded while this one is computed
     next_x = _at(u, first, channels, d, d_in)
     next_delta = _at(dt, first, channels, d, d_in)
-    if ERROR > 0:
-        next_z = _at(z, first, channels, d, d_in)
+    if GATED or ERROR > 0:
+        next_z = _at(z, first, z_width, d, d_in)
     next_b = tl.load(B + first * BLOCK_N + n).to(tl.float32)
     next_c = tl.load(C + first * BLOCK_N + n).to(tl.float32)
     for step in range(0, steps):
         x = next_x
         delta = next_delta
-        if ERROR > 0:
+        if GATED or ERROR > 0:
             gain = next_z * tl.sigmoid(next_z)
         b = next_b
         c = next_c
         row = first + tl.minimum(step + 1, steps - 1)
         next_x = _at(u, row, channels, d, d_in)
         next_delta = _at(dt, row, channels, d, d_in)
-        if ERROR > 0:
-            next_z = _at(z, row, channels, d, d_in)
+        if GATED or ERROR > 0:
+            next_z = _at(z, row, z_width, d, d_in)
         next_b = tl.load(B + row * BLOCK_N + n).to(tl.float32)
         next_c = tl.load(C + row * BLOCK_N + n).to(tl.float32)
 
@@ -429,6 +446,8 @@ def _scan(
                 transition_sum += value
         h = dA * h + drive
         out = tl.sum(h * c[:, None], axis=0) + skip * x
+        if GATED:
+            out *= gain
         tl.store(y + (first + step) * channels + d, out, mask=d_in)
         if KEEP:  # noqa: SIM102 - known when compiling, and the next only when running
             if (t + 1) % every == 0:

@@ -18,9 +18,10 @@ def _selective_scan() -> Any:
 
 
 def available(quantities: MixerQuantities) -> bool:
-    """Whether the kernel can take these quantities."""
+    """Whether the kernel can take these quantities; it wants one dtype."""
     on_cuda = quantities.u.device.type == "cuda"
-    return on_cuda and quantities.A.shape[1] <= 256 and _selective_scan() is not None
+    alike = quantities.u.dtype == quantities.dt.dtype
+    return on_cuda and alike and quantities.A.shape[1] <= 256 and _selective_scan() is not None
 
 
 def scan(quantities: MixerQuantities) -> Tensor:

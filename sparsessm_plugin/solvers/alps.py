@@ -11,7 +11,6 @@ from sparsessm_plugin.solvers.objective import (
     Solved,
     check,
     damped_inverse_cholesky,
-    energy,
     finish,
     row_errors,
 )
@@ -38,6 +37,7 @@ def alps(
     keep: Tensor | None = None,
     block_size: int = 128,
     dampening_frac: float = DAMPENING,
+    inverse: InverseCholesky | None = None,
     admm_steps: int = 150,
     cg_steps: int = 40,
 ) -> Solved:
@@ -54,16 +54,16 @@ def alps(
     :param keep: None or (..., out, in) bool; False for entries that must be zero, which count
     :param block_size: of SparseGPT
     :param dampening_frac: added to H's diagonal, of its mean
+    :param inverse: of the Hessian with that, where it is there already
     :param admm_steps: at most; it stops when the support stays
     :param cg_steps: at most
     :raises SparseSSMError: an argument that is not allowed
     """
     check(weight, hessian, keep)
     check_structure(structure, weight.shape[-1], sparsity)
-    inverse = damped_inverse_cholesky(hessian, dampening_frac)
+    inverse = inverse or damped_inverse_cholesky(hessian, dampening_frac)
     start, mask = surgeon(weight, hessian, inverse, sparsity, structure, keep, block_size)
-    total = energy(weight, hessian)
-    surgical = best = finish(weight, start, mask, hessian, total)
+    surgical = best = finish(weight, start, mask, hessian)
 
     dense = weight.to(start.dtype)
 
@@ -71,7 +71,7 @@ def alps(
         found = refine_on_support(
             dense, inverse.hessian, mask, cg_steps, start=start, tolerance=_TOLERANCE
         )
-        return finish(weight, found, mask, hessian, total)
+        return finish(weight, found, mask, hessian)
 
     allowed = may_stay(weight, inverse.dead, keep)
     free = choose_mask(torch.ones_like(start), sparsity, structure, keep=allowed)

@@ -1,8 +1,8 @@
-"""The column loop of SparseGPT on CUDA: see :mod:`sparsessm_plugin.solvers.kernels`.
+"""SparseGPT's column loop, and sums of products, on CUDA.
 
-A program is one warp, which holds a tile of rows with all columns of the block in registers. It
-takes a column out of the tile by a masked sum, so nothing goes through memory but what each
-column has lost, and no warp waits for another.
+See :mod:`sparsessm_plugin.solvers.kernels`. In the loop a program is one warp, which holds a tile
+of rows with all columns of the block in registers. It takes a column out of the tile by a masked
+sum, so nothing goes through memory but what each column has lost, and no warp waits for another.
 """
 
 import torch
@@ -10,8 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsessm_plugin.mixers.gpu import by_rows
+
 _ROWS = 16  # a program: 64 registers a thread for 128 columns
 _ROWS_OF_GROUPS = 8  # scores and ranks need registers, too
+_STEPS, _TILE, _CHANNELS = 256, 16, 128  # a program that sums products, and what it loads at once
 # Never a constant to the compiler: one binary for all sizes.
 _SIZES = ["columns", "out", "size", "step", "start"]
 
@@ -47,6 +50,61 @@ def sweep(
             ROWS=rows,
             num_warps=1,
         )
+
+
+def lagged_products(left: Tensor, right: Tensor, lag: int, steps: int) -> Tensor:
+    """See :func:`sparsessm_plugin.solvers.kernels.lagged_products`."""
+    left, right = by_rows(left), by_rows(right)
+    batch, length, channels = left.shape
+    parts = triton.cdiv(steps, _STEPS)
+    sums = torch.empty(batch * parts, channels, dtype=torch.float32, device=left.device)
+    with torch.cuda.device_of(left):
+        _lagged_products[(triton.cdiv(channels, _CHANNELS), parts, batch)](
+            left,
+            right,
+            sums,
+            length,
+            steps,
+            channels,
+            lag,
+            left.stride(1),
+            right.stride(1),
+            STEPS=_STEPS,
+            CHANNELS=_CHANNELS,
+            TILE=_TILE,
+        )
+    return sums.sum(0)
+
+
+@triton.jit(do_not_specialize=["steps", "lag"])
+def _lagged_products(
+    left,
+    right,
+    sums,
+    length,
+    steps,
+    channels,
+    lag,
+    left_width,
+    right_width,
+    STEPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A part of the steps of one sequence; widths are the distances of two rows."""
+    d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    begin = tl.program_id(1) * STEPS
+    first = tl.program_id(2).to(tl.int64) * length
+    total = tl.zeros((TILE, CHANNELS), tl.float32)
+    for tile in range(0, STEPS, TILE):
+        t = begin + tile + tl.arange(0, TILE)
+        inside = (t < steps)[:, None] & (d < channels)[None, :]
+        row = (first + t)[:, None]
+        a = tl.load(left + row * left_width + d[None, :], mask=inside, other=0.0)
+        b = tl.load(right + (row + lag) * right_width + d[None, :], mask=inside, other=0.0)
+        total += a.to(tl.float32) * b.to(tl.float32)
+    slot = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(sums + slot * channels + d, tl.sum(total, axis=0), mask=d < channels)
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -54,6 +54,24 @@ def sweep(
     return errors
 
 
+def lagged_products(left: Tensor, right: Tensor, lag: int, steps: int) -> Tensor:
+    """(D,) sum of ``left[b, t] right[b, t + lag]`` over b and t < steps.
+
+    :param left: (b, L, D); on CUDA also in half precision, summed in float32
+    :param right: likewise
+    """
+    name = _BACKENDS.get(left.device.type)
+    if left.is_cuda and name is not None and backend_for(left.device) != REFERENCE:
+        return import_module(name).lagged_products(left, right, lag, steps)
+    products = left[:, : left.shape[1] - lag] * right[:, lag:]
+    return products[:, :steps].sum((0, 1), dtype=summing_dtype(left))
+
+
+def summing_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 if the tensor is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def sweep_reference(
     weight: Tensor,
     kept: Tensor,

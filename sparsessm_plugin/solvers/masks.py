@@ -1,7 +1,6 @@
 """Which entries of a projection stay, given a score of each."""
 
 import re
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -105,15 +104,14 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
     return mask
 
 
-def keep_largest_of_each(scores: Tensor, counts: Sequence[int]) -> Tensor:
-    """:func:`keep_largest` of every row of (S, n) scores, each its own count: bool (S, n)."""
+def keep_largest_of_each(scores: Tensor, counts: Tensor) -> Tensor:
+    """:func:`keep_largest` of every row of (S, n) scores, each its own of (S,) counts."""
     if not scores.is_cuda:
-        rows = zip(scores, counts, strict=True)
+        rows = zip(scores, counts.tolist(), strict=True)
         return torch.stack([keep_largest(row, count) for row, count in rows])
     order = scores.argsort(dim=1, descending=True, stable=True)
-    limits = torch.tensor(counts, device=scores.device)[:, None]
-    kept = torch.arange(scores.shape[1], device=scores.device) < limits
-    return torch.zeros_like(kept).scatter_(1, order, kept)
+    kept = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
+    return torch.empty_like(kept).scatter_(1, order, kept)
 
 
 def _keep_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
@@ -136,5 +134,5 @@ def _keep_in_rows(scores: Tensor, sparsity: float) -> Tensor:
     # cumulative, so that the total is that of all rows together
     ends = [round(sparsity * size * r) for r in range(len(rows) + 1)]
     gone = torch.tensor(ends, device=scores.device).diff()
-    rank = rows.argsort(-1).argsort(-1)
-    return (rank >= gone[:, None]).view_as(scores)
+    kept = torch.arange(size, device=scores.device) >= gone[:, None]
+    return torch.empty_like(kept).scatter_(1, rows.argsort(-1), kept).view_as(scores)

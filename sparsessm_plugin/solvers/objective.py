@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.solvers.kernels import lagged_products, summing_dtype
 
 DAMPENING = 0.01  # of the mean diagonal entry, as SparseGPT and GPTQ have it
 _FIRST_RAISE = 1e-8  # where raising starts if no dampening was asked for
@@ -29,14 +31,24 @@ class Solved:
 
     :param weight: as the dense one in shape and dtype, exactly zero where ``mask`` is False
     :param mask: same shape, bool; True where a weight may stay
-    :param error: ``tr((W - W') H (W - W')^T)`` of ``weight`` as it is stored, over all problems
-    :param relative_error: ``error`` over ``tr(W H W^T)``; 0 if the dense output is zero
+    :param dense: the weight that was pruned
+    :param hessian: of its inputs
     """
 
     weight: Tensor
     mask: Tensor
-    error: float
-    relative_error: float
+    dense: Tensor
+    hessian: Tensor
+
+    @cached_property
+    def error(self) -> float:
+        """``tr((W - W') H (W - W')^T)`` of ``weight`` as it is stored, over all problems."""
+        return float(objective(self.dense, self.weight, self.hessian).sum())
+
+    @cached_property
+    def relative_error(self) -> float:
+        """``error`` over ``tr(W H W^T)``; 0 if the dense output is zero."""
+        return _of_energy(self.error, energy(self.dense, self.hessian))
 
 
 class InverseCholesky(NamedTuple):
@@ -101,23 +113,18 @@ def _of_energy(error: float, total: float) -> float:
     return error / total if total > 0 else 0.0
 
 
-def finish(
-    weight: Tensor, pruned: Tensor, mask: Tensor, hessian: Tensor, total: float | None = None
-) -> Solved:
-    """Store a result in the dense weight's dtype and say what that costs.
+def finish(weight: Tensor, pruned: Tensor, mask: Tensor, hessian: Tensor) -> Solved:
+    """Store a result in the dense weight's dtype.
 
     :param weight: (..., out, in) dense
     :param pruned: (..., out, in) in any precision
     :param mask: (..., out, in) bool, True where a weight may stay
     :param hessian: (..., in, in) sum of x x^T
-    :param total: :func:`energy` where it is known already
     """
     limits = torch.finfo(weight.dtype)
     stored = pruned.clamp(limits.min, limits.max).to(weight.dtype)
     stored = torch.where(mask, stored, torch.zeros_like(stored))
-    error = float(objective(weight, stored, hessian).sum())
-    total = energy(weight, hessian) if total is None else total
-    return Solved(stored, mask, error, _of_energy(error, total))
+    return Solved(stored, mask, weight, hessian)
 
 
 def check(weight: Tensor, hessian: Tensor, keep: Tensor | None = None) -> None:
@@ -238,9 +245,7 @@ def _inverse_factor(H: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     return inverse.flip(-1, -2).triu() / size[..., None, :], failed
 
 
-def dense_target(
-    weight: Tensor, gram: Tensor, cross: Tensor, dampening_frac: float = DAMPENING
-) -> Tensor:
+def dense_target(weight: Tensor, gram: Tensor, cross: Tensor, inverse: InverseCholesky) -> Tensor:
     """The weight that gives the dense model's outputs from the inputs that a pruned prefix gives.
 
     ``W* = W (X_dense X^T + damp) (X X^T + damp)^-1`` is least squares of ``W X_dense`` on X with
@@ -250,7 +255,7 @@ def dense_target(
     :param weight: (..., out, in) dense
     :param gram: (..., in, in) ``X X^T`` of the inputs as they are now
     :param cross: (..., in, in) ``X_dense X^T``, rows by the dense input
-    :param dampening_frac: of the mean diagonal entry of ``gram``
+    :param inverse: of ``gram``, dampened
     :return: (..., out, in) float32, float64 if the weight is
     :raises SparseSSMError: shapes that do not fit, or entries that are not finite
     """
@@ -259,7 +264,6 @@ def dense_target(
         raise SparseSSMError(
             f"the cross product must be finite and {tuple(gram.shape)}, got {tuple(cross.shape)}"
         )
-    inverse = damped_inverse_cholesky(gram, dampening_frac)
     dense = weight.double()
     moved = dense @ (cross.double() - gram.double())
     change = moved @ inverse.factor.mT @ inverse.factor
@@ -293,10 +297,14 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
     ``2^-22 sum_j (w - w')_j^2 H_jj`` to the error that a pruned weight has with these sums,
     thousands of times less than dampening adds.
 
-    :param left: (tokens, in) float32
+    Products of half precision are exact in float32.
+
+    :param left: (tokens, in) float32, on CUDA also bfloat16 or float16
     :param right: likewise
     :return: (in, in) float32
     """
+    if left.dtype.itemsize == 2:
+        return torch.mm(left.T, right, out_dtype=torch.float32)
     with tf32():
         return left.T @ right
 
@@ -304,24 +312,26 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
 def window_gram(left: Tensor, right: Tensor, kernel: int, mask: Tensor | None = None) -> Tensor:
     """``sum left right^T`` over the windows that a causal depthwise convolution reads.
 
-    :param left: (b, L, D) float32, zero before its first position
+    :param left: (b, L, D), zero before its first position
     :param right: likewise
     :param kernel: K, width of a window
     :param mask: (b, L) bool, the outputs that count, or None for all
     :return: (D, K, K) float32
     """
-    length = left.shape[1]
+    length, dtype = left.shape[1], summing_dtype(left)
     if mask is not None:  # outputs at padding are not used, though inputs there may be read
         left, right = (F.pad(x, (0, 0, kernel - 1, 0)) for x in (left, right))
         rows = []
         for i in range(kernel):
             seen = left[:, i : i + length] * mask[..., None]
-            products = [(seen * right[:, j : j + length]).sum((0, 1)) for j in range(kernel)]
+            products = [
+                (seen * right[:, j : j + length]).sum((0, 1), dtype=dtype) for j in range(kernel)
+            ]
             rows.append(torch.stack(products, -1))
         return torch.stack(rows, -2)
     # An entry depends on the lag j - i, but for the last positions: K long sums, or 2 K - 1 of
     # two tensors, instead of K^2.
-    result = left.new_zeros(left.shape[-1], kernel, kernel)
+    result = torch.zeros(left.shape[-1], kernel, kernel, dtype=dtype, device=left.device)
     for lag in range(min(kernel, length)):
         _fill_diagonal(result, left, right, lag)
         if lag and left is not right:
@@ -332,9 +342,10 @@ def window_gram(left: Tensor, right: Tensor, kernel: int, mask: Tensor | None = 
 def _fill_diagonal(result: Tensor, left: Tensor, right: Tensor, lag: int) -> None:
     """Entries [:, j - lag, j] of :func:`window_gram`, for lag >= 0."""
     kernel, count = result.shape[-1], left.shape[1] - lag
-    products = left[:, :count] * right[:, lag:]
     body = max(0, count - (kernel - 1))  # what all windows read
-    total, ends = products[:, :body].sum((0, 1)), products[:, body:].sum(0)
+    total = lagged_products(left, right, lag, body)
+    ends = left[:, body:count].to(result.dtype) * right[:, body + lag :].to(result.dtype)
+    ends = ends.sum(0)
     for j in range(lag, kernel):
         read = max(0, count - (kernel - 1 - j) - body)
         result[:, j - lag, j] = total + ends[:read].sum(0)

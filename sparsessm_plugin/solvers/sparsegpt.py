@@ -53,6 +53,7 @@ def sparsegpt(
     keep: Tensor | None = None,
     block_size: int = 128,
     dampening_frac: float = DAMPENING,
+    inverse: InverseCholesky | None = None,
 ) -> Solved:
     """Prune block by block of columns; every pruned weight is made up for by later columns.
 
@@ -67,11 +68,12 @@ def sparsegpt(
     :param keep: None or (..., out, in) bool; False for entries that must be zero, which count
     :param block_size: columns whose mask is chosen together, a multiple of m or rounded up
     :param dampening_frac: added to H's diagonal, of its mean
+    :param inverse: of the Hessian with that, where it is there already
     :raises SparseSSMError: an argument that is not allowed
     """
     check(weight, hessian, keep)
     check_structure(structure, weight.shape[-1], sparsity)
-    inverse = damped_inverse_cholesky(hessian, dampening_frac)
+    inverse = inverse or damped_inverse_cholesky(hessian, dampening_frac)
     pruned, mask = surgeon(weight, hessian, inverse, sparsity, structure, keep, block_size)
     return finish(weight, pruned, mask, hessian)
 
@@ -96,11 +98,11 @@ def surgeon(
     dense = weight.to(working_dtype(weight, hessian))
     if m:
         return _walk(dense, inverse.factor, _Groups(allowed, m, [n]), block_size)
-    kept = _kept(allowed, sparsity, block_size)
+    kept = _kept(allowed, [sparsity], block_size)[0]
 
     def choose(scores: Tensor, start: int) -> Tensor:
         scores = scores.masked_fill(~allowed[..., start : start + scores.shape[-1]], -1)
-        return keep_largest(scores.flatten(), kept[start]).view_as(scores)
+        return keep_largest(scores.flatten(), kept[start // block_size]).view_as(scores)
 
     return _walk(dense, inverse.factor, choose, block_size)
 
@@ -114,19 +116,22 @@ def may_stay(weight: Tensor, dead: Tensor, keep: Tensor | None) -> Tensor:
     return alive if keep is None else alive & keep
 
 
-def _kept(allowed: Tensor, sparsity: float, block_size: int) -> dict[int, int]:
-    """How many entries each block keeps, by its first column; exact in total."""
+def _kept(allowed: Tensor, sparsities: Sequence[float], block_size: int) -> list[list[int]]:
+    """How many entries each block keeps, at each sparsity; exact in total."""
     per_column = allowed.flatten(0, -2).sum(0).tolist()
     total = sum(per_column)
-    lose = max(0, round(sparsity * allowed.numel()) - (allowed.numel() - total))
-    kept, seen, lost = {}, 0, 0
-    for start in range(0, len(per_column), block_size):
-        inside = sum(per_column[start : start + block_size])
-        seen += inside
-        until = round(lose * seen / total) if total else 0
-        kept[start] = inside - (until - lost)
-        lost = until
-    return kept
+    counts = []
+    for sparsity in sparsities:
+        lose = max(0, round(sparsity * allowed.numel()) - (allowed.numel() - total))
+        kept, seen, lost = [], 0, 0
+        for start in range(0, len(per_column), block_size):
+            inside = sum(per_column[start : start + block_size])
+            seen += inside
+            until = round(lose * seen / total) if total else 0
+            kept.append(inside - (until - lost))
+            lost = until
+        counts.append(kept)
+    return counts
 
 
 def _walk(
@@ -234,11 +239,11 @@ def error_curve(
         zeros = [_in_group(sparsity, m) for sparsity in sparsities]
         pruned, _ = _walk(dense, inverse.factor, _Groups(allowed, m, zeros), block_size)
     else:
-        kept = [_kept(allowed, sparsity, block_size) for sparsity in sparsities]
+        kept = torch.tensor(_kept(allowed, sparsities, block_size), device=allowed.device)
 
         def choose(scores: Tensor, start: int) -> Tensor:
             scores = scores.masked_fill(~allowed[..., start : start + scores.shape[-1]], -1)
-            counts = [each[start] for each in kept]
+            counts = kept[:, start // block_size]
             return keep_largest_of_each(scores.flatten(1), counts).view_as(scores)
 
         pruned, _ = _walk(dense, inverse.factor, choose, block_size)

@@ -1,0 +1,157 @@
+"""What changes of single weights do to a model's predictions."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+from compressed_tensors.offload import get_execution_device, update_offload_parameter
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.pytorch.utils.helpers import tensors_to_device
+from llmcompressor.utils.helpers import DisableQuantization, disable_cache, eval_context
+from torch import Tensor
+
+from sparsessm_plugin import distributed
+from sparsessm_plugin.modifiers.distillation import divergences
+from sparsessm_plugin.modifiers.replay import Replay
+
+_ROWS, _LENGTH = 4, 256  # of the data that predictions are looked at with
+_TOGETHER = 8  # changes of one layer whose effects are computed in one batch
+
+
+class Probe:
+    """A little of the data, and what the model as it is predicts there.
+
+    :param model: transformers model; all ranks make their probes together
+    :param batch: of the data; all ranks take that of rank 0
+    """
+
+    def __init__(self, model: Any, batch: dict[str, Any]):
+        self._model = model
+        batch = _little(batch)
+        names = distributed.first("names in the probe", list(batch))
+        values = distributed.share("probe", lambda: list(batch.values()))
+        device = get_execution_device(model)
+        self._batch = tensors_to_device(dict(zip(names, values, strict=True)), device)
+        self._replay = Replay(model)
+        with self._undisturbed(), self._replay.recorded():
+            self._reference = model(**self._batch).logits
+
+    def divergences(
+        self,
+        names: list[str],
+        changed: Callable[[str], Tensor],
+        done: Callable[[str], None] = lambda name: None,
+    ) -> dict[str, float]:
+        """How far predictions move when one weight is replaced, in nats a token, by its module.
+
+        Each weight is put back. Those of one layer are tried out side by side: what the layers
+        after it make of each is a matter of more rows.
+
+        :param names: of modules, in the order of the model
+        :param changed: gives the weight to try out
+        :param done: called with the name of each module whose weight has been tried
+        """
+        found: dict[str, float] = {}
+        with self._undisturbed():
+            for layer, members in groupby(names, self._replay.layer):
+                for together in _parts(list(members), _TOGETHER if layer else 1):
+                    logits = self._logits(layer, together, changed)
+                    for name, each in zip(together, logits, strict=True):
+                        found[name] = _divergence(
+                            self._reference, each, self._batch.get("attention_mask")
+                        )
+                        done(name)
+        return found
+
+    def _logits(
+        self, layer: str | None, names: list[str], changed: Callable[[str], Tensor]
+    ) -> list[Tensor]:
+        """(b, L, vocabulary) logits with one weight replaced, for each."""
+        if layer is not None:
+            outputs = []
+            for name in names:
+                with self._replaced(name, changed(name)):
+                    outputs.append(self._replay.output(layer, lambda: self._model(**self._batch)))
+            joined = _joined(outputs)
+            if joined is not None:
+                with self._replay.after(layer, joined):
+                    return list(self._model(**self._repeated(len(names))).logits.chunk(len(names)))
+        logits = []
+        for name in names:
+            with self._replaced(name, changed(name)), self._replay.since(name):
+                logits.append(self._model(**self._batch).logits)
+        return logits
+
+    def _repeated(self, count: int) -> dict[str, Any]:
+        rows = (len(self._reference),)
+        return {
+            key: torch.cat([value] * count) if value.shape[:1] == rows else value
+            for key, value in self._batch.items()
+        }
+
+    @contextmanager
+    def _replaced(self, name: str, weight: Tensor) -> Iterator[None]:
+        module = self._model.get_submodule(name)
+        before = module.weight.detach().clone()
+        try:
+            update_offload_parameter(module, "weight", weight)
+            yield
+        finally:
+            update_offload_parameter(module, "weight", before)
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        model = self._model
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(HooksMixin.disable_hooks())
+            for context in (eval_context, disable_cache, DisableQuantization):
+                stack.enter_context(context(model))
+            yield
+
+
+def _little(batch: dict[str, Any]) -> dict[str, Any]:
+    """A little of a batch, from where its first row has tokens."""
+    shape = batch["input_ids"].shape
+    mask = batch.get("attention_mask")
+    start = 0 if mask is None else int(mask[0].bool().int().argmax())
+    columns = slice(start, start + _LENGTH)
+    return {
+        key: value[:_ROWS, columns] if value.shape[:2] == shape else value
+        for key, value in batch.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _parts(items: list[str], size: int) -> list[list[str]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _joined(outputs: list[Any]) -> Any | None:
+    """Outputs of a layer, one batch; None if they are no tensors that could be one."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(outputs)
+    if isinstance(first, tuple):
+        parts = [_joined(list(each)) for each in zip(*outputs, strict=True)]
+        return None if any(part is None for part in parts) else tuple(parts)
+    return None
+
+
+def _divergence(reference: Tensor, logits: Tensor, mask: Tensor | None) -> float:
+    """Mean Kullback-Leibler divergence of two predictions, in nats a token.
+
+    :param reference: (b, L, vocabulary) logits
+    :param logits: likewise
+    :param mask: (b, L), zero at padding, or None
+    """
+    total, count = 0.0, 0
+    for row in range(len(logits)):  # float32 logits of a whole batch would be large
+        each = divergences(reference[row], logits[row])
+        if mask is not None:
+            each = each[mask[row].bool()]
+        total += float(each.double().sum())
+        count += each.numel()
+    return total / max(count, 1)
