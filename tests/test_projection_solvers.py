@@ -15,9 +15,11 @@ from sparsessm_plugin.solvers.objective import (
     damped_inverse_cholesky,
     dampen,
     dense_target,
+    inverse_root,
     objective,
     relative_error,
     row_errors,
+    square_of_root,
 )
 from sparsessm_plugin.solvers.projections import SOLVERS
 from sparsessm_plugin.solvers.sparsegpt import error_curve, sparsegpt
@@ -585,6 +587,25 @@ def test_an_inverse_that_is_there_changes_nothing(solver):
     expected = SOLVERS[solver](w, x.T @ x, 0.5, dampening_frac=0.1)
     found = SOLVERS[solver](w, x.T @ x, 0.5, dampening_frac=7.0, inverse=inverse)
     assert torch.equal(found.weight, expected.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "leaf"), [(9, 2), (16, 16), (23, 5)])
+def test_inverse_root_by_halves(n, leaf, dtype):
+    x = inputs(n, samples=4 * n)
+    H = (x.T @ x + 0.1 * torch.eye(n)).to(dtype)
+    root, failed = inverse_root(H, leaf=leaf)
+    assert not failed
+    assert torch.equal(root, root.tril())
+    expected = torch.linalg.cholesky(H.double()).inverse()
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-10}[dtype]
+    torch.testing.assert_close(root.double(), expected, rtol=tolerance, atol=tolerance)
+    for parts in (1, 2, 3):
+        square = square_of_root(root, parts)
+        torch.testing.assert_close(square.double(), H.double().inverse(), rtol=1e-2, atol=tolerance)
+    H[n // 2, n // 2] = -1
+    assert inverse_root(H, leaf=leaf)[1]
+    assert inverse_root(H.abs(), 1e9, leaf)[1]
 
 
 # -- error curve -------------------------------------------------------------------------

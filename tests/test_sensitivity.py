@@ -436,3 +436,27 @@ def test_inputs_that_are_not_finite(target_output):
     with pytest.raises(SparseSSMError, match=r"layers\.1\.mixer: its input holds NaN"):
         run(model, modifier(target_output=target_output))
     assert nothing_left_behind(model)
+
+
+def test_hessians_a_few_layers_at_a_time_change_nothing(monkeypatch):
+    """As on a GPU whose memory does not take them all."""
+    first_pass, passes, found = SensitivitySparseGPTModifier._first_pass, [], []
+
+    def counted(self, state, group, keep):
+        passes.append(keep)
+        first_pass(self, state, group, keep)
+
+    def one_by_one(self):
+        return [[projection] for projection in self._projections.values()]
+
+    monkeypatch.setattr(SensitivitySparseGPTModifier, "_first_pass", counted)
+    for count in (1, 10):
+        model = tiny_model("mamba")
+        chosen = modifier(allocation="optimal", target_output="half_way")
+        run(model, chosen, batches(padded=True))
+        assert passes == [True] + [False] * (count - 1)
+        found.append(weights(model))
+        passes.clear()
+        monkeypatch.setattr(SensitivitySparseGPTModifier, "_groups", one_by_one)
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, rtol=1e-4, atol=1e-5)

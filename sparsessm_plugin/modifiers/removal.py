@@ -53,16 +53,24 @@ class CalibrationInputs:
         """Sequences of this rank."""
         return sum(len(hidden_states) for hidden_states, _ in self._batches)
 
-    def add(self, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
-        """Keep a batch: (b, L, hidden_size) and, if it is padded, (b, L)."""
+    def add(
+        self, hidden_states: Tensor, attention_mask: Tensor | None
+    ) -> Iterator[tuple[int, slice]]:
+        """Keep a batch: (b, L, hidden_size) and, if it is padded, (b, L).
+
+        :return: the numbers under which it is kept, and the rows of each
+        """
         if attention_mask is not None and bool(attention_mask.bool().all()):
             attention_mask = None
         rows, length = hidden_states.shape[:2]
         self.tokens += rows * length if attention_mask is None else int(attention_mask.sum())
         step = max(1, _TOKENS // length)
-        for start in range(0, rows, step):
-            mask = None if attention_mask is None else attention_mask[start : start + step].cpu()
-            self._batches.append((kept(hidden_states[start : start + step].detach()), mask))
+        parts = [slice(start, start + step) for start in range(0, rows, step)]
+        first = len(self)
+        for part in parts:
+            mask = None if attention_mask is None else attention_mask[part].cpu()
+            self._batches.append((kept(hidden_states[part].detach()), mask))
+        return enumerate(parts, first)
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -1,6 +1,7 @@
 """Prune the projections of state-space mixers, each as much as it can bear."""
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -66,10 +67,8 @@ _CURVE_ROWS = 64
 _MOST_MORE = 0.3
 _PROBE_SPARSITY = 0.5  # that each projection's harm is measured at
 _LEAST_DIVERGENCE = 1e-9  # nats a token
-# Sparsities need less of the data than new weights do: that many tokens, evenly over all of it.
-_ALLOCATION_TOKENS = 32768
 # On a GPU, so many bytes of the dense model's Hessians are held at once; others wait their turn.
-_MOST_HESSIANS = 4 * 2**30
+_MOST_HESSIANS = 8 * 2**30
 
 
 @dataclass(frozen=True)
@@ -162,6 +161,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
     _tokens: dict[str, int] = PrivateAttr(default_factory=dict)
     _inputs: dict[str, CalibrationInputs] = PrivateAttr(default_factory=dict)
     _dense_inputs: dict[str, CalibrationInputs] = PrivateAttr(default_factory=dict)
+    _dense_outs: dict[str, dict[int, dict[str, Tensor]]] = PrivateAttr(default_factory=dict)
     _sensitivities: dict[str, float] = PrivateAttr(default_factory=dict)
     _losses: dict[str, list[float]] = PrivateAttr(default_factory=dict)
     _probe: Probe | None = PrivateAttr(default=None)
@@ -359,12 +359,10 @@ class SensitivitySparseGPTModifier(MixerModifier):
 
     def _study_dense_model(self, state: State) -> None:
         """Find what the sparsities follow from, and what enters the mixers of the dense model."""
-        with self._cost.stage("first_pass"):
-            every = self._spacing(state.data.calib)
         keep = self.target_output in _OF_DENSE_PREFIX
         for group in self._groups():
             with self._cost.stage("first_pass"):
-                self._first_pass(state, group, every, keep)
+                self._first_pass(state, group, keep)
             with self._cost.stage("allocate"):
                 self._measure(group)
             keep = False
@@ -386,54 +384,40 @@ class SensitivitySparseGPTModifier(MixerModifier):
             held += size
         return groups
 
-    def _spacing(self, dataloader: Any) -> tuple[int, int]:
-        """Every how many batches of all ranks make Hessians of the dense model; the first one."""
-        tokens, batches = 0, 0
-        with torch.random.fork_rng(devices=[]):  # a shuffled loader keeps its order for later
-            for batch in dataloader:
-                tokens += batch["input_ids"].numel()
-                batches += 1
-        counts = distributed.gather("tokens and batches", (tokens, batches))
-        before = sum(count for _, count in counts[: distributed.rank()])
-        every = max(1, sum(count for count, _ in counts) // _ALLOCATION_TOKENS)
-        if self._linears:  # of many experts each must see some
-            every = 1
-        return every, -before % every
-
     @torch.no_grad()
-    def _first_pass(
-        self, state: State, group: list[_Projection], spacing: tuple[int, int], keep: bool
-    ) -> None:
+    def _first_pass(self, state: State, group: list[_Projection], keep: bool) -> None:
         """Run the dense model over the data.
 
         :param group: the projections whose Hessians are summed up
-        :param spacing: see :meth:`_spacing`
-        :param keep: also run it over the batches that are left out there, and keep what enters
-            the mixers
+        :param keep: also keep what enters all mixers
         """
-        adapters = {p.adapter.name: p.adapter for p in group if p.adapter}
+        adapters = list({p.adapter.name: p.adapter for p in group if p.adapter}.values())
+        linears = [p for p in group if p.adapter is None]
+        last = adapters[-1] if adapters and not keep and not linears else None
         handles = {
             self.register_hook(
-                adapter.mixer, partial(self._dense_hook, adapter), "forward_pre", with_kwargs=True
+                adapter.mixer,
+                partial(self._dense_hook, adapter, adapter is last),
+                "forward_pre",
+                with_kwargs=True,
             )
-            for adapter in adapters.values()
+            for adapter in adapters
         }
         handles |= {
             self.register_hook(p.module, partial(self._linear_hook, p), "forward_pre")
-            for p in group
-            if p.adapter is None
+            for p in linears
         }
-        kept = {
+        handles |= {
             self.register_hook(
                 adapter.mixer, partial(self._keep_hook, adapter), "forward_pre", with_kwargs=True
             )
             for adapter in (self._pending.values() if keep else ())
         }
-        every, start = spacing
         model: Any = state.model
         device = get_execution_device(model)
         batches = number_of_batches(state.data.calib)
         with (
+            HooksMixin.disable_hooks(keep=handles),
             calibration_forward_context(model),
             DisableQuantization(model),
             torch.random.fork_rng(devices=[]),  # a shuffled loader keeps its order for later
@@ -441,12 +425,10 @@ class SensitivitySparseGPTModifier(MixerModifier):
         ):
             for index, batch in enumerate(state.data.calib):
                 state.current_batch_idx = index
-                hooks = kept | (handles if index % every == start else set())
-                if hooks:
-                    with HooksMixin.disable_hooks(keep=hooks):
-                        model(**tensors_to_device(batch, device))
+                with suppress(_Seen):
+                    model(**tensors_to_device(batch, device))
                 stage.advance()
-        self.remove_hooks(handles | kept)
+        self.remove_hooks(handles)
 
     def _keep_hook(
         self,
@@ -464,6 +446,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
     def _dense_hook(
         self,
         adapter: MixerAdapter,
+        last: bool,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -473,11 +456,13 @@ class SensitivitySparseGPTModifier(MixerModifier):
             check_finite_input(adapter.name, hidden_states)
             quantities = adapter.quantities(hidden_states, attention_mask)
             out_input = read_out(adapter, quantities)
-            offer(adapter.mixer, hidden_states, attention_mask, out_input)
             for projection in self._of(adapter):
                 x = input_of(projection.kind, quantities, out_input)
                 gram = gram_of(projection, x, x, quantities.mask)
                 self._add_hessian(projection, gram, _count(x, quantities.mask))
+        if last:
+            raise _Seen
+        offer(adapter.mixer, hidden_states, attention_mask, out_input)
 
     def _linear_hook(
         self, projection: _Projection, module: nn.Module, args: tuple[Any, ...]
@@ -509,7 +494,19 @@ class SensitivitySparseGPTModifier(MixerModifier):
         self, adapter: MixerAdapter, hidden_states: Tensor, attention_mask: Tensor | None
     ) -> None:
         inputs = self._inputs.setdefault(adapter.name, CalibrationInputs())
-        inputs.add(hidden_states, attention_mask)
+        added = inputs.add(hidden_states, attention_mask)
+        size = 4 * hidden_states[..., 0].numel() * adapter.sizes.intermediate_size
+        # on a GPU the mixers of compress() compute as the model does: what the dense out_proj
+        # multiplies need not be made twice
+        if (
+            self.target_output == "mixer"
+            and any(p.kind == "out_proj" for p in self._of(adapter))
+            and has_room(hidden_states.device, size)
+        ):
+            x = read_out(adapter, adapter.quantities(hidden_states, attention_mask))
+            offer(adapter.mixer, hidden_states, attention_mask, x)
+            outs = self._dense_outs.setdefault(adapter.name, {})
+            outs.update({number: {"out_proj": x[rows]} for number, rows in added})
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[nn.Module] | None = None, **kwargs: Any
@@ -664,8 +661,8 @@ class SensitivitySparseGPTModifier(MixerModifier):
         pruned = adapter.working_clone()  # takes the new weights stage by stage
         dense = adapter.working_clone() if dense_inputs is not None else None
         own = self._of(adapter)
-        kept: dict[int, dict[str, Tensor]] = {}
         # the dense out_proj's input, from one stage to the next, rather than computed anew
+        kept = self._dense_outs.pop(adapter.name, {})
         device = pruned.A_log.device
         size = 4 * inputs.tokens * adapter.sizes.intermediate_size
         fits = device.type == "cpu" or has_room(device, size)
@@ -830,10 +827,15 @@ class SensitivitySparseGPTModifier(MixerModifier):
     def _forget(self) -> None:
         self._inputs.clear()
         self._dense_inputs.clear()
+        self._dense_outs.clear()
         self._hessians.clear()
         self._masks.clear()
         self._probe = None
         self._state = None
+
+
+class _Seen(Exception):
+    """Ends a forward pass where nothing more is looked at."""
 
 
 # -- several ranks -----------------------------------------------------------------------
@@ -918,6 +920,11 @@ def _inputs_of(
     return {kind: input_of(kind, q, out_input) for kind in kinds}, q.mask
 
 
+def _in_half(projection: _Projection, device: torch.device) -> bool:
+    """Whether what a projection multiplies is left in half precision."""
+    return device.type == "cuda" and projection.weight.dtype.itemsize == 2
+
+
 def gram_of(projection: _Projection, left: Tensor, right: Tensor, mask: Tensor | None) -> Tensor:
     """``sum left right^T`` over all positions but padding, as the solvers take it.
 
@@ -927,9 +934,8 @@ def gram_of(projection: _Projection, left: Tensor, right: Tensor, mask: Tensor |
     :return: (in, in) float32; of a conv1d (D, K, K), over the K inputs that each output reads
     """
     alike = right is left
-    half = left.is_cuda and projection.weight.dtype.itemsize == 2
     # tensor cores multiply what the weight multiplies, and add in float32
-    dtype = projection.weight.dtype if half else torch.float32
+    dtype = projection.weight.dtype if _in_half(projection, left.device) else torch.float32
     left = left.to(dtype)
     right = left if alike else right.to(dtype)
     if projection.kind == "conv1d":
@@ -970,8 +976,10 @@ def _stage_statistics(
     device = pruned.A_log.device
     dtype = None if device.type == "cuda" else torch.float32  # as the mixers are
     for p in members:
-        # solvers choose: a sum in another order, as ranks make it, must not choose otherwise
-        zeros = torch.zeros(_hessian_shape(p), dtype=torch.float64, device=device)
+        # solvers choose: a sum in another order, as ranks make it, must not choose otherwise; what
+        # tensor cores sum is never that exact
+        sums = torch.float32 if _in_half(p, device) else torch.float64
+        zeros = torch.zeros(_hessian_shape(p), dtype=sums, device=device)
         hessians[p.name] = zeros
         if dense is not None:
             crosses[p.name] = zeros.clone()
@@ -981,13 +989,14 @@ def _stage_statistics(
             batch = inputs.get(i, device, dtype)
             xs, mask = _inputs_of(kinds, pruned, *batch)
             if dense is not None and dense_inputs is not None:
-                dense_xs = kept.pop(i, {})
-                if not kinds <= dense_xs.keys():
-                    wanted = kinds | ({"out_proj"} if keep else set())
+                if kinds <= kept.get(i, {}).keys():
+                    dense_xs = kept.pop(i)
+                else:
+                    makes = {"out_proj"} if keep and i not in kept else set()
                     batch = dense_inputs.get(i, device, dtype)
-                    dense_xs, _ = _inputs_of(wanted, dense, *batch)
-                if keep:
-                    kept[i] = {"out_proj": dense_xs["out_proj"]}
+                    dense_xs, _ = _inputs_of(kinds | makes, dense, *batch)
+                    if makes:
+                        kept[i] = {"out_proj": dense_xs["out_proj"]}
         for p in members:
             x = xs[p.kind]
             hessians[p.name] += gram_of(p, x, x, mask)

@@ -12,7 +12,9 @@ from sparsessm_plugin.solvers.objective import (
     check,
     damped_inverse_cholesky,
     finish,
+    inverse_root,
     row_errors,
+    square_of_root,
 )
 from sparsessm_plugin.solvers.sparsegpt import may_stay, surgeon
 
@@ -98,14 +100,12 @@ class _Shifted:
     def __init__(self, hessian: Tensor, penalty: float, tall: bool):
         shifted = hessian.clone()
         shifted.diagonal(dim1=-2, dim2=-1).add_(penalty)
-        lower, info = torch.linalg.cholesky_ex(shifted)
-        if bool(info.any()):  # a few directions hold nearly all: float32 has too few digits
-            lower = torch.linalg.cholesky(shifted.double()).to(hessian)
-        eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
-        root = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+        root, failed = inverse_root(shifted)
+        if bool(failed.any()):  # a few directions hold nearly all: float32 has too few digits
+            root = inverse_root(shifted.double())[0].to(hessian)
         # (H + penalty)^-1 = root^T root
         if tall:
-            self._factors = [Factor(Factor(root).after(root.mT.contiguous()))]
+            self._factors = [Factor(square_of_root(root))]
         else:
             self._factors = [Factor(root.mT.contiguous()), Factor(root)]
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from sparsessm_plugin.solvers.kernels import lagged_products, summing_dtype
 DAMPENING = 0.01  # of the mean diagonal entry, as SparseGPT and GPTQ have it
 _FIRST_RAISE = 1e-8  # where raising starts if no dampening was asked for
 _LAST_RAISE = 10.0  # a sum of x x^T needs far less, whatever its rounding errors
+_LEAF = 1280  # inputs up to which a GPU factorises in one go
 
 
 @dataclass(frozen=True)
@@ -236,13 +238,62 @@ def _inverse_factor(H: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     # in units of the diagonal, so that inputs of very different size do no harm
     size = H.diagonal(dim1=-2, dim2=-1).sqrt()
     scaled = H / size[..., :, None] / size[..., None, :]
-    lower, info = torch.linalg.cholesky_ex(scaled.flip(-1, -2))
-    failed = (info > 0) | (lower.diagonal(dim1=-2, dim2=-1).amin(-1).square() <= least)
-    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
-    lower = torch.where(failed[..., None, None], eye, lower)
-    inverse = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    inverse, failed = inverse_root(scaled.flip(-1, -2), least)
     # J H J = L L^T makes H^-1 = (J L^-1 J)^T (J L^-1 J), and J L^-1 J is upper triangular
     return inverse.flip(-1, -2).triu() / size[..., None, :], failed
+
+
+def inverse_root(
+    H: Tensor, least: Tensor | float = 0.0, leaf: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The inverse of H's Cholesky factor L, and where there is none.
+
+    On a GPU large matrices are taken apart into halves, where nearly all operations are products
+    of matrices: twice as fast as a factorisation and a triangular inverse of the whole.
+
+    :param H: (..., in, in)
+    :param least: (...) that the squares of L's diagonal entries must exceed
+    :param leaf: the largest matrix that is factorised as a whole; by default what is fastest
+    :return: (..., in, in) lower triangular ``L^-1``, and (...) bool
+    """
+    n = H.shape[-1]
+    if leaf is None:
+        leaf = _LEAF if H.is_cuda and H.dim() == 2 else n
+    if n <= leaf:
+        lower, info = torch.linalg.cholesky_ex(H)
+        failed = (info > 0) | (lower.diagonal(dim1=-2, dim2=-1).amin(-1).square() <= least)
+        eye = torch.eye(n, dtype=H.dtype, device=H.device)
+        lower = torch.where(failed[..., None, None], eye, lower)
+        return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False), failed
+    half = n // 2
+    # L = [[A, 0], [B, C]] has the inverse [[A^-1, 0], [-C^-1 B A^-1, C^-1]]
+    top, top_failed = inverse_root(H[..., :half, :half], least, leaf)
+    below = Factor(top.mT).after(H[..., half:, :half])
+    rest = H[..., half:, half:] - Factor(below.mT).after(below)
+    rest, rest_failed = inverse_root(rest, least, leaf)
+    root = torch.zeros_like(H)
+    root[..., :half, :half], root[..., half:, half:] = top, rest
+    root[..., half:, :half] = -Factor(Factor(top).after(below)).after(rest)
+    return root, top_failed | rest_failed
+
+
+def square_of_root(root: Tensor, parts: int | None = None) -> Tensor:
+    """``root^T root`` of a lower triangular (..., n, n) root, without most of the zeros' part.
+
+    :param parts: how many blocks of rows it is made in; by default what is fastest
+    """
+    n = root.shape[-1]
+    if parts is None:
+        parts = 4 if root.is_cuda and n > _LEAF else 1
+    if parts == 1:
+        return Factor(root).after(root.mT.contiguous())
+    result = torch.zeros_like(root)
+    ends = [n * part // parts for part in range(parts + 1)]
+    for start, end in pairwise(ends):
+        below = root[..., start:, :]  # above these rows, columns from start on are zero
+        columns = below[..., start:end].mT.contiguous()
+        result[..., start:end, :end] = Factor(below[..., :end]).after(columns)
+    return result.tril() + result.tril(-1).mT
 
 
 def dense_target(weight: Tensor, gram: Tensor, cross: Tensor, inverse: InverseCholesky) -> Tensor:
