@@ -35,7 +35,8 @@ from sparsessm_plugin.mixers import MixerAdapter, get_adapter
 from sparsessm_plugin.pruning import DEMO_MODEL, ModelSource, PruningResult, prune
 from sparsessm_plugin.recipes import parse_recipe
 from sparsessm_plugin.saliency import SALIENCIES, SaliencyInputs, Unstructured, aggregate
-from sparsessm_plugin.scan import ScanStatistics, scan
+from sparsessm_plugin.scan import ScanStatistics, read_out
+from sparsessm_plugin.solvers.objective import gram
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -103,7 +104,7 @@ def observe(adapter: MixerAdapter, batches: list[Tensor], criterion: str, over_t
     statistics = ScanStatistics(request, channels, states, device=adapter.A_log.device)
     for hidden_states in batches:
         q = adapter.quantities(hidden_states)
-        adapter.output(q, scan(q, statistics))
+        adapter.mixer.out_proj(read_out(adapter, q, statistics))
     return statistics
 
 
@@ -133,15 +134,16 @@ def loop_observe(adapter: MixerAdapter, samples: Tensor, steps: int) -> Tensor:
     energy = torch.zeros(steps, *adapter.A_log.shape, device=adapter.A_log.device)
     for seen, sample in enumerate(samples):
         q = adapter.quantities(sample[None, :steps])
+        u, B, C = q.u.float(), q.B.float(), q.C.float()
         transition = torch.exp(torch.einsum("bld,dn->bldn", q.dt, q.A))
-        drive = torch.einsum("bld,bln,bld->bldn", q.dt, q.B, q.u)
+        drive = torch.einsum("bld,bln,bld->bldn", q.dt, B, u)
         h = torch.zeros_like(transition[:, 0])
         states, outputs = [], []
         for t in range(steps):
             h = transition[:, t] * h + drive[:, t]
             states.append(h)
-            outputs.append(torch.einsum("bdn,bn->bd", h, q.C[:, t]))
-        adapter.output(q, torch.stack(outputs, 1) + q.D * q.u)
+            outputs.append(torch.einsum("bdn,bn->bd", h, C[:, t]))
+        adapter.output(q, torch.stack(outputs, 1) + q.D * u)
         energy *= seen / (seen + 1)
         energy += torch.stack(states, 1).square().sum(0)
     return energy
@@ -299,7 +301,7 @@ class Ceilings:
     """What this machine does at most, each measured once: operations and bytes a second."""
 
     matrix: float  # in the model's dtype
-    gram: float  # X X^T of float32, in TF32 where there is such a thing
+    gram: float  # X X^T of the model's dtype, summed in float32
     bandwidth: float
 
     @classmethod
@@ -309,17 +311,11 @@ class Ceilings:
             return min(seconds(work) for _ in range(5))
 
         a = torch.randn(size, size, device=DEVICE, dtype=DTYPE)
-        x = torch.randn(tokens, size, device=DEVICE)
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        try:
-            gram = 2 * tokens * size**2 / best(lambda: x.T @ x)
-        finally:
-            torch.set_float32_matmul_precision(precision)
+        x = torch.randn(tokens, size, device=DEVICE, dtype=DTYPE)
         target = torch.empty_like(x)
         return cls(
             matrix=2 * size**3 / best(lambda: a @ a),
-            gram=gram,
+            gram=2 * tokens * size**2 / best(lambda: gram(x, x)),
             bandwidth=2 * x.nbytes / best(lambda: target.copy_(x)),
         )
 
@@ -329,7 +325,7 @@ class Floor:
     """The seconds that a model's parts cannot take less than, from counts and ceilings.
 
     :param forward: one pass of all tokens through the mixers' projections
-    :param scan: reading u, dt, z, B and C once in float32 and writing y
+    :param scan: reading u, z, B and C once in the model's dtype, dt in float32, and writing y
     :param hessians: X X^T of every projection
     :param crosses: products of dense and present inputs; those of in_proj are alike
     """
@@ -348,7 +344,7 @@ class Floor:
         each = shape.layers * tokens
         return cls(
             forward=2 * each * weights / ceilings.matrix,
-            scan=4 * each * (4 * D + 2 * N) / ceilings.bandwidth,
+            scan=each * (DTYPE.itemsize * (3 * D + 2 * N) + 4 * D) / ceilings.bandwidth,
             hessians=2 * each * (beside_in_proj + hidden**2) / ceilings.gram,
             crosses=2 * each * beside_in_proj / ceilings.gram,
         )
