@@ -76,7 +76,7 @@ class Mamba1Adapter(MixerAdapter):
         in_input, mask = self.enter(hidden_states, attention_mask)
         conv_input, z = mixer.in_proj(in_input).chunk(2, dim=-1)  # (b, L, D) each
         kernels = _kernels(hidden_states)
-        if kernels is not None and mixer.activation == "silu":
+        if kernels is not None and getattr(mixer, "activation", None) == "silu":
             u = kernels.convolve(conv_input, mixer.conv1d.weight, mixer.conv1d.bias, mask)
         else:
             u = F.conv1d(

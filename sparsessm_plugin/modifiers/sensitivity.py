@@ -62,7 +62,7 @@ _UPDATING = ("sparsegpt", "alps")  # solvers that write new values into what is 
 _TARGET_SHARE = {"own": 0.0, "mixer": 1.0, "half_way": 0.5, "dense": 1.0}
 _OF_DENSE_PREFIX = ("half_way", "dense")
 _CURVE = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
-_CURVE_ROWS = 64
+_CURVE_ROWS, _CURVE_BLOCKS = 64, 20  # of more inputs than 20 blocks have, blocks are larger
 # The optimal allocation raises no projection's sparsity further than this above the mean.
 _MOST_MORE = 0.3
 _PROBE_SPARSITY = 0.5  # that each projection's harm is measured at
@@ -636,7 +636,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
                     hessians[name].to(weight.device),
                     _CURVE,
                     rows=_CURVE_ROWS,
-                    block_size=self.block_size,
+                    block_size=max(self.block_size, weight.shape[-1] // _CURVE_BLOCKS),
                     dampening_frac=self.dampening_frac,
                 )
                 harm = max(moved[name], _LEAST_DIVERGENCE) / max(errors[name], 1e-30)

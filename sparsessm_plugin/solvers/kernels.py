@@ -43,8 +43,8 @@ def sweep(
     :param zeros: (P,) int32 zeros of every group
     :return: (P, stop - start, out) what each column has lost, over its pivot
     """
-    if zeros is None:
-        zeros = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+    if zeros is None:  # nobody reads them
+        zeros = torch.empty(len(weight), dtype=torch.int32, device=weight.device)
     name = _BACKENDS.get(weight.device.type)
     # Triton's kernels run where those of the scan do
     if name is None or backend_for(weight.device) == REFERENCE:

@@ -99,9 +99,11 @@ def surgeon(
     if m:
         return _walk(dense, inverse.factor, _Groups(allowed, m, [n]), block_size)
     kept = _kept(allowed, [sparsity], block_size)[0]
+    free = bool(allowed.all())
 
     def choose(scores: Tensor, start: int) -> Tensor:
-        scores = scores.masked_fill(~allowed[..., start : start + scores.shape[-1]], -1)
+        if not free:
+            scores = scores.masked_fill(~allowed[..., start : start + scores.shape[-1]], -1)
         return keep_largest(scores.flatten(), kept[start // block_size]).view_as(scores)
 
     return _walk(dense, inverse.factor, choose, block_size)
@@ -240,9 +242,11 @@ def error_curve(
         pruned, _ = _walk(dense, inverse.factor, _Groups(allowed, m, zeros), block_size)
     else:
         kept = torch.tensor(_kept(allowed, sparsities, block_size), device=allowed.device)
+        free = bool(allowed.all())
 
         def choose(scores: Tensor, start: int) -> Tensor:
-            scores = scores.masked_fill(~allowed[..., start : start + scores.shape[-1]], -1)
+            if not free:
+                scores = scores.masked_fill(~allowed[..., start : start + scores.shape[-1]], -1)
             counts = kept[:, start // block_size]
             return keep_largest_of_each(scores.flatten(1), counts).view_as(scores)
 
