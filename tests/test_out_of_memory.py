@@ -219,3 +219,23 @@ def test_where_inputs_wait_changes_no_bit(tokenizer, monkeypatch):
         result = prune(tiny_model("mamba").cuda(), recipe(text, PROJECTIONS), loader, tokenizer)
         found.append(weights(result.model))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2"])
+def test_what_leaves_a_layer_waits_for_the_next_one_only(family, tokenizer, monkeypatch):
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    held, delete = [], IntermediatesCache.delete
+
+    def counted(self, index, *args):
+        delete(self, index, *args)
+        sizes = [v.value for v in self.batch_intermediates[index].values()]
+        held.append(sum(x.is_floating_point() and x.ndim == 3 for x in sizes if hasattr(x, "ndim")))
+
+    monkeypatch.setattr(IntermediatesCache, "delete", counted)
+    model = tiny_model(family, num_hidden_layers=6)
+    prune(model, recipe(PROJECTIONS), Loader(batches(count=2)), tokenizer)
+    assert len(held) > 10
+    assert max(held) == 1
+    module = sys.modules[type(model).__module__]
+    assert not hasattr(module, "output_hidden_states")
