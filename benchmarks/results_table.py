@@ -73,7 +73,6 @@ SECTIONS = {
     ],
     "Half of all weights": [
         f"{HERE}/magnitude-50-global.yaml",
-        f"{HERE}/gradient-50-untuned.yaml",
         "gradient-50",
     ],
     "70 % of all weights": [
