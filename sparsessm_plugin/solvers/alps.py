@@ -15,6 +15,7 @@ from sparsessm_plugin.solvers.objective import (
     inverse_root,
     row_errors,
     square_of_root,
+    tf32,
 )
 from sparsessm_plugin.solvers.sparsegpt import may_stay, surgeon
 
@@ -104,15 +105,17 @@ class _Shifted:
         if bool(failed.any()):  # a few directions hold nearly all: float32 has too few digits
             root = inverse_root(shifted.double())[0].to(hessian)
         # (H + penalty)^-1 = root^T root
-        if tall:
-            self._factors = [Factor(square_of_root(root))]
-        else:
-            self._factors = [Factor(root.mT.contiguous()), Factor(root)]
+        self._factors = [square_of_root(root)] if tall else [root.mT.contiguous(), root]
 
     def solve(self, wanted: Tensor) -> Tensor:
-        """(..., out, in) X."""
-        for factor in self._factors:
-            wanted = factor.after(wanted)
+        """(..., out, in) X.
+
+        In TF32 where there is such a thing: ADMM only chooses the support. On a checkpoint the
+        errors after refinement changed by 0.01 % in the mean, of x_proj by 0.1 %, either way.
+        """
+        with tf32():
+            for factor in self._factors:
+                wanted = wanted @ factor
         return wanted
 
 
