@@ -73,7 +73,7 @@ class Probe:
             outputs = []
             for name in names:
                 with self._replaced(name, changed(name)):
-                    outputs.append(self._replay.output(layer, lambda: self._model(**self._batch)))
+                    outputs.append(self._replay.output(layer))
             joined = _joined(outputs)
             if joined is not None:
                 with self._replay.after(layer, joined):
@@ -147,11 +147,9 @@ def _divergence(reference: Tensor, logits: Tensor, mask: Tensor | None) -> float
     :param logits: likewise
     :param mask: (b, L), zero at padding, or None
     """
-    total, count = 0.0, 0
+    rows = []
     for row in range(len(logits)):  # float32 logits of a whole batch would be large
         each = divergences(reference[row], logits[row])
-        if mask is not None:
-            each = each[mask[row].bool()]
-        total += float(each.double().sum())
-        count += each.numel()
-    return total / max(count, 1)
+        rows.append(each if mask is None else each[mask[row].bool()])
+    found = torch.cat(rows).double()
+    return float(found.sum()) / max(found.numel(), 1)

@@ -1,7 +1,8 @@
 """Run a model again from the layer where it has changed; what comes before gives what it gave."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ class Replay:
 
     def __init__(self, model: nn.Module):
         self._layers: dict[str, nn.Module] = {}
+        self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._outputs: dict[str, list[Any]] = {}
         name = next(name for name, _ in iter_mixers(model))
         parts = name.split(".")
@@ -31,15 +33,18 @@ class Replay:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Keep what each layer gives in the one forward pass inside."""
+        """Keep what each layer is called with and gives in the one forward pass inside."""
         self._outputs = {name: [] for name in self._layers}
         handles = []
+
+        def keep(name: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._calls[name] = (args, kwargs)
+            self._outputs[name].append(output)
+
         try:
             for name, layer in self._layers.items():
-                kept = self._outputs[name]
-                handles.append(
-                    layer.register_forward_hook(lambda *call, kept=kept: kept.append(call[-1]))
-                )
+                hook = partial(keep, name)
+                handles.append(layer.register_forward_hook(hook, with_kwargs=True))
             yield
         finally:
             for handle in handles:
@@ -71,25 +76,10 @@ class Replay:
                 return layer_name
         return None
 
-    def output(self, layer: str, run: Callable[[], Any]) -> Any:
-        """What a layer gives now; what comes after it does not run.
-
-        :param layer: see :meth:`layer`
-        :param run: calls the model
-        """
-
-        def stop(*call: Any) -> None:
-            raise _Reached(call[-1])
-
-        handle = self._layers[layer].register_forward_hook(stop)
-        try:
-            with self.since(layer):
-                run()
-        except _Reached as reached:
-            return reached.output
-        finally:
-            handle.remove()
-        raise RuntimeError(f"{layer} was not called")
+    def output(self, layer: str) -> Any:
+        """What a layer, as it is now, makes of what it was called with; see :meth:`layer`."""
+        args, kwargs = self._calls[layer]
+        return self._layers[layer](*args, **kwargs)
 
     @contextmanager
     def after(self, layer: str, output: Any) -> Iterator[None]:
@@ -119,10 +109,3 @@ class Replay:
             if name == layer_name or name.startswith(f"{layer_name}."):
                 return layers[:i]
         return []
-
-
-class _Reached(Exception):
-    """Ends a forward pass where its output is known."""
-
-    def __init__(self, output: Any):
-        self.output = output
