@@ -27,11 +27,13 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 from common import RESULTS, Result, save
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from sparsessm_plugin.evaluation.data import calibration_loader
-from sparsessm_plugin.mixers import MixerAdapter, get_adapter
+from sparsessm_plugin.mixers import MixerAdapter, MixerQuantities, get_adapter
+from sparsessm_plugin.mixers.products import project
 from sparsessm_plugin.pruning import DEMO_MODEL, ModelSource, PruningResult, prune
 from sparsessm_plugin.recipes import parse_recipe
 from sparsessm_plugin.saliency import SALIENCIES, SaliencyInputs, Unstructured, aggregate
@@ -104,7 +106,7 @@ def observe(adapter: MixerAdapter, batches: list[Tensor], criterion: str, over_t
     statistics = ScanStatistics(request, channels, states, device=adapter.A_log.device)
     for hidden_states in batches:
         q = adapter.quantities(hidden_states)
-        adapter.mixer.out_proj(read_out(adapter, q, statistics))
+        project(adapter.mixer.out_proj, read_out(adapter, q, statistics))
     return statistics
 
 
@@ -122,6 +124,25 @@ def select(adapter: MixerAdapter, found: ScanStatistics, criterion: str, over_ti
     return ranking.select(pattern)
 
 
+def loop_quantities(adapter: MixerAdapter, hidden_states: Tensor) -> MixerQuantities:
+    """The inputs of the recurrence in transformers' own steps, each one a function of torch."""
+    mixer: Any = adapter.mixer
+    R, N = mixer.time_step_rank, mixer.ssm_state_size
+    conv_input, z = mixer.in_proj(hidden_states).chunk(2, dim=-1)
+    u = mixer.act(mixer.conv1d(conv_input.transpose(1, 2))[..., : hidden_states.shape[1]])
+    u = u.transpose(1, 2)
+    dt, B, C = mixer.x_proj(u).split([R, N, N], dim=-1)
+    return MixerQuantities(
+        u=u.float(),
+        dt=F.softplus(mixer.dt_proj(dt).float()),
+        A=-torch.exp(mixer.A_log.float()),
+        B=B.float(),
+        C=C.float(),
+        D=mixer.D.float(),
+        z=z,
+    )
+
+
 def loop_observe(adapter: MixerAdapter, samples: Tensor, steps: int) -> Tensor:
     """The published way to the statistics, in our own words: samples and time steps one by one.
 
@@ -133,17 +154,17 @@ def loop_observe(adapter: MixerAdapter, samples: Tensor, steps: int) -> Tensor:
     """
     energy = torch.zeros(steps, *adapter.A_log.shape, device=adapter.A_log.device)
     for seen, sample in enumerate(samples):
-        q = adapter.quantities(sample[None, :steps])
-        u, B, C = q.u.float(), q.B.float(), q.C.float()
+        q = loop_quantities(adapter, sample[None, :steps])
         transition = torch.exp(torch.einsum("bld,dn->bldn", q.dt, q.A))
-        drive = torch.einsum("bld,bln,bld->bldn", q.dt, B, u)
+        drive = torch.einsum("bld,bln,bld->bldn", q.dt, q.B, q.u)
         h = torch.zeros_like(transition[:, 0])
         states, outputs = [], []
         for t in range(steps):
             h = transition[:, t] * h + drive[:, t]
             states.append(h)
-            outputs.append(torch.einsum("bdn,bn->bd", h, C[:, t]))
-        adapter.output(q, torch.stack(outputs, 1) + q.D * u)
+            outputs.append(torch.einsum("bdn,bn->bd", h, q.C[:, t]))
+        y = (torch.stack(outputs, 1) + q.D * q.u) * q.gate
+        adapter.mixer.out_proj(y.to(DTYPE))
         energy *= seen / (seen + 1)
         energy += torch.stack(states, 1).square().sum(0)
     return energy
@@ -242,7 +263,9 @@ def alog(result: Result, shapes: dict[str, Shape], quick: bool) -> None:
             "The loop is a reimplementation in our own words of what SparseSSM's authors "
             "published: samples and time steps one by one, the lowest half of all entries looked "
             "for at every step; its second pass, which hands the pruned layer's output on, is left "
-            "out. "
+            "out. The loop calls torch for each of transformers' steps, none of this package's "
+            "kernels: on a CPU its products run in the library that torch chooses, those of this "
+            "package in oneDNN where the processor is AMD's. "
             f"Timed were one layer, of the loop one sample and the first {steps} steps, of this "
             f"package a batch of {batch} samples; the seconds are these, multiplied: both grow "
             "linearly with layers, samples and steps. Same criterion: A_log^2 S_t with frequency, "

@@ -15,8 +15,8 @@ from numba import njit
 from sparsessm_plugin import fast_forward
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import HeadQuantities, MixerQuantities, find_mixers
+from sparsessm_plugin.mixers.vectors import exp
 from sparsessm_plugin.scan import REFERENCE, ScanStatistics, StatisticsRequest, scan, ssd
-from sparsessm_plugin.scan.cpu import _exp
 
 STATISTICS = ("state_energy", "transition", "output_error")
 
@@ -98,7 +98,7 @@ def collect(quantities, request, backend=None):
 
 @njit
 def exp_compiled(x):
-    return _exp(x)
+    return exp(x)
 
 
 def relative(a, b):

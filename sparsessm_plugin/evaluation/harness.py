@@ -7,6 +7,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.mixers.products import fast_products
 
 Encodings = dict[tuple[str, bool | None, int | None], list[int]]
 # of one forward pass, so that a large vocabulary does not fill the memory
@@ -110,9 +111,10 @@ class BatchedLM(HFLM):
         starts = [len(batch[r]) - len(c) for r, c in zip(rows, continuations, strict=True)]
         first = min(starts)
         device = self.device
-        logits = self.model(
-            input_ids=padded.to(device), use_cache=False, logits_to_keep=width - first
-        ).logits  # (batch, width - first, vocabulary)
+        with fast_products():
+            logits = self.model(
+                input_ids=padded.to(device), use_cache=False, logits_to_keep=width - first
+            ).logits  # (batch, width - first, vocabulary)
         logits = logits.flatten(0, 1)
         begins = [r * (width - first) + s - first for r, s in zip(rows, starts, strict=True)]
         positions = [

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.mixers.products import fast_products
 from sparsessm_plugin.scan.fast_forward import fast_forward
 
 
@@ -54,7 +55,7 @@ def evaluate_perplexity(
     training = model.training
     model.eval()
     try:
-        with fast_forward(model):
+        with fast_forward(model), fast_products():
             for batch in samples.split(batch_size):
                 batch = batch.to(model.device)
                 logits = model(input_ids=batch, use_cache=False).logits[:, :-1]

@@ -10,12 +10,14 @@ H heads of P channels (``head_dim``) and G groups of heads that share B and C.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.mixers.products import project
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,30 @@ class MixerAdapter(ABC):
             hidden_states = hidden_states * mask[..., None].to(hidden_states.dtype)
         return self.in_input(hidden_states), mask
 
+    def convolved(self, conv_input: Tensor, mask: Tensor | None) -> Tensor:
+        """What follows conv1d and its activation, zero at padding.
+
+        :param conv_input: (b, L, channels of conv1d) of in_proj
+        :param mask: (b, L) bool as in :class:`MixerQuantities`
+        :return: of the shape and the dtype of ``conv_input``
+        """
+        mixer, conv1d = self.mixer, self.mixer.conv1d
+        kernels = kernels_for(conv_input)
+        if kernels is not None and getattr(mixer, "activation", None) == "silu":
+            return kernels.convolve(conv_input, conv1d.weight, conv1d.bias, mask)
+        x = nn.functional.conv1d(
+            conv_input.transpose(1, 2),
+            conv1d.weight,
+            conv1d.bias,
+            padding=conv1d.weight.shape[-1] - 1,
+            groups=conv_input.shape[-1],
+        )[..., : conv_input.shape[1]]
+        x = mixer.act(x).transpose(1, 2)
+        if mask is not None:
+            # the convolution's bias and its look-back fill padded positions again
+            x = x * mask[..., None].to(x.dtype)
+        return x
+
     @abstractmethod
     def out_gain(self, quantities: MixerQuantities, y: Tensor) -> Tensor:
         """(b, L, D) float32 factor between the scan output and the input of out_proj.
@@ -211,7 +237,7 @@ class MixerAdapter(ABC):
         :return: (b, L, hidden_size) in the dtype of the model
         """
         dtype = quantities.inputs["in_proj"].dtype
-        return self.mixer.out_proj(self.out_input(quantities, y).to(dtype))
+        return project(self.mixer.out_proj, self.out_input(quantities, y).to(dtype))
 
     @abstractmethod
     def axis_length(self, axis: str) -> int:
@@ -311,6 +337,7 @@ class MixerAdapter(ABC):
             )
 
 
+_KERNELS = {"cpu": "sparsessm_plugin.mixers.cpu", "cuda": "sparsessm_plugin.mixers.gpu"}
 _ADAPTERS: dict[str, type[MixerAdapter]] = {}
 _Adapter = TypeVar("_Adapter", bound=type[MixerAdapter])
 
@@ -379,6 +406,20 @@ def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
         )
     mask = attention_mask.to(torch.bool)
     return None if bool(mask.all()) else mask
+
+
+def kernels_for(x: Tensor) -> Any:
+    """The module with kernels for single channels of such a tensor; they have no gradients.
+
+    :return: Triton's on a GPU, numba's for float32 on the CPU, None where neither runs
+    """
+    name = _KERNELS.get(x.device.type)
+    on_cpu = x.device.type == "cpu"
+    if name is None or torch.is_grad_enabled() or (on_cpu and x.dtype != torch.float32):
+        return None
+    from sparsessm_plugin import scan  # which imports this package
+
+    return None if scan.backend_for(x.device) == scan.REFERENCE else import_module(name)
 
 
 def get_tensor(module: Any, name: str) -> Tensor | None:

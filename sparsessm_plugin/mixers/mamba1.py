@@ -15,21 +15,10 @@ from sparsessm_plugin.mixers.base import (
     MixerSizes,
     TensorAxis,
     get_tensor,
+    kernels_for,
     linear_shape,
 )
-
-
-def _kernels(x: Tensor) -> Any:
-    """Triton's kernels where they run; they have no gradients."""
-    if x.device.type != "cuda" or torch.is_grad_enabled():
-        return None
-    from sparsessm_plugin import scan  # which imports this package
-
-    if scan.backend_for(x.device) == scan.REFERENCE:
-        return None
-    from sparsessm_plugin.mixers import gpu
-
-    return gpu
+from sparsessm_plugin.mixers.products import fast_products, project
 
 
 class Mamba1Adapter(MixerAdapter):
@@ -72,29 +61,14 @@ class Mamba1Adapter(MixerAdapter):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None
     ) -> MixerQuantities:
         mixer, sizes = self.mixer, self.sizes
-        length = hidden_states.shape[1]
         in_input, mask = self.enter(hidden_states, attention_mask)
-        conv_input, z = mixer.in_proj(in_input).chunk(2, dim=-1)  # (b, L, D) each
-        kernels = _kernels(hidden_states)
-        if kernels is not None and getattr(mixer, "activation", None) == "silu":
-            u = kernels.convolve(conv_input, mixer.conv1d.weight, mixer.conv1d.bias, mask)
-        else:
-            u = F.conv1d(
-                conv_input.transpose(1, 2),
-                mixer.conv1d.weight,
-                mixer.conv1d.bias,
-                padding=sizes.conv_kernel_size - 1,
-                groups=sizes.intermediate_size,
-            )[..., :length]
-            u = mixer.act(u).transpose(1, 2)  # (b, L, D)
-            if mask is not None:
-                # the convolution's bias and its look-back fill padded positions again
-                u = u * mask[..., None].to(u.dtype)
-
-        x_input = u
+        conv_input, z = project(mixer.in_proj, in_input).chunk(2, dim=-1)  # (b, L, D) each
+        x_input = u = self.convolved(conv_input, mask)
         R, N = sizes.time_step_rank, sizes.state_size
-        low_rank_dt, B, C = self.normalize(*mixer.x_proj(u).split([R, N, N], dim=-1))
-        dt = F.linear(low_rank_dt, mixer.dt_proj.weight)  # (b, L, D)
+        low_rank_dt, B, C = self.normalize(*project(mixer.x_proj, u).split([R, N, N], dim=-1))
+        with fast_products(low_rank_dt):
+            dt = F.linear(low_rank_dt, mixer.dt_proj.weight)  # (b, L, D)
+        kernels = kernels_for(dt)
         if kernels is not None:
             dt = kernels.softplus(dt, mixer.dt_proj.bias)
         else:

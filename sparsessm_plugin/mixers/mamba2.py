@@ -21,6 +21,7 @@ from sparsessm_plugin.mixers.base import (
     linear_shape,
     register_adapter,
 )
+from sparsessm_plugin.mixers.products import project
 
 
 @register_adapter
@@ -66,21 +67,10 @@ class Mamba2Adapter(MixerAdapter):
         batch, length = hidden_states.shape[:2]
         in_input, mask = self.enter(hidden_states, attention_mask)
         D, N, G, H = sizes.intermediate_size, sizes.state_size, sizes.n_groups, sizes.num_heads
-        z, conv_input, dt = self.in_output(mixer.in_proj(in_input)).split(
+        z, conv_input, dt = self.in_output(project(mixer.in_proj, in_input)).split(
             [D, D + 2 * G * N, H], dim=-1
         )
-        convolved = F.conv1d(
-            conv_input.transpose(1, 2),
-            mixer.conv1d.weight,
-            mixer.conv1d.bias,
-            padding=sizes.conv_kernel_size - 1,
-            groups=D + 2 * G * N,
-        )[..., :length]
-        uBC = mixer.act(convolved).transpose(1, 2)  # (b, L, D + 2 G N)
-        if mask is not None:
-            # the convolution's bias and its look-back fill padded positions again
-            uBC = uBC * mask[..., None].to(uBC.dtype)
-        u, B, C = uBC.split([D, G * N, G * N], dim=-1)
+        u, B, C = self.convolved(conv_input, mask).split([D, G * N, G * N], dim=-1)
         low, high = mixer.time_step_limit
         dt = F.softplus(dt.float() + mixer.dt_bias.float()).clamp(low, high)
         return HeadQuantities(

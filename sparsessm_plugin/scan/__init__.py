@@ -106,10 +106,13 @@ def read_out(
     :return: (b, L, D) float32; where the quantities are in half precision and kernels of this
         package run, in that
     """
-    half = quantities.u.dtype.itemsize == 2
+    dtype = quantities.u.dtype
     name = backend_for(quantities.u.device)
-    if half and adapter.has_state_transitions and name == BACKENDS["cuda"]:
-        return import_module(name).scan(quantities, statistics, gated=quantities.u.dtype)
+    on_cpu = name == BACKENDS["cpu"] and not torch.is_grad_enabled()
+    if adapter.has_state_transitions and (
+        on_cpu or (dtype.itemsize == 2 and name == BACKENDS["cuda"])
+    ):
+        return import_module(name).scan(quantities, statistics, gated=dtype)
     return adapter.out_input(quantities, scan(quantities, statistics))
 
 

@@ -6,29 +6,44 @@ sequence. A block's accumulators belong to one thread, which makes the result in
 of the number of threads to the last bit.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
-from numba import get_num_threads, njit, prange, set_num_threads
+from numba import prange
 from torch import Tensor
 
 from sparsessm_plugin.mixers.base import MixerQuantities
+from sparsessm_plugin.mixers.vectors import (
+    as_array,
+    as_rows,
+    compiled,
+    exp,
+    room,
+    silu,
+    threads_of_torch,
+)
 from sparsessm_plugin.scan.statistics import ScanStatistics
 
 BLOCK = 64  # channels a block; a multiple of every vector width
 
-# Contracting a * b + c is allowed; reordering and assuming no NaN are not.
-_MATH = {"contract", "nsz"}
+# rows of a step, and of a state
+_STEP, _ENTERED, _DRIVE, _GAIN, _SKIP, _FORGETS, _OUT = range(7)
+_A, _H, _PRUNED, _ENERGY, _TRANSITION, _ERROR = range(6)
 _ERROR_MODES = {None: 0, "zero": 1, "memoryless": 2}
 _NOTHING = np.zeros((0, 0, 0), np.float32)
 _NOTHING_SUMMED = np.zeros((0, 0), np.float64)
 
 
-def scan(quantities: MixerQuantities, statistics: ScanStatistics | None = None) -> Tensor:
-    """Run the recurrence; see :func:`sparsessm_plugin.scan.scan`."""
-    return _run(quantities, statistics, torch.empty(0, 0, 0, 0), 0)
+def scan(
+    quantities: MixerQuantities,
+    statistics: ScanStatistics | None = None,
+    gated: torch.dtype | None = None,
+) -> Tensor:
+    """Run the recurrence; see :func:`sparsessm_plugin.scan.scan`.
+
+    :param gated: give y times the gate instead, in this dtype
+    """
+    y = _run(quantities, statistics, torch.empty(0, 0, 0, 0), 0, gated is not None)
+    return y if gated is None else y.to(gated)
 
 
 def scan_states(quantities: MixerQuantities, every: int) -> tuple[Tensor, Tensor]:
@@ -39,7 +54,11 @@ def scan_states(quantities: MixerQuantities, every: int) -> tuple[Tensor, Tensor
 
 
 def _run(
-    quantities: MixerQuantities, statistics: ScanStatistics | None, states: Tensor, every: int
+    quantities: MixerQuantities,
+    statistics: ScanStatistics | None,
+    states: Tensor,
+    every: int,
+    gated: bool = False,
 ) -> Tensor:
     q = quantities
     if statistics is not None:
@@ -47,22 +66,23 @@ def _run(
     request = statistics.request if statistics is not None else None
     error_mode = _ERROR_MODES[request.output_error if request is not None else None]
     mask = q.mask if q.mask is not None else torch.ones(q.u.shape[:2], dtype=torch.bool)
-    y = torch.empty_like(q.u, memory_format=torch.contiguous_format)
+    y = room(*q.u.shape)
     energy, energy_sum = _views(statistics.state_energy if statistics else None)
     transition, transition_sum = _views(statistics.transition if statistics else None)
     error, error_sum = _views(statistics.output_error if statistics else None)
 
     with threads_of_torch():
         _scan(
-            as_array(q.u),
-            as_array(q.dt),
+            *as_rows(q.u),
+            *as_rows(q.dt),
             as_array(q.A),
-            as_array(q.B),
-            as_array(q.C),
+            *as_rows(q.B),
+            *as_rows(q.C),
             as_array(q.D),
-            as_array(q.gate if error_mode else q.u),
+            *as_rows(q.z),
             mask.numpy(),
             y.numpy(),
+            gated,
             error_mode,
             request is not None and request.state_energy,
             energy,
@@ -79,23 +99,6 @@ def _run(
     return y
 
 
-@contextmanager
-def threads_of_torch() -> Iterator[None]:
-    """No more of numba's threads than torch may use."""
-    threads, torch_threads = get_num_threads(), torch.get_num_threads()
-    set_num_threads(min(threads, torch_threads))
-    try:
-        yield
-    finally:
-        set_num_threads(threads)
-        # where both run on the same OpenMP, numba has just changed torch's number, too
-        torch.set_num_threads(torch_threads)
-
-
-def as_array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().contiguous().numpy()
-
-
 def _views(accumulator: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
     """The accumulator as (L, N, D) per step or (D, N) summed; the other one is empty."""
     if accumulator is None:
@@ -105,53 +108,23 @@ def _views(accumulator: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
     return _NOTHING, accumulator.numpy()
 
 
-@njit(inline="always", fastmath=_MATH)
-def _exp(x):
-    """exp(x) for x <= 0 in float32, relative error below 1e-7, in vector instructions.
-
-    The Cephes polynomial on [-log(2)/2, log(2)/2]; 2^k is written into the exponent bits.
-    Where exp underflows, below -87, the smallest normal number stands in, about 1e-38.
-    """
-    # written so that NaN passes through: a comparison with NaN is false
-    x = np.float32(-87.0) if x < np.float32(-87.0) else x
-    # adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits
-    shifted = x * np.float32(1.44269504088896341) + np.float32(12582912.0)
-    k = np.int32(
-        (np.float32(shifted).view(np.int32) - np.int32(0x4B400000) + np.int32(127)) << np.int32(23)
-    )
-    whole = shifted - np.float32(12582912.0)
-    r = x - whole * np.float32(0.693359375)  # log(2) in two parts
-    r = r + whole * np.float32(2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    p = p * r * r + r + np.float32(1.0)
-    return p * np.int32(k).view(np.float32)
-
-
-def compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile for parallel loops, once for all processes where a cache can be written."""
-    options = {"parallel": True, "fastmath": _MATH, "boundscheck": False}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder for the cache: a read-only installation without a home
-        return njit(**options)(function)
-
-
 @compiled
 def _scan(
     u,
+    u_width,
     dt,
+    dt_width,
     A,
     B,
+    B_width,
     C,
+    C_width,
     D,
-    gate,
+    z,
+    z_width,
     mask,
     y,
+    gated,
     error_mode,
     want_energy,
     energy,
@@ -165,89 +138,100 @@ def _scan(
     states,
     every,
 ):
-    batch, length, channels = u.shape
+    """Each width is the distance of two rows of the flat array before it."""
+    batch, length, channels = y.shape
     N = A.shape[1]
     for block in prange((channels + BLOCK - 1) // BLOCK):
         first = block * BLOCK
-        width = min(channels, first + BLOCK) - first
-        # lanes past `width` hold zeros and stay zero: no remainder loops
-        A_block = np.zeros((N, BLOCK), np.float32)
-        for d in range(width):
-            for n in range(N):
-                A_block[n, d] = A[first + d, n]
-        h = np.zeros((N, BLOCK), np.float32)
-        h_pruned = np.zeros((N, BLOCK), np.float32)
-        step = np.zeros(BLOCK, np.float32)
-        drive = np.zeros(BLOCK, np.float32)
-        gain = np.zeros(BLOCK, np.float32)
-        dA = np.zeros(BLOCK, np.float32)
-        dA_pruned = np.zeros(BLOCK, np.float32)
-        out = np.zeros(BLOCK, np.float32)
-        # one sequence in float32, sequences in float64
-        energy_seq = np.zeros((N, BLOCK), np.float32)
-        transition_seq = np.zeros((N, BLOCK), np.float32)
-        error_seq = np.zeros((N, BLOCK), np.float32)
+        last = min(channels, first + BLOCK)
+        width = last - first
+        # lanes past `width` hold zeros and stay zero: no remainder loops. Two arrays, and not
+        # one a row, so that few of them must be found apart before a loop runs in vectors.
+        rows = np.zeros((7, BLOCK), np.float32)
+        # by state: A, h, h' of a pruned entry, and one sequence's sums; sequences in float64
+        state = np.zeros((N, 6, BLOCK), np.float32)
+        rows[_SKIP, :width] = D[first:last]
+        for n in range(N):
+            state[n, _A, :width] = A[first:last, n]
         for i in range(batch):
-            h[:] = 0
-            h_pruned[:] = 0
-            energy_seq[:] = 0
-            transition_seq[:] = 0
-            error_seq[:] = 0
+            state[:, _H:] = 0
             for t in range(length):
                 real = mask[i, t]
-                for d in range(width):
-                    step[d] = dt[i, t, first + d]
-                    drive[d] = step[d] * u[i, t, first + d]
-                    gain[d] = gate[i, t, first + d]
+                at = i * length + t
+                rows[_STEP, :width] = dt[at * dt_width + first : at * dt_width + last]
+                rows[_ENTERED, :width] = u[at * u_width + first : at * u_width + last]
                 for d in range(BLOCK):
-                    out[d] = 0
+                    rows[_DRIVE, d] = rows[_STEP, d] * rows[_ENTERED, d]
+                    rows[_OUT, d] = rows[_SKIP, d] * rows[_ENTERED, d]
+                if gated or error_mode != 0:
+                    rows[_GAIN, :width] = z[at * z_width + first : at * z_width + last]
+                    for d in range(BLOCK):
+                        rows[_GAIN, d] = silu(rows[_GAIN, d])
                 if error_mode == 1:
                     for d in range(BLOCK):
-                        dA_pruned[d] = _exp(-step[d])
-                for n in range(N):
-                    b = B[i, t, n]
-                    c = C[i, t, n]
-                    for d in range(BLOCK):
-                        dA[d] = _exp(step[d] * A_block[n, d])
-                    if real and want_energy:
+                        rows[_FORGETS, d] = exp(-rows[_STEP, d])
+                if want_energy and real:
+                    for n in range(N):
                         if per_step:
+                            sums = energy[t, n, first:last]
                             for d in range(width):
-                                energy[t, n, first + d] += h[n, d] * h[n, d]
+                                sums[d] += state[n, _H, d] * state[n, _H, d]
                         else:
                             for d in range(BLOCK):
-                                energy_seq[n, d] += h[n, d] * h[n, d]
-                    if real and want_transition:
+                                state[n, _ENERGY, d] += state[n, _H, d] * state[n, _H, d]
+                if want_transition and real:
+                    for n in range(N):
                         if per_step:
+                            sums = transition[t, n, first:last]
                             for d in range(width):
-                                transition[t, n, first + d] += dA[d]
+                                sums[d] += exp(rows[_STEP, d] * state[n, _A, d])
                         else:
                             for d in range(BLOCK):
-                                transition_seq[n, d] += dA[d]
-                    for d in range(BLOCK):
-                        h[n, d] = dA[d] * h[n, d] + drive[d] * b
-                        out[d] += c * h[n, d]
-                    if every > 0 and (t + 1) % every == 0:
-                        for d in range(width):
-                            states[i, t // every, n, first + d] = h[n, d]
-                    if error_mode != 0:
+                                state[n, _TRANSITION, d] += exp(rows[_STEP, d] * state[n, _A, d])
+                if error_mode == 0:
+                    for n in range(N):
+                        b = B[at * B_width + n]
+                        c = C[at * C_width + n]
                         for d in range(BLOCK):
-                            h_pruned[n, d] = dA_pruned[d] * h_pruned[n, d] + drive[d] * b
-                        if real and per_step:
-                            for d in range(width):
-                                e = c * (h_pruned[n, d] - h[n, d]) * gain[d]
-                                error[t, n, first + d] += e * e
-                        elif real:
-                            for d in range(BLOCK):
-                                e = c * (h_pruned[n, d] - h[n, d]) * gain[d]
-                                error_seq[n, d] += e * e
-                for d in range(width):
-                    y[i, t, first + d] = out[d] + D[first + d] * u[i, t, first + d]
+                            h = (
+                                exp(rows[_STEP, d] * state[n, _A, d]) * state[n, _H, d]
+                                + rows[_DRIVE, d] * b
+                            )
+                            state[n, _H, d] = h
+                            rows[_OUT, d] += c * h
+                else:
+                    for n in range(N):
+                        b = B[at * B_width + n]
+                        c = C[at * C_width + n]
+                        c_error = c if real else np.float32(0.0)
+                        for d in range(BLOCK):
+                            h = (
+                                exp(rows[_STEP, d] * state[n, _A, d]) * state[n, _H, d]
+                                + rows[_DRIVE, d] * b
+                            )
+                            state[n, _H, d] = h
+                            rows[_OUT, d] += c * h
+                            h_pruned = (
+                                rows[_FORGETS, d] * state[n, _PRUNED, d] + rows[_DRIVE, d] * b
+                            )
+                            state[n, _PRUNED, d] = h_pruned
+                            e = c_error * (h_pruned - h) * rows[_GAIN, d]
+                            state[n, _ERROR, d] += e * e
+                        if per_step:
+                            error[t, n, first:last] += state[n, _ERROR, :width]
+                            state[n, _ERROR] = 0
+                if every > 0 and (t + 1) % every == 0:
+                    states[i, t // every, :, first:last] = state[:, _H, :width]
+                if gated:
+                    for d in range(BLOCK):
+                        rows[_OUT, d] *= rows[_GAIN, d]
+                y[i, t, first:last] = rows[_OUT, :width]
             if not per_step:
                 for d in range(width):
                     for n in range(N):
                         if want_energy:
-                            energy_sum[first + d, n] += energy_seq[n, d]
+                            energy_sum[first + d, n] += state[n, _ENERGY, d]
                         if want_transition:
-                            transition_sum[first + d, n] += transition_seq[n, d]
+                            transition_sum[first + d, n] += state[n, _TRANSITION, d]
                         if error_mode != 0:
-                            error_sum[first + d, n] += error_seq[n, d]
+                            error_sum[first + d, n] += state[n, _ERROR, d]

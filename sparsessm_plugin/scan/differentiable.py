@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from sparsessm_plugin.mixers.base import HeadQuantities, MixerQuantities
+from sparsessm_plugin.mixers.vectors import MATH, as_array, compiled, exp, threads_of_torch
 from sparsessm_plugin.scan import cpu, kernels, ssd
-from sparsessm_plugin.scan.cpu import BLOCK, _exp
+from sparsessm_plugin.scan.cpu import BLOCK
 
 _EVERY = 16  # steps between two states that the CPU keeps; with N = 16 they are as large as u
 _CHUNK = 64  # steps that other devices take together
@@ -100,16 +101,16 @@ class _CPUScan(torch.autograd.Function):
         # a block of channels sums for itself: the result depends on no number of threads
         dB, dC = torch.empty(2, blocks, batch, length, N)
         dA, dD = torch.zeros(channels, N, dtype=torch.float64), torch.zeros(channels)
-        with cpu.threads_of_torch():
+        with threads_of_torch():
             _backward(
-                *(cpu.as_array(x) for x in (u, dt, A, B, C, D, dy, states.transpose(2, 3))),
+                *(as_array(x) for x in (u, dt, A, B, C, D, dy, states.transpose(2, 3))),
                 _EVERY,
                 *(x.numpy() for x in (du, ddt, dA, dB, dC, dD)),
             )
         return du, ddt, dA.float(), dB.sum(0), dC.sum(0), dD
 
 
-@njit(fastmath={"contract", "nsz", "reassoc"})
+@njit(fastmath=MATH | {"reassoc"})
 def _sum(x):
     """Sum in vector instructions; a function of its own, as nothing else may be reordered."""
     total = np.float32(0.0)
@@ -118,7 +119,7 @@ def _sum(x):
     return total
 
 
-@cpu.compiled
+@compiled
 def _backward(u, dt, A, B, C, D, dy, starts, every, du, ddt, dA, dB, dC, dD):
     batch, length, channels = u.shape
     N = A.shape[1]
@@ -163,7 +164,7 @@ def _backward(u, dt, A, B, C, D, dy, starts, every, du, ddt, dA, dB, dC, dD):
                     for n in range(N):
                         b = B[i, t, n]
                         for d in range(BLOCK):
-                            kept[s, n, d] = _exp(step[d] * A_block[n, d])
+                            kept[s, n, d] = exp(step[d] * A_block[n, d])
                             h[s + 1, n, d] = kept[s, n, d] * h[s, n, d] + drive[d] * b
                 for s in range(steps - 1, -1, -1):
                     t = begin + s

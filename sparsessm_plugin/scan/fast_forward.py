@@ -22,6 +22,7 @@ from sparsessm_plugin.mixers import (
     known_mixers,
 )
 from sparsessm_plugin.mixers.kernels import scans_in_kernels
+from sparsessm_plugin.mixers.products import project
 from sparsessm_plugin.scan import REFERENCE, backend_for, read_out
 
 
@@ -131,11 +132,11 @@ class _Forward:
         of_this = offered and offered[0] is hidden_states and offered[1] is attention_mask
         if replaces and offered and of_this and not torch.is_grad_enabled():
             # no scan is faster than none
-            return self.adapter.mixer.out_proj(offered[2].to(hidden_states.dtype))
+            return project(self.adapter.mixer.out_proj, offered[2].to(hidden_states.dtype))
         if not replaces or not self._takes_over(hidden_states.device, hidden_states.dtype):
             return self.own_forward(
                 hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
             )
         quantities = self.adapter.quantities(hidden_states, attention_mask)
         x = self._read_out(quantities)
-        return self.adapter.mixer.out_proj(x.to(hidden_states.dtype))
+        return project(self.adapter.mixer.out_proj, x.to(hidden_states.dtype))
