@@ -14,6 +14,7 @@ from sparsessm_plugin.mixers.gpu import by_rows
 
 _ROWS = 16  # a program: 64 registers a thread for 128 columns
 _ROWS_OF_GROUPS = 8  # scores and ranks need registers, too
+_LEAST_ROWS, _PROGRAMS = 4, 512  # fewer programs leave multiprocessors idle
 _STEPS, _TILE, _CHANNELS = 256, 16, 128  # a program that sums products, and what it loads at once
 # Never a constant to the compiler: one binary for all sizes.
 _SIZES = ["columns", "out", "size", "step", "start"]
@@ -33,6 +34,8 @@ def sweep(
     problems, size, out = weight.shape
     factor = factor.contiguous()
     rows = _ROWS_OF_GROUPS if group else _ROWS
+    while rows > _LEAST_ROWS and problems * triton.cdiv(out, rows) < _PROGRAMS:
+        rows //= 2  # a column takes the less time, the fewer rows a program has
     with torch.cuda.device_of(weight):  # the one Triton launches on
         _sweep[(problems * triton.cdiv(out, rows),)](
             weight,
