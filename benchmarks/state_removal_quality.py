@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200, help="of reconstruct")
     parser.add_argument("--distill", type=int, default=600, help="steps where distilled")
+    parser.add_argument("--distill-rate", type=float, default=1e-4, help="learning rate for these")
     parser.add_argument("--distill-windows", type=int, help="for these; default all there are")
     parser.add_argument("--evaluate", type=int, default=2048, help="tokens a window of evaluation")
     parser.add_argument("--evaluate-windows", type=int, help="at most so many")
@@ -137,7 +138,10 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                     if not part.next():
                         continue
                     more = "" if sizes.head_dim == 1 else f", reconstruct_steps: {options.steps}"
-                    distill = f"distill_steps: {options.distill}, layer_batches: {layer_batches}"
+                    distill = (
+                        f"distill_steps: {options.distill}, layer_batches: {layer_batches}, "
+                        f"distill_learning_rate: {options.distill_rate:f}"
+                    )
                     text = fields.format(more=more, distill=distill)
                     if options.channels:
                         label = f"{case:.0%} of the channels"
@@ -195,7 +199,7 @@ def table(rows: list[dict[str, Any]], options: Any) -> str:
         f"Perplexity relative to dense, mean of the seeds (highest - lowest of them). "
         f"{options.windows} x {options.length} calibration tokens, "
         f"{options.steps} steps where Mamba-2 is reconstructed. Distilled: {options.distill} steps "
-        f"over {options.distill_windows or 'all'} windows (2252 of the corpus, 599 of "
+        f"of at most {options.distill_rate:g} over {options.distill_windows or 'all'} windows (2252 of the corpus, 599 of "
         "wikitext2), layers fitted to as many as elsewhere.",
         "",
         "| model | case | criterion | calibrated on | corpus validation | wikitext2 test | seeds "
