@@ -203,6 +203,17 @@ def test_linear_is_torchs(lead, inputs, outputs, biased, part, seed):
     assert result.is_contiguous()
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_large_results_are_made_in_parts(monkeypatch, biased):
+    monkeypatch.setattr(products, "_LARGE", 1)
+    monkeypatch.setattr(products, "_PIECE", 33 * 64)
+    x, weight = torch.randn(3, 11, 20), torch.randn(150, 20)
+    bias = torch.randn(150) if biased else None
+    with torch.no_grad():
+        result = products.linear(x, weight, bias)
+    torch.testing.assert_close(result, F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
 def test_modules_are_called_as_modules(in_onednn):
     linear = torch.nn.Linear(8, 5)
     seen = []

@@ -16,10 +16,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from sparsessm_plugin.mixers.memory import room
+
 # Multiplications below which finding oneDNN's kernel costs more than it gains.
 _SMALLEST = 2**22
 # Images from which on torch convolves in oneDNN with a single thread, too.
 _IMAGES = 16
+# Results from which on :func:`room` is cheaper than memory from torch, and how many of them are
+# made at once, to be copied there. Columns, as oneDNN copies the weight for every call.
+_LARGE = 2**23
+_PIECE = 2**21
+_COLUMNS = 64  # a multiple of every kernel's
 
 
 @cache
@@ -95,8 +102,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     :param bias: (out,) or None
     :return: (..., out)
     """
-    positions = x.shape[:-1].numel()
-    images = _IMAGES if positions % _IMAGES == 0 else 1
-    pixels = x.contiguous().view(images, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
-    y = F.conv2d(pixels, weight[:, :, None, None], bias)  # (images, out, 1, positions / images)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
+    rows = x.reshape(-1, x.shape[-1])
+    outputs = len(weight)
+    if len(rows) * outputs < _LARGE:
+        return _convolve(rows, weight, bias).view(*x.shape[:-1], outputs)
+    y = room(len(rows), outputs)
+    step = max(_COLUMNS, _PIECE // len(rows) // _COLUMNS * _COLUMNS)
+    for start in range(0, outputs, step):
+        part = slice(start, start + step)
+        y[:, part] = _convolve(rows, weight[part], None if bias is None else bias[part])
+    return y.view(*x.shape[:-1], outputs)
+
+
+def _convolve(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    images = _IMAGES if len(rows) % _IMAGES == 0 else 1
+    pixels = rows.contiguous().view(images, 1, -1, rows.shape[1]).permute(0, 3, 1, 2)
+    y = F.conv2d(pixels, weight[:, :, None, None], bias)  # (images, out, 1, rows / images)
+    return y.permute(0, 2, 3, 1).reshape(len(rows), len(weight))

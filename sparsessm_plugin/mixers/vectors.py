@@ -54,11 +54,6 @@ def as_rows(tensor: Tensor) -> tuple[np.ndarray, int]:
     return rows.as_strided((length,), (1,)).numpy(), width
 
 
-def room(*shape: int) -> Tensor:
-    """An uninitialised float32 tensor. Large ones in numpy's memory, which are large pages."""
-    return torch.from_numpy(np.empty(shape, np.float32))
-
-
 @njit(inline="always", fastmath=MATH)
 def exp(x):
     """exp(x) for x <= 0 in float32, relative error below 1e-7, in vector instructions.

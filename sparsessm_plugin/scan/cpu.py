@@ -12,12 +12,12 @@ from numba import prange
 from torch import Tensor
 
 from sparsessm_plugin.mixers.base import MixerQuantities
+from sparsessm_plugin.mixers.memory import room
 from sparsessm_plugin.mixers.vectors import (
     as_array,
     as_rows,
     compiled,
     exp,
-    room,
     silu,
     threads_of_torch,
 )
