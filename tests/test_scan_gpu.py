@@ -321,7 +321,7 @@ def test_steps_of_single_channels(batch, length, channels, kernel, biased, padde
 @kernels_run
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "jamba"])
 def test_quantities_are_those_without_kernels(family, monkeypatch):
-    module = import_module("sparsessm_plugin.mixers.mamba1")
+    modules = [import_module(f"sparsessm_plugin.mixers.{name}") for name in ("base", "mamba1")]
     gpu = import_module("sparsessm_plugin.mixers.gpu")
     adapter = find_mixers(tiny_model(family).to(DEVICE))[0]
     hidden_states = torch.randn(2, 19, adapter.sizes.hidden_size, device=DEVICE)
@@ -330,7 +330,8 @@ def test_quantities_are_those_without_kernels(family, monkeypatch):
     found = []
     with torch.no_grad():
         for kernels in (None, gpu):
-            monkeypatch.setattr(module, "_kernels", lambda x, kernels=kernels: kernels)
+            for module in modules:
+                monkeypatch.setattr(module, "kernels_for", lambda x, kernels=kernels: kernels)
             q = vars(adapter.quantities(hidden_states, mask))
             found.append({**q, **q["inputs"]})
     for name, value in found[0].items():
