@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+from conftest import DEVICE, FAMILIES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -124,12 +124,14 @@ def test_results_do_not_depend_on_the_number_of_threads():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_mixers_compute_the_same_without_kernels(family, monkeypatch):
-    x = torch.randn(2, 21, 32)
-    mask = torch.ones(2, 21)
+def test_mixers_compute_the_same_without_kernels(family, device, monkeypatch):
+    x = torch.randn(2, 21, 32, device=device)
+    mask = torch.ones(2, 21, device=device)
     mask[1, 13:] = 0
-    for adapter in find_mixers(tiny_model(family)):
+    most = 1e-5 if device == "cpu" else 2e-3  # a GPU may convolve in TF32
+    for adapter in find_mixers(tiny_model(family).to(device)):
         found = []
         with torch.no_grad():
             for kernels in (True, False):
@@ -139,9 +141,9 @@ def test_mixers_compute_the_same_without_kernels(family, monkeypatch):
                         patch.setattr("sparsessm_plugin.mixers.mamba1.kernels_for", lambda x: None)
                     found.append(adapter.quantities(x, mask))
         for name in ("u", "dt", "A", "B", "C", "D", "z"):
-            assert relative(*(getattr(q, name) for q in found)) < 1e-5
+            assert relative(*(getattr(q, name) for q in found)) < most
         for name in found[0].inputs:
-            assert relative(*(q.inputs[name] for q in found)) < 1e-5
+            assert relative(*(q.inputs[name] for q in found)) < most
 
 
 def test_where_kernels_run():

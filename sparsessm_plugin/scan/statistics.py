@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsessm_plugin.mixers.base import MixerQuantities
+from sparsessm_plugin.mixers.memory import room
 
 PrunedValue = Literal["zero", "memoryless"]
 
@@ -95,9 +96,10 @@ class ScanStatistics:
         if accumulator is not None and have >= self.steps:
             return accumulator
         # channels are contiguous in memory: that is how the CPU kernel walks through them
-        grown = torch.zeros(
-            self.steps, self.state_size, self.channels, dtype=torch.float32, device=self.device
-        ).transpose(1, 2)
+        shape = self.steps, self.state_size, self.channels
+        on_cpu = self.device.type == "cpu"
+        grown = room(*shape).zero_() if on_cpu else torch.zeros(*shape, device=self.device)
+        grown = grown.transpose(1, 2)
         if accumulator is not None:
             grown[:have] = accumulator
         return grown
