@@ -111,7 +111,7 @@ class BatchedLM(HFLM):
         starts = [len(batch[r]) - len(c) for r, c in zip(rows, continuations, strict=True)]
         first = min(starts)
         device = self.device
-        with fast_products():
+        with fast_products(device):
             logits = self.model(
                 input_ids=padded.to(device), use_cache=False, logits_to_keep=width - first
             ).logits  # (batch, width - first, vocabulary)

@@ -55,7 +55,7 @@ def evaluate_perplexity(
     training = model.training
     model.eval()
     try:
-        with fast_forward(model), fast_products():
+        with fast_forward(model), fast_products(model.device):
             for batch in samples.split(batch_size):
                 batch = batch.to(model.device)
                 logits = model(input_ids=batch, use_cache=False).logits[:, :-1]

@@ -66,7 +66,7 @@ class Mamba1Adapter(MixerAdapter):
         x_input = u = self.convolved(conv_input, mask)
         R, N = sizes.time_step_rank, sizes.state_size
         low_rank_dt, B, C = self.normalize(*project(mixer.x_proj, u).split([R, N, N], dim=-1))
-        with fast_products(low_rank_dt):
+        with fast_products(low_rank_dt.device):
             dt = F.linear(low_rank_dt, mixer.dt_proj.weight)  # (b, L, D)
         kernels = kernels_for(dt)
         if kernels is not None:

@@ -32,6 +32,8 @@ _COLUMNS = 64  # a multiple of every kernel's
 @cache
 def worthwhile() -> bool:
     """Whether this machine's processor is one that MKL is slow on."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
     try:
         vendor = "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -39,21 +41,21 @@ def worthwhile() -> bool:
     return vendor and torch.backends.mkldnn.is_available()
 
 
-def fast_products(x: Tensor | None = None) -> AbstractContextManager[Any]:
+def fast_products(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which large linear layers run in oneDNN, where that is faster.
 
     For a single call, so that contexts end in the order in which they began.
 
-    :param x: what is multiplied, if that is known; the context does nothing if it is not float32
-        on the CPU
+    :param device: of the layers; the context does nothing if it is not the CPU
     """
-    other = x is not None and (x.dtype != torch.float32 or x.device.type != "cpu")
-    return nullcontext() if other or torch.is_grad_enabled() or not worthwhile() else OneDNNLinear()
+    if device.type != "cpu" or torch.is_grad_enabled() or not worthwhile():
+        return nullcontext()
+    return OneDNNLinear()
 
 
 def project(projection: Any, x: Tensor) -> Tensor:
     """``projection(x)``, called as a module, in :func:`fast_products`."""
-    with fast_products(x):
+    with fast_products(x.device):
         return projection(x)
 
 
