@@ -1,4 +1,4 @@
-"""What a Mamba-1 mixer does to single channels, in Triton: one pass over memory each.
+"""What a mixer does to single channels, in Triton: one pass over memory each.
 
 Inputs may be any floating-point type and rows of a wider tensor; sums are float32.
 """

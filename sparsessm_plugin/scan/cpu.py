@@ -145,8 +145,9 @@ def _scan(
         first = block * BLOCK
         last = min(channels, first + BLOCK)
         width = last - first
-        # lanes past `width` hold zeros and stay zero: no remainder loops. Two arrays, and not
-        # one a row, so that few of them must be found apart before a loop runs in vectors.
+        # Lanes past `width` hold zeros and stay zero: no remainder loops. Two arrays, and not one
+        # a row, and slices to and from memory: otherwise the compiler, which must rule out that
+        # arrays overlap, makes scalar loops.
         rows = np.zeros((7, BLOCK), np.float32)
         # by state: A, h, h' of a pruned entry, and one sequence's sums; sequences in float64
         state = np.zeros((N, 6, BLOCK), np.float32)
