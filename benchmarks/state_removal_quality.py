@@ -56,6 +56,9 @@ CHANNEL = {
     "magnitude": "saliency: magnitude, compensate: none",
     "out_proj_norm": "saliency: out_proj_norm, compensate: none",
 }
+# Learning rate where a model is distilled; the more is removed, the further the weights must go.
+RATES = {2: 1e-4, 4: 3e-4, 8: 3e-4}
+RATE_OF_CHANNELS = 3e-4
 DATA_FREE = ("magnitude", "last", "out_proj_norm")
 
 
@@ -79,7 +82,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200, help="of reconstruct")
     parser.add_argument("--distill", type=int, default=600, help="steps where distilled")
-    parser.add_argument("--distill-rate", type=float, default=1e-4, help="learning rate for these")
+    parser.add_argument("--distill-rate", type=float, help="learning rate for these")
     parser.add_argument("--distill-windows", type=int, help="for these; default all there are")
     parser.add_argument("--evaluate", type=int, default=2048, help="tokens a window of evaluation")
     parser.add_argument("--evaluate-windows", type=int, help="at most so many")
@@ -138,9 +141,10 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                     if not part.next():
                         continue
                     more = "" if sizes.head_dim == 1 else f", reconstruct_steps: {options.steps}"
+                    rate = options.distill_rate or RATES.get(case, RATE_OF_CHANNELS)
                     distill = (
                         f"distill_steps: {options.distill}, layer_batches: {layer_batches}, "
-                        f"distill_learning_rate: {options.distill_rate:f}"
+                        f"distill_learning_rate: {rate:f}"
                     )
                     text = fields.format(more=more, distill=distill)
                     if options.channels:
@@ -151,6 +155,8 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                         label = f"N {sizes.state_size} -> {keep}"
                         built = recipe("StateRemovalModifier", f"keep: {keep}, {text}")
                     key = {"model": name, "case": label, "criterion": criterion}
+                    if "distilled" in criterion:
+                        key["criterion"] += f" ({options.distill} x {rate:g})"
                     key["calibration"] = None if data_free else calibration
                     row = row_of(rows, key, TEXTS)
                     if seed in row["seeds"]:
@@ -198,9 +204,9 @@ def table(rows: list[dict[str, Any]], options: Any) -> str:
     lines = [
         f"Perplexity relative to dense, mean of the seeds (highest - lowest of them). "
         f"{options.windows} x {options.length} calibration tokens, "
-        f"{options.steps} steps where Mamba-2 is reconstructed. Distilled: {options.distill} steps "
-        f"of at most {options.distill_rate:g} over {options.distill_windows or 'all'} windows (2252 of the corpus, 599 of "
-        "wikitext2), layers fitted to as many as elsewhere.",
+        f"{options.steps} steps where Mamba-2 is reconstructed. Distilled: so many steps of at "
+        f"most this learning rate over {options.distill_windows or 'all'} windows (2252 of the "
+        "corpus, 599 of wikitext2), layers fitted to as many as elsewhere.",
         "",
         "| model | case | criterion | calibrated on | corpus validation | wikitext2 test | seeds "
         "| seconds |",
@@ -212,7 +218,7 @@ def table(rows: list[dict[str, Any]], options: Any) -> str:
         key=lambda r: (
             options.models.index(r["model"]),
             kept_states(r),
-            order.get(r["criterion"], 99),
+            order.get(r["criterion"].partition(" (")[0], 99),
             r.get("calibration") or "",
         ),
     ):
