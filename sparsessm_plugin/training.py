@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sparsessm_plugin.cost import has_room
 from sparsessm_plugin.distributed import reduce_sum, world_size
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import iter_mixers
+from sparsessm_plugin.mixers import get_adapter, iter_mixers
 from sparsessm_plugin.scan.fast_forward import fast_forward
 from sparsessm_plugin.solvers.objective import tf32
 
@@ -30,6 +31,9 @@ LossFunction = Callable[[Any, Any], Tensor]
 _MOST_SKIPPED = 3
 _CLIP = 1.0  # norm of the gradient of all parameters that a tuning step goes along
 _WARM_UP = 0.1  # share of the tuning steps over which the learning rate rises
+# Numbers that a layer's backward pass needs, of each position and channel: 13 in the Mamba-1
+# layout, about 30 in that of Mamba-2.
+_NUMBERS = 40
 
 
 class NonFiniteGradients:
@@ -62,14 +66,17 @@ class NonFiniteGradients:
 
 
 @contextmanager
-def differentiable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def differentiable(
+    model: nn.Module, parameters: Iterable[nn.Parameter], positions: int | None = None
+) -> Iterator[None]:
     """Let a loss of the model be differentiated for these parameters and no others.
 
-    Evaluation mode, no caches, this package's scans; layers are computed twice instead of kept.
-    Everything is as it was on exit, and no gradient is left.
+    Evaluation mode, no caches, this package's scans; layers are computed twice instead of kept,
+    unless a GPU has plenty of room. Everything is as it was on exit, and no gradient is left.
 
     :param model: any model with state-space mixers
     :param parameters: of the model, floating point
+    :param positions: of a batch, at most; None if that is not known
     """
     wanted = {id(p) for p in parameters}
     everything = list(model.parameters())
@@ -83,7 +90,8 @@ def differentiable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iter
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_without_cache(model))
             stack.enter_context(fast_forward(model, gradients=True))
-            stack.enter_context(_checkpointed(model))
+            if positions is None or not _keeps_layers(model, positions):
+                stack.enter_context(_checkpointed(model))
             yield
     finally:
         for module, mode in modes:
@@ -105,6 +113,17 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config in changed:
             config.use_cache = True
+
+
+def _keeps_layers(model: nn.Module, positions: int) -> bool:
+    """Whether a GPU has room for what a backward pass through all layers at once needs."""
+    adapters = [get_adapter(mixer, name) for name, mixer in iter_mixers(model)]
+    layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+    if layers != len(adapters):  # attention and experts, of which this does not know the needs
+        return False
+    channels = sum(adapter.sizes.intermediate_size for adapter in adapters)
+    device = next(model.parameters()).device
+    return has_room(device, 4 * _NUMBERS * positions * channels)
 
 
 @contextmanager
@@ -239,6 +258,12 @@ def rows(batch: Any) -> int:
     raise SparseSSMError(f"a batch is a {type(batch).__name__} without a tensor of samples in it")
 
 
+def positions(batch: Any) -> int:
+    """Positions of a batch: samples times steps, by its first tensor with a dimension."""
+    shapes = [leaf.shape for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+    return math.prod(shapes[0][:2]) if shapes else 0
+
+
 def single_rows(batch: Any) -> Iterator[Any]:
     """The samples of a batch, each a batch of one; what has another length is left whole."""
     count = rows(batch)
@@ -305,7 +330,8 @@ def mean_gradients(
     sums = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
     # weight of all batches, and their weighted loss
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    with differentiable(model, parameters.values()):
+    most = max((positions(b) // (rows(b) if of_samples else 1) for b in batches), default=0)
+    with differentiable(model, parameters.values(), most):
         for batch in batches:
             for part in single_rows(batch) if of_samples else [batch]:
                 loss, count = loss_of(model, to_device(part, device), loss_fn)
@@ -384,8 +410,9 @@ class Tuner:
         losses = []
         for name, mask in pruned.items():
             self._copies[name].masked_fill_(mask, 0.0)
-        # Adam's steps are far coarser than what TF32 rounds away
-        with differentiable(self.model, self.parameters.values()), tf32():
+        # steps are far coarser than what TF32 rounds away
+        most = max(map(positions, self.batches), default=0)
+        with differentiable(self.model, self.parameters.values(), most), tf32():
             for _ in range(steps):
                 batch = to_device(self.batches[self.done % len(self.batches)], device)
                 self.done += 1

@@ -497,6 +497,22 @@ def test_layers_are_not_kept():
     assert kept[1] - kept[0] <= 2 * 2 * 24 * 32  # two inputs (b, L, hidden_size) more
 
 
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_gradients_are_the_same_where_layers_are_kept(family, monkeypatch):
+    model, ready = tiny_model(family), batches(2)
+    parameters = dict(model.named_parameters())
+    asked = []
+
+    def has_room(device, needed):
+        asked.append(needed)
+        return len(asked) == 2
+
+    monkeypatch.setattr(training, "has_room", has_room)
+    found = [training.mean_gradients(model, ready, parameters)[0] for _ in range(2)]
+    assert asked[0] == asked[1] > 0
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
+
+
 def test_everything_is_restored():
     model = tiny_model("mamba")
     model.train()

@@ -29,6 +29,7 @@ from sparsessm_plugin.saliency.states import (
 from sparsessm_plugin.scan import differentiable, scan, scan_products, scan_states
 from sparsessm_plugin.solvers.compensation import mix_C, skip_update, without_skip
 from sparsessm_plugin.solvers.mixture import MixtureStatistics, best_mixture, fit_mixtures
+from sparsessm_plugin.solvers.objective import tf32
 from sparsessm_plugin.solvers.reconstruction import reconstruct
 from sparsessm_plugin.solvers.subsets import EXHAUSTIVE, best_subsets, choose
 
@@ -554,7 +555,8 @@ def fit_state_rows(
     parameters.append((small.mixer.out_proj.weight, None))
     before = relative_error(small, inputs, targets)
     weights = [parameter.detach().clone() for parameter, _ in parameters]
-    reconstruct(parameters, loss, len(batches), steps, _LEARNING_RATE, add_gradients)
+    with tf32():  # steps are far coarser than what it rounds away
+        reconstruct(parameters, loss, len(batches), steps, _LEARNING_RATE, add_gradients)
     # Adam's first steps move away from a fit that is good already; too few of them stay there
     if not relative_error(small, inputs, targets) < before:
         for (parameter, _), weight in zip(parameters, weights, strict=True):
