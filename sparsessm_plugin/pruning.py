@@ -3,11 +3,9 @@
 import gc
 import os
 import platform
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -200,16 +198,15 @@ def _run(
     from llmcompressor import active_session, oneshot
 
     try:
-        with _no_collected_outputs(model):
-            oneshot(
-                model=model,
-                # the text and not the modifiers: what is saved is then what the user wrote
-                recipe=recipe.text,
-                dataset=loader,
-                processor=tokenizer,
-                pipeline=pipeline,
-                sequential_offload_device=_place_between_layers(model, loader),
-            )
+        oneshot(
+            model=model,
+            # the text and not the modifiers: what is saved is then what the user wrote
+            recipe=recipe.text,
+            dataset=loader,
+            processor=tokenizer,
+            pipeline=pipeline,
+            sequential_offload_device=_place_between_layers(model, loader),
+        )
     except BaseException as error:
         distributed.fail(error)
         for modifier in active_session().lifecycle.recipe.modifiers:
@@ -217,23 +214,6 @@ def _run(
                 modifier.release()
         raise
     return active_session().lifecycle.recipe.modifiers
-
-
-@contextmanager
-def _no_collected_outputs(model: nn.Module) -> Iterator[None]:
-    """Let LLM Compressor see that a forward pass collects no layer's output.
-
-    It takes a model apart by its source, where it evaluates conditions with the names that the
-    source's file knows. transformers' ``if output_hidden_states`` asks for an argument, which is
-    none, so the outputs of half of all layers were kept until the end.
-    """
-    from compressed_tensors.utils import patch_attr
-
-    with ExitStack() as stack:
-        for file in {type(module).__module__ for module in model.modules()}:
-            if file.startswith("transformers.models."):
-                stack.enter_context(patch_attr(sys.modules[file], "output_hidden_states", False))
-        yield
 
 
 def _place_between_layers(model: Any, loader: DataLoader[Any] | None) -> str:

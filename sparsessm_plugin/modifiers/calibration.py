@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -165,6 +166,7 @@ class MixerModifier(Modifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         who = type(self).__name__
+        _collects_no_outputs(state.model)
         with self._released_on_error():
             with distributed.together(f"{who} before calibration"):
                 self.prepare(state)
@@ -292,6 +294,19 @@ def check_quoted(structure: Any) -> None:
         raise ValueError(
             f'must be quoted, as in "2:4"; YAML reads it as the number {structure} otherwise'
         )
+
+
+def _collects_no_outputs(model: nn.Module) -> None:
+    """Let LLM Compressor see that a forward pass collects no layer's output.
+
+    It takes a model apart by its source and evaluates conditions with the names that the
+    source's file knows. transformers' ``if output_hidden_states`` asks for an argument, which is
+    none, so the outputs of half of all layers were kept until the end. A name of the file that
+    every function hides by its argument changes nothing else, and stays.
+    """
+    for file in {type(module).__module__ for module in model.modules()}:
+        if file.startswith("transformers.models."):
+            vars(sys.modules[file]).setdefault("output_hidden_states", False)
 
 
 def _check_vocabulary(dataloader: Any, embeddings: Any) -> None:
