@@ -1,5 +1,6 @@
 """Solvers for projections against least squares, a slow optimal brain surgeon, and each other."""
 
+import math
 import warnings
 from itertools import product
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.solvers.alps import alps, refine_on_support
+from sparsessm_plugin.solvers.exhaustive import best_support
 from sparsessm_plugin.solvers.masks import choose_mask, parse_structure
 from sparsessm_plugin.solvers.objective import (
     damped_inverse_cholesky,
@@ -340,6 +342,82 @@ def test_alps_is_never_worse_than_sparsegpt(
     keep = normal(*w.shape, seed=seed + 5) > -0.8 if masked else None
     ours = alps(w, H, sparsity, structure, keep=keep)
     assert ours.error <= sparsegpt(w, H, sparsity, structure, keep=keep).error
+
+
+# -- few inputs --------------------------------------------------------------------------------
+
+
+def least_errors(w, H, allowed):
+    """By least squares of every support: the error of each total of kept entries, (kept, error)."""
+    rows, size = w.shape[-3], w.shape[-1]
+    each = []  # for each row, by its support
+    for r in range(rows):
+        errors = {}
+        for support in product((False, True), repeat=size):
+            if any(s and not a for s, a in zip(support, allowed[r, 0].tolist(), strict=True)):
+                continue
+            S = [i for i in range(size) if support[i]]
+            dense, h = w[r, 0].double(), H[r].double()
+            new = torch.zeros(size, dtype=torch.float64)
+            if S:
+                new[S] = torch.linalg.solve(h[S][:, S], h[S] @ dense)
+            errors[support] = float((dense - new) @ h @ (dense - new))
+        each.append(errors)
+    return each
+
+
+@settings(max_examples=25, deadline=None)
+@given(masked=st.booleans(), size=st.integers(1, 4), seed=st.integers(0, 999))
+def test_all_supports_are_compared(masked, size, seed):
+    """The best of all is found for every total at which handing out one by one can find it."""
+    rows = 3
+    w, H = conv_problem(D=rows, K=size, seed=seed)
+    allowed = torch.ones_like(w, dtype=torch.bool)
+    if masked:
+        allowed = normal(*w.shape, seed=seed + 5) > -0.5
+    inverse = damped_inverse_cholesky(H, 0.0)
+    each = least_errors(w, H, allowed)
+    totals = {}
+    for combination in product(*(errors.items() for errors in each)):
+        kept = sum(sum(support) for support, _ in combination)
+        error = sum(e for _, e in combination)
+        totals[kept] = min(error, totals.get(kept, math.inf))
+    found = {}
+    for kept in totals:
+        sparsity = 1 - kept / w.numel()
+        new, mask = best_support(w, inverse, sparsity, "0:0", allowed)
+        assert int(mask.sum()) == kept
+        assert not bool((mask & ~allowed).any())
+        assert not new[~mask].any()
+        found[kept] = float(objective(w, new, H).sum())
+        assert found[kept] >= totals[kept] - 1e-6 * totals[0]
+    for kept, error in totals.items():
+        on_hull = all(
+            error <= a + (kept - low) / (high - low) * (b - a) + 1e-12
+            for low, a in totals.items()
+            for high, b in totals.items()
+            if low < kept < high
+        )
+        if on_hull:
+            assert found[kept] == pytest.approx(error, abs=1e-6 * totals[0])
+
+
+@pytest.mark.parametrize(("structure", "zeros"), [("2:4", 2), ("1:2", 1), ("1:4", 1)])
+def test_groups_of_few_inputs_are_the_best(structure, zeros):
+    w, H = conv_problem(D=5, K=4, seed=3)
+    n, m = map(int, structure.split(":"))
+    new, mask = best_support(
+        w, damped_inverse_cholesky(H, 0.0), 0.5, structure, torch.ones_like(w, dtype=torch.bool)
+    )
+    for r, errors in enumerate(least_errors(w, H, torch.ones_like(w, dtype=torch.bool))):
+        groups = [mask[r, 0, i : i + m] for i in range(0, 4, m)]
+        assert all(int((~group).sum()) == zeros for group in groups)
+        best = min(
+            error
+            for support, error in errors.items()
+            if all(sum(support[i : i + m]) == m - n for i in range(0, 4, m))
+        )
+        assert float(objective(w[r], new[r], H[r])) == pytest.approx(best, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

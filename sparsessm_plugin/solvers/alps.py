@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sparsessm_plugin.solvers.exhaustive import MOST_INPUTS, best_support
 from sparsessm_plugin.solvers.masks import UNSTRUCTURED, check_structure, choose_mask
 from sparsessm_plugin.solvers.objective import (
     DAMPENING,
@@ -47,7 +48,8 @@ def alps(
     """Search the support by ADMM, refine the weights on it, and never be worse than SparseGPT.
 
     Should ADMM's support be no better than SparseGPT, which is rare, or leave no choice, that of
-    SparseGPT is refined; the best by the objective is returned.
+    SparseGPT is refined; the best by the objective is returned. Of few inputs all supports are
+    compared instead.
 
     :param weight: (..., out, in); leading dimensions are problems that share the sparsity
     :param hessian: (..., in, in) sum of x x^T
@@ -77,6 +79,11 @@ def alps(
         return finish(weight, found, mask, hessian)
 
     allowed = may_stay(weight, inverse.dead, keep)
+    if weight.shape[-1] <= MOST_INPUTS:
+        found = finish(
+            weight, *best_support(weight, inverse, sparsity, structure, allowed), hessian
+        )
+        return min(surgical, found, key=lambda solved: solved.error)
     free = choose_mask(torch.ones_like(start), sparsity, structure, keep=allowed)
     if admm_steps and not torch.equal(free, allowed):  # else there is nothing to choose
         found = refined(*_admm(dense, inverse, sparsity, structure, allowed, admm_steps))
