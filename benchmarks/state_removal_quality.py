@@ -195,9 +195,9 @@ def loader_of(tokens: Any, calibration: str, count: int, seed: int, options: Any
 
 
 def kept_states(row: dict[str, Any]) -> int:
-    """Sorts dense first, then from many states to few."""
+    """Sorts from many states to few."""
     case = row.get("case", "")
-    return -int(case.rpartition(" ")[2]) if "->" in case else -(10**6)
+    return -int(case.rpartition(" ")[2]) if "->" in case else 0
 
 
 def table(rows: list[dict[str, Any]], options: Any) -> str:
@@ -217,6 +217,7 @@ def table(rows: list[dict[str, Any]], options: Any) -> str:
         (row for row in rows if row["seeds"]),
         key=lambda r: (
             options.models.index(r["model"]),
+            r["criterion"] != "dense",
             kept_states(r),
             order.get(r["criterion"].partition(" (")[0], 99),
             r.get("calibration") or "",
