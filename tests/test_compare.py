@@ -215,6 +215,31 @@ def test_an_interrupt(setup, tmp_path):
     assert "sparsessm_plugin.cli prune" not in _commands(out)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_a_process_starts(number, tmp_path, monkeypatch):
+    """It has begun, and nobody has its handle yet."""
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__([sys.executable, "-c", "import time; time.sleep(60)"], **kwargs)
+            started.append(self)
+            signal.raise_signal(number)
+
+    def handler(number, frame):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison.subprocess, "Popen", Interrupted)
+    before = signal.signal(number, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            comparison._command(["prune"], tmp_path, "run")
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+    assert started[0].poll() is not None
+
+
 def _commands(folder):
     """Command lines of all processes that name a folder."""
     found = []

@@ -13,9 +13,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -276,7 +278,7 @@ def _command(arguments: Sequence[str], folder: Path, name: str) -> None:
     """
     log = folder / "logs" / f"{_slug(name)}.log"
     log.parent.mkdir(exist_ok=True)
-    with log.open("wb") as file:
+    with log.open("wb") as file, _HeldSignals() as held:
         process = subprocess.Popen(
             [sys.executable, "-m", "sparsessm_plugin.cli", *arguments],
             stdin=subprocess.DEVNULL,
@@ -284,6 +286,7 @@ def _command(arguments: Sequence[str], folder: Path, name: str) -> None:
             stderr=subprocess.STDOUT,
         )
         try:
+            held.deliver()
             code = process.wait()
         except BaseException:
             _stop(process)
@@ -298,6 +301,32 @@ def _command(arguments: Sequence[str], folder: Path, name: str) -> None:
     log.unlink()
     if not any(log.parent.iterdir()):
         log.parent.rmdir()
+
+
+class _HeldSignals:
+    """Lets an interrupt wait: within ``Popen`` it would leave a process that nobody stops."""
+
+    def __enter__(self) -> "_HeldSignals":
+        self._handlers: dict[int, Any] = {}
+        self._waiting: list[int] = []
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if callable(signal.getsignal(number)):  # else it is ignored, or ends us at once
+                    self._handlers[number] = signal.signal(number, self._hold)
+        return self
+
+    def _hold(self, number: int, frame: Any) -> None:
+        self._waiting.append(number)
+
+    def deliver(self) -> None:
+        """Let signals through again, those first that have come."""
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+        while self._waiting:
+            signal.raise_signal(self._waiting.pop(0))
+
+    def __exit__(self, *error: object) -> None:
+        self.deliver()
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
