@@ -56,6 +56,10 @@ class Cost:
         self._batches[name] = self._batches.get(name, 0) + 1
         return self._batches[name]
 
+    def batches(self, name: str) -> int:
+        """How many batches a mixer has seen."""
+        return self._batches.get(name, 0)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count the time inside for a stage."""

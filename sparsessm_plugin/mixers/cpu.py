@@ -33,7 +33,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
             rows,
             width,
             as_array(weight[:, 0].T),
-            np.zeros(channels, np.float32) if bias is None else as_array(bias.float()),
+            _bias(bias, channels),
             np.ones((batch, length), np.bool_) if mask is None else as_array(mask),
             out.numpy(),
         )
@@ -53,10 +53,14 @@ def softplus(x: Tensor, bias: Tensor | None) -> Tensor:
         _softplus(
             rows,
             width,
-            np.zeros(channels, np.float32) if bias is None else as_array(bias.float()),
+            _bias(bias, channels),
             out.view(batch * length, channels).numpy(),
         )
     return out
+
+
+def _bias(bias: Tensor | None, channels: int) -> np.ndarray:
+    return np.zeros(channels, np.float32) if bias is None else as_array(bias.float())
 
 
 @compiled

@@ -56,7 +56,7 @@ class Distillation:
         inputs: list[Tensor] = []
         handle = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
         try:
-            with _undisturbed(model), torch.random.fork_rng(devices=[]):
+            with _in_place(model), torch.random.fork_rng(devices=[]):
                 for batch in data:
                     logits = model(**_inputs(to_device(batch, self._device))).logits
                     hidden_states = inputs.pop()
@@ -76,7 +76,7 @@ class Distillation:
         :return: for a report: divergences in nats a token before and after
         """
         parameters = mixer_parameters(model)
-        with _undisturbed(model):
+        with _in_place(model):
             before = self.divergence(model)
             kept = [p.detach().clone() for p in parameters.values()]
             tuner = Tuner(model, parameters, self.batches, steps, learning_rate, loss_fn=self.loss)
@@ -165,18 +165,27 @@ def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _undisturbed(model: Any) -> Iterator[None]:
-    """The model's own weights and forward: no hooks, caches, quantization or moving of weights."""
-    head = model.get_output_embeddings()
+def undisturbed(model: Any) -> Iterator[None]:
+    """The model's own predictions: no hooks, caches, quantization or gradients."""
     with (
-        # LLM Compressor lets it give nothing while a pipeline runs
-        patch_attr(head, "forward", MethodType(type(head).forward, head)),
-        disable_onloading(),
         HooksMixin.disable_hooks(),
         eval_context(model),
         disable_cache(model),
         DisableQuantization(model),
         torch.no_grad(),
+    ):
+        yield
+
+
+@contextmanager
+def _in_place(model: Any) -> Iterator[None]:
+    """:func:`undisturbed`, its head as its class has it, and no moving of weights."""
+    head = model.get_output_embeddings()
+    with (
+        # LLM Compressor lets it give nothing while a pipeline runs
+        patch_attr(head, "forward", MethodType(type(head).forward, head)),
+        disable_onloading(),
+        undisturbed(model),
     ):
         yield
 

@@ -1,19 +1,17 @@
 """What changes of single weights do to a model's predictions."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
 import torch
 from compressed_tensors.offload import get_execution_device, update_offload_parameter
-from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pytorch.utils.helpers import tensors_to_device
-from llmcompressor.utils.helpers import DisableQuantization, disable_cache, eval_context
 from torch import Tensor
 
 from sparsessm_plugin import distributed
-from sparsessm_plugin.modifiers.distillation import divergences
+from sparsessm_plugin.modifiers.distillation import divergences, undisturbed
 from sparsessm_plugin.modifiers.replay import Replay
 
 _ROWS, _LENGTH = 4, 256  # of the data that predictions are looked at with
@@ -35,7 +33,7 @@ class Probe:
         device = get_execution_device(model)
         self._batch = tensors_to_device(dict(zip(names, values, strict=True)), device)
         self._replay = Replay(model)
-        with self._undisturbed(), self._replay.recorded():
+        with undisturbed(model), self._replay.recorded():
             self._reference = model(**self._batch).logits
 
     def divergences(
@@ -54,7 +52,7 @@ class Probe:
         :param done: called with the name of each module whose weight has been tried
         """
         found: dict[str, float] = {}
-        with self._undisturbed():
+        with undisturbed(self._model):
             for layer, members in groupby(names, self._replay.layer):
                 for together in _parts(list(members), _TOGETHER if layer else 1):
                     logits = self._logits(layer, together, changed)
@@ -100,16 +98,6 @@ class Probe:
             yield
         finally:
             update_offload_parameter(module, "weight", before)
-
-    @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        model = self._model
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(HooksMixin.disable_hooks())
-            for context in (eval_context, disable_cache, DisableQuantization):
-                stack.enter_context(context(model))
-            yield
 
 
 def _little(batch: dict[str, Any]) -> dict[str, Any]:

@@ -109,7 +109,6 @@ class RemovalModifier(MixerModifier):
     _distillation: Distillation | None = PrivateAttr(default=None)
     _distilled: dict[str, Any] | None = PrivateAttr(default=None)
     _inputs: dict[str, CalibrationInputs] = PrivateAttr(default_factory=dict)
-    _batches_seen: dict[str, int] = PrivateAttr(default_factory=dict)
     _layers: list[dict[str, Any]] = PrivateAttr(default_factory=list)
     _fields: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -180,9 +179,8 @@ class RemovalModifier(MixerModifier):
     def observe(
         self, adapter: MixerAdapter, hidden_states: Tensor, attention_mask: Tensor | None
     ) -> None:
-        seen = self._batches_seen.get(adapter.name, 0)
-        self._batches_seen[adapter.name] = seen + 1
-        if self.layer_batches is None or seen < self.layer_batches:
+        seen = self._cost.batches(adapter.name)  # this one too
+        if self.layer_batches is None or seen <= self.layer_batches:
             inputs = self._inputs.setdefault(adapter.name, CalibrationInputs())
             inputs.add(hidden_states, attention_mask)
 

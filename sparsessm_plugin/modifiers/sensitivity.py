@@ -157,6 +157,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
     _projections: dict[str, _Projection] = PrivateAttr(default_factory=dict)
     _linears: dict[str, _Projection] = PrivateAttr(default_factory=dict)
     _zeros: dict[str, int] = PrivateAttr(default_factory=dict)
+    _zeros_before: dict[str, int] = PrivateAttr(default_factory=dict)
     _hessians: dict[str, Tensor] = PrivateAttr(default_factory=dict)
     _tokens: dict[str, int] = PrivateAttr(default_factory=dict)
     _inputs: dict[str, CalibrationInputs] = PrivateAttr(default_factory=dict)
@@ -360,6 +361,9 @@ class SensitivitySparseGPTModifier(MixerModifier):
     def _study_dense_model(self, state: State) -> None:
         """Find what the sparsities follow from, and what enters the mixers of the dense model."""
         keep = self.target_output in _OF_DENSE_PREFIX
+        if self.allocation == "optimal":
+            there = {p.name: int((p.weight == 0).sum()) for p in self._projections.values()}
+            self._zeros_before = there
         for group in self._groups():
             with self._cost.stage("first_pass"):
                 self._first_pass(state, group, keep)
@@ -393,25 +397,25 @@ class SensitivitySparseGPTModifier(MixerModifier):
         """
         adapters = list({p.adapter.name: p.adapter for p in group if p.adapter}.values())
         linears = [p for p in group if p.adapter is None]
-        last = adapters[-1] if adapters and not keep and not linears else None
+        last = adapters[-1].name if adapters and not keep and not linears else None
         handles = {
             self.register_hook(
                 adapter.mixer,
-                partial(self._dense_hook, adapter, adapter is last),
+                partial(
+                    self._dense_hook,
+                    adapter,
+                    keep=keep,
+                    members=[p for p in self._of(adapter) if p in group],
+                    last=adapter.name == last,
+                ),
                 "forward_pre",
                 with_kwargs=True,
             )
-            for adapter in adapters
+            for adapter in (self._pending.values() if keep else adapters)
         }
         handles |= {
             self.register_hook(p.module, partial(self._linear_hook, p), "forward_pre")
             for p in linears
-        }
-        handles |= {
-            self.register_hook(
-                adapter.mixer, partial(self._keep_hook, adapter), "forward_pre", with_kwargs=True
-            )
-            for adapter in (self._pending.values() if keep else ())
         }
         model: Any = state.model
         device = get_execution_device(model)
@@ -430,33 +434,34 @@ class SensitivitySparseGPTModifier(MixerModifier):
                 stage.advance()
         self.remove_hooks(handles)
 
-    def _keep_hook(
-        self,
-        adapter: MixerAdapter,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        hidden_states, attention_mask = what_enters(args, kwargs)
-        with self._released_on_error():
-            check_finite_input(adapter.name, hidden_states)
-            inputs = self._dense_inputs.setdefault(adapter.name, CalibrationInputs())
-            inputs.add(hidden_states, attention_mask)
-
     def _dense_hook(
         self,
         adapter: MixerAdapter,
-        last: bool,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        *,
+        keep: bool,
+        members: list[_Projection],
+        last: bool,
     ) -> None:
+        """Look at what enters a mixer of the dense model.
+
+        :param keep: keep it
+        :param members: projections of the mixer whose Hessians it is added to
+        :param last: nothing after this is looked at
+        """
         hidden_states, attention_mask = what_enters(args, kwargs)
         with self._released_on_error():
             check_finite_input(adapter.name, hidden_states)
+            if keep:
+                inputs = self._dense_inputs.setdefault(adapter.name, CalibrationInputs())
+                inputs.add(hidden_states, attention_mask)
+            if not members:
+                return
             quantities = adapter.quantities(hidden_states, attention_mask)
             out_input = read_out(adapter, quantities)
-            for projection in self._of(adapter):
+            for projection in members:
                 x = input_of(projection.kind, quantities, out_input)
                 gram = gram_of(projection, x, x, quantities.mask)
                 self._add_hessian(projection, gram, _count(x, quantities.mask))
@@ -559,7 +564,9 @@ class SensitivitySparseGPTModifier(MixerModifier):
             for name, hessian in hessians.items()
         }
         self._sensitivities |= _of_all_ranks("traces of Hessians", traces)
-        if self.allocation == "optimal" and self._leaves_a_choice:
+        assert self.sparsity is not None
+        decides = 0 < self.sparsity < _CURVE[-1] and not self._zeros_suffice
+        if self.allocation == "optimal" and decides:
             own = [p for p in group if p.name in hessians]  # of several ranks
             losses = self._losses_of(own, hessians)
             self._losses |= _of_all_ranks("losses of projections", losses)
@@ -575,20 +582,18 @@ class SensitivitySparseGPTModifier(MixerModifier):
             self._check_seen(name, self._tokens[name])
 
     @property
-    def _leaves_a_choice(self) -> bool:
-        """Whether an allocation has anything to decide."""
+    def _zeros_suffice(self) -> bool:
+        """Whether there are as many zeros as are asked for, before any is made."""
         assert self.sparsity is not None
-        projections = self._projections.values()
-        there = sum(int((p.weight == 0).sum()) for p in projections)
-        enough = there >= self.sparsity * sum(p.entries for p in projections)
-        return 0 < self.sparsity < _CURVE[-1] and not enough
+        entries = sum(p.entries for p in self._projections.values())
+        return sum(self._zeros_before.values()) >= self.sparsity * entries
 
     def _optimal_zeros(self, projections: list[_Projection], sizes: list[int]) -> list[int]:
         """Least summed divergence of the predicted tokens, by the error that SparseGPT leaves."""
         assert self.sparsity is not None
-        there = [int((p.weight == 0).sum()) for p in projections]
+        there = [self._zeros_before[p.name] for p in projections]
         if not self._losses:
-            enough = sum(there) >= self.sparsity * sum(sizes) and self.sparsity
+            enough = self._zeros_suffice and self.sparsity
             return there if enough else uniform_allocation(sizes, self.sparsity)
         return optimal_allocation(
             _CURVE,

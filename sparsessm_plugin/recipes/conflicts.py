@@ -29,6 +29,7 @@ from sparsessm_plugin.modifiers import (
     SparseSSMModifier,
     StateRemovalModifier,
 )
+from sparsessm_plugin.modifiers.distillation import mixer_parameters
 from sparsessm_plugin.modifiers.sparse_gptq import check_quantized, never_called, quantized_weights
 from sparsessm_plugin.solvers.masks import check_structure
 
@@ -131,11 +132,7 @@ def _written(modifier: Any, model: nn.Module) -> set[str]:
         return set(quantized_weights(modifier, model))
     if isinstance(modifier, (StateRemovalModifier, ChannelRemovalModifier)):
         if modifier.distill_steps:  # all weights of all mixers
-            return {
-                name.rpartition(".")[0]
-                for adapter in find_mixers(model)
-                for name, _ in adapter.mixer.named_parameters(prefix=adapter.name)
-            }
+            return {name.rpartition(".")[0] for name in mixer_parameters(model)}
         return {
             f"{adapter.name}.{kind}"
             for adapter in find_mixers(model)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sparsessm_plugin.solvers.exhaustive import MOST_INPUTS, best_support
+from sparsessm_plugin.solvers.kernels import summing_dtype
 from sparsessm_plugin.solvers.masks import UNSTRUCTURED, check_structure, choose_mask
 from sparsessm_plugin.solvers.objective import (
     DAMPENING,
@@ -199,7 +200,7 @@ def refine_on_support(
     :raises SparseSSMError: an argument that is not allowed
     """
     check(weight, hessian, mask)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = summing_dtype(weight)
     dense = weight.to(dtype)
     first = (dense if start is None else start.to(dtype)).masked_fill(~mask, 0)
     # in units of the mean diagonal entry, so that products neither under- nor overflow

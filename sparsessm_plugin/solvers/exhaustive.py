@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from sparsessm_plugin.solvers.masks import UNSTRUCTURED, parse_structure
+from sparsessm_plugin.solvers.masks import parse_structure
 from sparsessm_plugin.solvers.objective import InverseCholesky
 
 MOST_INPUTS = 4
@@ -50,19 +50,18 @@ def best_support(
     forbidden = (kept.view(len(kept), *[1] * (weight.ndim - 1), size) & ~allowed).any(-1)
     errors = errors.masked_fill(forbidden, torch.inf).flatten(1)  # (S, rows)
     n, m = parse_structure(structure)
-    if structure != UNSTRUCTURED:
+    if m:
         enough = ((~kept).view(len(kept), -1, m).sum(-1) >= n).all(-1)
         chosen = errors.masked_fill(~enough[:, None], torch.inf).argmin(0)
     else:
         stays = weight.numel() - round(sparsity * weight.numel())
         chosen = _share(errors, kept.sum(-1), min(stays, int(allowed.sum())))
     mask = kept[chosen].view_as(weight)
-    problems = K.flatten(1, -3) if K.ndim > 3 else K[:, None]
-    of_row = torch.arange(problems.shape[1], device=weight.device)
-    of_row = of_row.repeat_interleave(weight.shape[-2])
+    K, H_inverse = K.reshape(len(kept), -1, size, size), H_inverse.reshape(-1, size, size)
+    problem = torch.arange(len(H_inverse), device=weight.device)
+    problem = problem.repeat_interleave(weight.shape[-2])  # of each row
     flat = dense.flatten(0, -2)[:, None]  # (rows, 1, in)
-    lost = flat @ problems[chosen, of_row]
-    found = flat - lost @ H_inverse.reshape(-1, size, size)[of_row]
+    found = flat - flat @ K[chosen, problem] @ H_inverse[problem]
     return found.view_as(dense).masked_fill(~mask, 0.0), mask
 
 
