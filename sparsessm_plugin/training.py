@@ -51,9 +51,11 @@ class NonFiniteGradients:
         grads = {n: p.grad for n, p in parameters.items() if p.grad is not None}
         if not grads:
             return False
-        sums = torch.stack([g.sum(dtype=torch.float64) for g in grads.values()])
-        finite = torch.isfinite(sums).tolist()
-        if all(finite):
+        norm = nn.utils.get_total_norm(grads.values())  # NaN or infinite as soon as one entry is
+        if math.isfinite(float(norm)):
+            return False
+        finite = [bool(torch.isfinite(g).all()) for g in grads.values()]
+        if all(finite):  # only the sum of squares is too large
             return False
         name = list(grads)[finite.index(False)]
         self.skipped.append(name)
@@ -430,9 +432,10 @@ class Tuner:
             p.grad = None
             self._copies[name].grad = grad
         copies: Any = self._copies
-        reduce_sum("a tuning step", {name: copy.grad for name, copy in copies.items()})
-        for copy in copies.values():
-            copy.grad /= world_size()
+        if world_size() > 1:
+            reduce_sum("a tuning step", {name: copy.grad for name, copy in copies.items()})
+            for copy in copies.values():
+                copy.grad /= world_size()
         if self.non_finite.found(copies):
             return False
         for name, mask in pruned.items():
@@ -440,10 +443,9 @@ class Tuner:
         nn.utils.clip_grad_norm_(copies.values(), _CLIP)
         self._adam.step()
         with torch.no_grad():
-            for name, p in self.parameters.items():
-                if name in pruned:  # the moments of what was pruned last still move it
-                    copies[name].masked_fill_(pruned[name], 0.0)
-                p.copy_(copies[name])
+            for name, mask in pruned.items():  # the moments of what was pruned last still move it
+                copies[name].masked_fill_(mask, 0.0)
+            torch._foreach_copy_(list(self.parameters.values()), list(copies.values()))
         return True
 
 

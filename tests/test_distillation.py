@@ -47,7 +47,7 @@ def test_divergences_agree_with_torch():
 def test_the_fit_comes_closer_to_the_dense_model(family):
     dense, model = (tiny_model(family).to(DEVICE) for _ in range(2))
     ready = batches(2, 2, 12, padded=True)
-    distillation = Distillation(model, ready)
+    distillation = Distillation(model, ready, "this")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in mixer_parameters(model).values():
@@ -109,7 +109,7 @@ def test_factor_between_head_and_logits_is_found(family, factor):
         "falcon_h1": {"lm_head_multiplier": 3.0},
     }
     model = tiny_model(family, **changes.get(family, {})).to(DEVICE)
-    distillation = Distillation(model, batches(1, 1, 8))
+    distillation = Distillation(model, batches(1, 1, 8), "this")
     assert distillation._scale == pytest.approx(factor(model.config), rel=1e-3)
     assert distillation.divergence(model) == pytest.approx(0, abs=1e-6)
 
@@ -119,8 +119,8 @@ def test_what_is_refused(monkeypatch):
         last(distill_steps=-1)
     model = tiny_model("mamba")
     monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
-    with pytest.raises(SparseSSMError, match="distill_steps need a language head"):
-        Distillation(model, batches())
+    with pytest.raises(SparseSSMError, match="tune_loss: dense: it needs a language head"):
+        Distillation(model, batches(), "tune_loss: dense")
     monkeypatch.undo()
 
     own = model.forward
@@ -128,7 +128,7 @@ def test_what_is_refused(monkeypatch):
         model, "forward", lambda **inputs: _with_logits(own(**inputs), lambda x: x.tanh() ** 3)
     )
     with pytest.raises(SparseSSMError, match="no multiple of what its head gives"):
-        Distillation(model.to(DEVICE), batches())
+        Distillation(model.to(DEVICE), batches(), "distill_steps")
 
 
 def _with_logits(output, change):

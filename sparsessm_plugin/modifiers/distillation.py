@@ -39,18 +39,19 @@ class Distillation:
 
     :param model: dense, with its language head; all weights on one device
     :param data: batches that can be read again
+    :param who: asks for it, for messages: a field and, where that is one, its value
     :raises SparseSSMError: no language head, weights on several devices, or logits that are no
         multiple of what the head gives
     """
 
-    def __init__(self, model: Any, data: Any) -> None:
+    def __init__(self, model: Any, data: Any, who: str) -> None:
         head = model.get_output_embeddings()
         if head is None:
             raise SparseSSMError(
-                f"distill_steps need a language head, and {type(model).__name__} has none"
+                f"{who}: it needs a language head, and {type(model).__name__} has none"
             )
         with disable_onloading():
-            self._device = single_device("distill_steps", model)
+            self._device = single_device(who, model)
         self._scale = 1.0
         self.batches: list[dict[str, Any]] = []
         inputs: list[Tensor] = []
@@ -61,7 +62,7 @@ class Distillation:
                     logits = model(**_inputs(to_device(batch, self._device))).logits
                     hidden_states = inputs.pop()
                     if not self.batches:
-                        self._scale = _logit_scale(logits[:1], head(hidden_states[:1]))
+                        self._scale = _logit_scale(who, logits[:1], head(hidden_states[:1]))
                         inputs.clear()
                     self.batches.append({**batch, _DENSE: hidden_states.cpu()})
         finally:
@@ -190,13 +191,10 @@ def _in_place(model: Any) -> Iterator[None]:
         yield
 
 
-def _logit_scale(logits: Tensor, raw: Tensor) -> float:
+def _logit_scale(who: str, logits: Tensor, raw: Tensor) -> float:
     """What the family multiplies the head's output by (Granite and FalconH1 do)."""
     logits, raw = logits.double(), raw.double()
     scale = float((logits * raw).sum() / raw.square().sum().clamp(min=1e-30))
     if not float((logits - scale * raw).norm()) <= _MULTIPLE * float(logits.norm()):
-        raise SparseSSMError(
-            "distill_steps: the model's logits are no multiple of what its head gives; "
-            "only 0 is allowed"
-        )
+        raise SparseSSMError(f"{who}: the model's logits are no multiple of what its head gives")
     return scale

@@ -303,7 +303,7 @@ class GradientMagnitudeModifier(MixerModifier):
     def _tuner(self, model: Any, batches: list[Any]) -> Tuner:
         parameters, loss_fn = tuned_parameters(model), self.loss_fn
         if self.tune_loss == "dense":
-            distillation = Distillation(model, batches)
+            distillation = Distillation(model, batches, "tune_loss: dense")
             batches, loss_fn = distillation.batches, distillation.loss
             # it reads what the dense model gave to the head, which stays as it is
             head = {id(p) for p in model.get_output_embeddings().parameters()}

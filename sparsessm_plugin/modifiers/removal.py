@@ -174,7 +174,7 @@ class RemovalModifier(MixerModifier):
         super().on_calibration_start(state, event, **kwargs)
         if self.distill_steps:
             with self._released_on_error(), self._cost.stage("dense predictions"):
-                self._distillation = Distillation(state.model, state.data.calib)
+                self._distillation = Distillation(state.model, state.data.calib, "distill_steps")
 
     def observe(
         self, adapter: MixerAdapter, hidden_states: Tensor, attention_mask: Tensor | None

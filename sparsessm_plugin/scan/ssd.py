@@ -42,34 +42,37 @@ def scan_with_states(
 
     def chunks(x: Tensor) -> Tensor:
         """(b, L, ...) -> (b, chunks, c, ...); steps that are made up add and forget nothing."""
-        padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, count * chunk - length))
-        return padded.unflatten(1, (count, chunk))
+        if length % chunk:
+            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, count * chunk - length))
+        return x.unflatten(1, (count, chunk))
 
-    # (b, G, H / G, chunks, c, ...): a group's heads side by side, time next to last
-    dt = chunks(q.dt).unflatten(-1, (G, heads)).permute(0, 3, 4, 1, 2)
-    u = chunks(q.u).unflatten(-1, (G, heads, P)).permute(0, 3, 4, 1, 2, 5)
-    B, C = (chunks(x).permute(0, 3, 1, 2, 4)[:, :, None] for x in (q.B, q.C))  # (b, G, 1, ...)
-    x = u * dt[..., None]
+    dt, u = chunks(q.dt), chunks(q.u).unflatten(-1, (H, P))
+    B, C = (chunks(x).transpose(2, 3) for x in (q.B, q.C))  # (b, chunks, G, c, N)
+    x = u * dt[..., None]  # (b, chunks, c, H, P)
     # log of exp(dt A), summed in float64: a step that forgets everything leaves a large sum
     # behind it, and what the small steps after it add would be lost in float32
-    total = (dt * q.A.view(G, heads, 1, 1)).cumsum(-1, dtype=torch.float64)
+    total = (dt.transpose(2, 3) * q.A[:, None]).cumsum(-1, dtype=torch.float64)
     # what entered at step s and is left at step t >= s
     future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    lasting = (total[..., :, None] - total[..., None, :]).to(x.dtype)  # (..., t, s)
-    lasting = lasting.masked_fill(future, -torch.inf).exp()
-    y = ((C @ B.transpose(-1, -2)) * lasting) @ x  # (b, G, h, chunks, c, P)
-    left = (total[..., -1:] - total).exp().to(x.dtype)[..., None] * x
-    added = left.transpose(-1, -2) @ B  # (b, G, h, chunks, P, N)
-    kept = total[..., -1].exp().to(x.dtype)[..., None, None]
+    lasting = (total[..., :, None] - total[..., None, :]).to(x.dtype)  # (b, chunks, H, t, s)
+    lasting = lasting.masked_fill(future, -torch.inf).exp().unflatten(2, (G, heads))
+    inner = (C @ B.transpose(-1, -2))[:, :, :, None] * lasting
+    y = (inner.flatten(2, 3) @ x.transpose(2, 3)).transpose(2, 3)
+    # B and C belong to all heads of a group: side by side these are one matrix each
+    left = (total[..., -1:] - total).exp().to(x.dtype).transpose(2, 3)[..., None] * x
+    left = left.unflatten(3, (G, heads)).flatten(4).permute(0, 1, 3, 4, 2)
+    added = (left @ B).unflatten(3, (heads, P))  # (b, chunks, G, H / G, P, N)
+    kept = total[..., -1].exp().to(x.dtype).unflatten(2, (G, heads))[..., None, None]
     h = x.new_zeros(batch, G, heads, P, N)
     before = []
-    for k in range(count):
+    for more, share in zip(added.unbind(1), kept.unbind(1), strict=True):
         before.append(h)
-        h = torch.addcmul(added[..., k, :, :], h, kept[..., k, :, :])  # one kernel a chunk
-    start = torch.stack(before, dim=3)  # (b, G, h, chunks, P, N)
-    y = y + (C @ start.transpose(-1, -2)) * total.exp().to(x.dtype)[..., None]
-    y = y + u * q.D.view(G, heads, 1, 1, 1)
-    y = y.permute(0, 3, 4, 1, 2, 5).reshape(batch, count * chunk, D)[:, :length]
+        h = torch.addcmul(more, h, share)  # one kernel a chunk
+    start = torch.stack(before, dim=1).flatten(3, 4)  # (b, chunks, G, H / G * P, N)
+    entered = (C @ start.transpose(-1, -2)).transpose(2, 3).reshape(x.shape)
+    y = y + entered * total.exp().to(x.dtype).transpose(2, 3)[..., None]
+    y = y + u * q.D[:, None]
+    y = y.reshape(batch, count * chunk, D)[:, :length]
     if not keep_states:
         return y, None
     ends = torch.stack([*before[1:], h], dim=1)[:, : length // chunk]
