@@ -24,7 +24,7 @@ os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from common import assets, first_line, save
+from common import assets, first_line, machine, save
 
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.evaluation.comparison import (
@@ -39,7 +39,7 @@ from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tok
 from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
 from sparsessm_plugin.evaluation.tasks import evaluate_tasks, load_tasks
 from sparsessm_plugin.files import write_json
-from sparsessm_plugin.pruning import ModelSource, prune, versions
+from sparsessm_plugin.pruning import ModelSource, prune
 from sparsessm_plugin.recipes import CheckedRecipe, load_recipe
 
 CALIBRATION = "corpus/calibration.jsonl"
@@ -122,7 +122,7 @@ def settings(options: Any) -> dict[str, Any]:
 def read(path: Path | None, chosen: dict[str, Any]) -> dict[str, Any]:
     """What an earlier call has written, or nothing yet."""
     if path is None or not path.exists():
-        return {"settings": chosen, "models": {}, "versions": versions()}
+        return {"settings": chosen, "models": {}, "versions": machine()}
     state = json.loads(path.read_text(encoding="utf-8"))
     if state["settings"] != chosen:
         raise SystemExit(f"{path} was made with other settings: {state['settings']}")
@@ -196,14 +196,13 @@ class Runner:
         for seed in range(self.options.seeds):
             for label in self.options.recipes:
                 recipe = load_recipe(ROOT / label if label.startswith(HERE) else label)
-                drawn = any(m.requires_calibration_data for m in recipe.modifiers)
                 try:
                     recipe.check_model(skeleton)
                 except SparseSSMError as error:
                     if not seed:
                         print(f"{source.name}: {label} does not fit: {error}", flush=True)
                     continue
-                if drawn or not seed:
+                if recipe.reads_data or not seed:
                     found.append((label, recipe, seed))
         return found
 
@@ -221,8 +220,7 @@ class Runner:
         cost: dict[str, Any] = {}
         if recipe is not None:
             drawn = calibration_loader(samples, options.windows, options.batch_size, seed)
-            needed = any(m.requires_calibration_data for m in recipe.modifiers)
-            loader = drawn if needed else None
+            loader = drawn if recipe.reads_data else None
             pruned = prune(model, recipe, loader, tokenizer, reload=source.load)
             model = pruned.model
             cost = {"seconds": pruned.seconds, "peak_memory_bytes": pruned.peak_memory_bytes}
@@ -277,7 +275,7 @@ def save_table(name: str, state: dict[str, Any]) -> None:
                 for run in ordered
                 if "error" in run
             ]
-    save(name, "\n".join(lines), state)
+    save(name, "\n".join(lines), state, state["versions"])
 
 
 if __name__ == "__main__":

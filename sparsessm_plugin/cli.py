@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sparsessm_plugin.allocator import keep_freed_memory
 from sparsessm_plugin.errors import SparseSSMError
 
 if TYPE_CHECKING:
@@ -356,8 +357,7 @@ def compare(
         recipe.check_data(calibration)
         recipe.check_model(skeleton)
         chosen[label] = (where, recipe.text)
-        drawn = any(modifier.requires_calibration_data for modifier in recipe.modifiers)
-        runs += [(label, seed) for seed in (numbers if drawn else numbers[:1])]
+        runs += [(label, seed) for seed in (numbers if recipe.reads_data else numbers[:1])]
     # only to find out now what would fail later
     _load_tasks(names, tasks_data, limit)
     vocab_size, tokenizer = _vocab_size(skeleton), source.load_tokenizer()
@@ -687,6 +687,7 @@ def main() -> None:
     """Entry point: mistakes become one line and exit code 1, an interrupt 130."""
     # a terminated run tidies up like an interrupted one
     signal.signal(signal.SIGTERM, _terminate)
+    keep_freed_memory()
     try:
         app(_repeated(sys.argv[1:]))
     except SystemExit as end:

@@ -261,7 +261,7 @@ RELOAD = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 ids, expected = torch.load(sys.argv[2])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval().to(ids.device)
 with torch.no_grad():
     logits = model(ids).logits
 assert torch.equal(logits, expected), (logits - expected).abs().max()
@@ -275,7 +275,7 @@ def check_reload(model, saved, more=""):
 
     :param more: further statements of that process, which has ids and the model
     """
-    ids = torch.randint(1, VOCAB, (2, 15))
+    ids = torch.randint(1, VOCAB, (2, 15)).to(model.device)
     expected = saved.with_name("expected.pt")
     with torch.no_grad():
         torch.save((ids, model(ids).logits), expected)

@@ -65,6 +65,22 @@ def here(monkeypatch, sparsessm):
     return ran
 
 
+def test_a_recipe_that_reads_the_data_itself_runs_with_every_seed(
+    sparsessm, here, text_file, tmp_path
+):
+    gradient = "a_stage: {a_modifiers: {GradientMagnitudeModifier: {sparsity: 0.5, rounds: 1}}}"
+    (tmp_path / "gradient.yaml").write_text(gradient)
+    code, _, _ = sparsessm(
+        *("compare", DEMO, "--recipes", tmp_path / "gradient.yaml", "--seeds", "0,1"),
+        *("--calibration", text_file, "--text", f"topics={text_file}", "--output", tmp_path / "o"),
+        *("--num-samples", 2, "--max-seq-length", 32, "--eval-samples", 3),
+    )
+    assert code == 0
+    assert ("prune", "gradient, seed 1") in here
+    runs = json.loads((tmp_path / "o" / "comparison.json").read_text())["runs"]
+    assert runs["gradient, seed 0"]["measures"] != runs["gradient, seed 1"]["measures"]
+
+
 def test_a_comparison_and_going_on_with_it(sparsessm, here, setup, tmp_path):
     out = tmp_path / "out"
     code, stdout, _ = sparsessm("compare", DEMO, *setup)

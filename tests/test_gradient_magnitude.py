@@ -362,9 +362,11 @@ def test_recipes_need_data():
     for name in ("gradient-50", "gradient-70"):
         with pytest.raises(SparseSSMError, match="needs calibration data"):
             load_recipe(name).check_data(None)
+        assert load_recipe(name).reads_data
     magnitude = "{sparsity: 0.5, importance: magnitude}"
     recipe = f"a_stage:\n  a_modifiers:\n    GradientMagnitudeModifier: {magnitude}\n"
     parse_recipe(recipe).check_data(None)
+    assert not parse_recipe(recipe).reads_data
 
 
 def unchanged(model, before):

@@ -305,10 +305,11 @@ def test_gradients_and_a_switched_off_library_leave_products_alone(in_onednn):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_with_products_in_onednn(family, in_onednn):
-    model = tiny_model(family)
+    model = tiny_model(family).to(DEVICE)
     ids = torch.randint(1, 96, (2, 24))
     with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
+        expected = model(ids.to(DEVICE), use_cache=False).logits.cpu()
+        model.cpu()
         assert in_onednn == []
         with fast_forward(model):
             result = model(ids, use_cache=False).logits

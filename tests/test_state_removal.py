@@ -629,8 +629,8 @@ def check_reloaded_quantized(model, folder):
     config = json.loads((folder / "config.json").read_text())
     assert config["state_size"] == 4
     assert config["quantization_config"]["format"] == "int-quantized"
-    again = AutoModelForCausalLM.from_pretrained(folder).eval()
-    ids = torch.randint(1, 96, (2, 15))
+    again = AutoModelForCausalLM.from_pretrained(folder).eval().to(model.device)
+    ids = torch.randint(1, 96, (2, 15)).to(model.device)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
 

@@ -35,6 +35,11 @@ class CheckedRecipe:
     text: str
     modifiers: tuple[Any, ...]
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether the result depends on calibration data."""
+        return any(map(_reads_data, self.modifiers))
+
     def check_data(self, data: Any) -> None:
         """Refuse to go on without calibration data where a modifier needs it.
 
@@ -42,9 +47,7 @@ class CheckedRecipe:
         :raises SparseSSMError: naming the modifier
         """
         for modifier in self.modifiers:
-            needs = modifier.requires_calibration_data
-            # a modifier may read the data itself, without LLM Compressor's calibration pass
-            if data is None and getattr(modifier, "reads_calibration_data", needs):
+            if data is None and _reads_data(modifier):
                 raise SparseSSMError(
                     f"{self.name}: {type(modifier).__name__} needs calibration data; "
                     "give --calibration"
@@ -66,6 +69,12 @@ class CheckedRecipe:
                 if hasattr(modifier, check):
                     getattr(modifier, check)(model)
         check_modifiers(self.modifiers, model)
+
+
+def _reads_data(modifier: Any) -> bool:
+    """Also if it reads the data itself, without LLM Compressor's calibration pass."""
+    needs = modifier.requires_calibration_data
+    return bool(getattr(modifier, "reads_calibration_data", needs))
 
 
 def recipe_names() -> list[str]:

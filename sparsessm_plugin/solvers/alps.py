@@ -165,10 +165,10 @@ def _admm(
         dual = free.masked_fill(mask, 0)
         sparse = free.sub_(dual)
         if step % _UPDATE_EVERY == 0:
-            changed = int((mask != before).sum())
+            changed = int(torch.count_nonzero(mask != before))
             if not changed:
                 break
-            share = changed / max(1, int(mask.sum()))
+            share = changed / max(1, int(torch.count_nonzero(mask)))
             growth = next(growth for least, growth in _GROWTH if share >= least)
             penalty *= growth
             dual /= growth

@@ -97,7 +97,7 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
     else:
         threshold = float(scores.kthvalue(size - count).values)
     mask = scores > threshold  # which is the largest score that goes
-    missing = count - int(mask.sum())
+    missing = count - int(torch.count_nonzero(mask))
     if missing:
         ties = (scores == threshold).nonzero().flatten()
         mask[ties[:missing]] = True
