@@ -62,12 +62,17 @@ def begin(options: Any) -> list[dict[str, Any]]:
     if not options.resume or not path.exists():
         return []
     content = json.loads(path.read_text(encoding="utf-8"))
-    found, here = content["versions"], machine()
+    check_versions(path, content["versions"])
+    rows: list[dict[str, Any]] = content["rows"]
+    return rows
+
+
+def check_versions(path: Path, found: dict[str, str]) -> None:
+    """Do not go on from what other versions, or another kind of device, have measured."""
+    here = machine()
     differing = [k for k in here if found.get(k) != here[k] and k != "cpu"]
     if differing:
         raise SystemExit(f"{path} was made with other {', '.join(differing)}")
-    rows: list[dict[str, Any]] = content["rows"]
-    return rows
 
 
 class Part:

@@ -1,6 +1,6 @@
 """All methods beside each other: perplexity on three texts and four tasks, time and memory.
 
-python benchmarks/results_table.py --models mamba-25m mamba2-25m    # on a GPU
+python benchmarks/results_table.py --models mamba-25m --resume    # on a GPU
 
 Many runs in few minutes of a large machine: start several processes, each with a part of the
 runs, and put their files together. What a file holds already is not run again.
@@ -24,7 +24,7 @@ os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from common import assets, first_line, machine, save
+from common import RESULTS, assets, check_versions, first_line, machine, save
 
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.evaluation.comparison import (
@@ -101,17 +101,22 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1e9, help="start no run after seconds")
     parser.add_argument("--part", default="0/1", help="i/n: only every n-th run, from the i-th")
     parser.add_argument("--output", type=Path, help="file for this part's runs, and from where on")
+    parser.add_argument("--resume", action="store_true", help="go on from this name's .json")
     parser.add_argument("--merge", nargs="+", type=Path, help="only put files together")
-    parser.add_argument("--name", default="results_table")
+    parser.add_argument("--remark", default="", help="how it was made, for the table's head")
+    parser.add_argument("--name", default="results_table", help="of the result files")
     options = parser.parse_args()
     if options.merge:
-        save_table(options.name, merge(options.merge))
+        save_table(options.name, merge(options.merge), options.remark)
         return
     part, parts = map(int, options.part.split("/"))
+    whole = options.output is None
+    if options.resume:
+        options.output = RESULTS / f"{options.name}.json"
     state = read(options.output, settings(options))
     Runner(options, state).run(part, parts)
-    if options.output is None:
-        save_table(options.name, state)
+    if whole:
+        save_table(options.name, state, options.remark)
 
 
 def settings(options: Any) -> dict[str, Any]:
@@ -126,13 +131,16 @@ def read(path: Path | None, chosen: dict[str, Any]) -> dict[str, Any]:
     state = json.loads(path.read_text(encoding="utf-8"))
     if state["settings"] != chosen:
         raise SystemExit(f"{path} was made with other settings: {state['settings']}")
+    check_versions(path, state["versions"])
     return state
 
 
 def merge(paths: list[Path]) -> dict[str, Any]:
     first = json.loads(paths[0].read_text(encoding="utf-8"))
     for path in paths[1:]:
-        part = read(path, first["settings"])
+        part = json.loads(path.read_text(encoding="utf-8"))
+        if part["settings"] != first["settings"]:
+            raise SystemExit(f"{path} was made with other settings than {paths[0]}")
         if part["versions"] != first["versions"]:
             raise SystemExit(f"{path} and {paths[0]} were made on different machines or versions")
         for name, runs in part["models"].items():
@@ -241,10 +249,11 @@ class Runner:
         }
 
 
-def save_table(name: str, state: dict[str, Any]) -> None:
+def save_table(name: str, state: dict[str, Any], remark: str = "") -> None:
     """A table for each model and section, the dense model at the head of each."""
     chosen = state["settings"]
     lines = [
+        *([remark, ""] if remark else []),
         f"`RECIPE` in the first column, {chosen['windows']} x {chosen['length']} calibration "
         "tokens; a row is the mean over the seeds 0, 1, ... of",
         "",

@@ -66,10 +66,8 @@ def jobs() -> dict[str, Job]:
             ("state_removal_quality.py", "--models", model, "--resume")
         )
     for model in BIG:
-        output = str(HERE / "results" / f"results_table_{model}.runs.json")
         found[f"results_table_{model}"] = Job(
-            ("results_table.py", "--models", model, "--output", output, "--limit", "100"),
-            alone=False,
+            ("results_table.py", "--models", model, "--resume", "--limit", "200"), alone=False
         )
     for model in SMALL:
         found[f"state_removal_quality_{model}"] = Job(
