@@ -52,10 +52,10 @@ def scan_with_states(
     # log of exp(dt A), summed in float64: a step that forgets everything leaves a large sum
     # behind it, and what the small steps after it add would be lost in float32
     total = (dt.transpose(2, 3) * q.A[:, None]).cumsum(-1, dtype=torch.float64)
-    # what entered at step s and is left at step t >= s
-    future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    lasting = (total[..., :, None] - total[..., None, :]).to(x.dtype)  # (b, chunks, H, t, s)
-    lasting = lasting.masked_fill(future, -torch.inf).exp().unflatten(2, (G, heads))
+    # what entered at step s and is left at step t >= s, (b, chunks, H, t, s)
+    future = x.new_full((chunk, chunk), -torch.inf).triu(1)
+    lasting = (total[..., :, None] - total[..., None, :]).to(x.dtype).add_(future).exp_()
+    lasting = lasting.unflatten(2, (G, heads))
     inner = (C @ B.transpose(-1, -2))[:, :, :, None] * lasting
     y = (inner.flatten(2, 3) @ x.transpose(2, 3)).transpose(2, 3)
     # B and C belong to all heads of a group: side by side these are one matrix each

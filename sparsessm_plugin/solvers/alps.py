@@ -162,7 +162,7 @@ def _admm(
         free = solver.solve(torch.add(target, sparse - dual, alpha=penalty)).add_(dual)
         mask = project(free)
         # V is what the projection took: its step, penalty * (W' - D), adds up to that
-        dual = free.masked_fill(mask, 0)
+        dual = free * ~mask  # on a CPU eight times as fast as masked_fill
         sparse = free.sub_(dual)
         if step % _UPDATE_EVERY == 0:
             changed = int(torch.count_nonzero(mask != before))
@@ -214,7 +214,8 @@ def refine_on_support(
     errors = row_errors(dense, first, hessian)
     left = (errors / unit).to(dtype)[..., None]
     x = first.clone()
-    residual = factor.after(dense - x).masked_fill_(~mask, 0)
+    support = mask.to(dtype)
+    residual = factor.after(dense - x).mul_(support)
     z = residual * inverse
     direction = z
     rz = (residual * z).sum(-1, keepdim=True)
@@ -227,7 +228,7 @@ def refine_on_support(
         active &= curvature > 0
         length = torch.where(active, rz / curvature, torch.zeros_like(rz))
         x.addcmul_(length, direction)
-        residual = residual - (length * product).masked_fill_(~mask, 0)
+        residual = residual.addcmul(length * product, support, value=-1)
         z = residual * inverse
         previous, rz = rz, (residual * z).sum(-1, keepdim=True)
         direction = z + torch.where(active, rz / previous, torch.zeros_like(rz)) * direction
