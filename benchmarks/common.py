@@ -56,15 +56,14 @@ def add_part_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from this name's .json")
 
 
-def begin(options: Any) -> list[dict[str, Any]]:
-    """The rows to start with: none, or those that an earlier call has measured."""
-    path = RESULTS / f"{options.name}.json"
-    if not options.resume or not path.exists():
-        return []
-    content = json.loads(path.read_text(encoding="utf-8"))
-    check_versions(path, content["versions"])
-    rows: list[dict[str, Any]] = content["rows"]
-    return rows
+def begin(name: str) -> dict[str, Any]:
+    """What an earlier call has measured under this name; nothing if there was none."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    check_versions(path, content.pop("versions"))
+    return content
 
 
 def check_versions(path: Path, found: dict[str, str]) -> None:
@@ -140,10 +139,10 @@ def save(
     print(text)
 
 
-def keep_rows(name: str, rows: list[dict[str, Any]]) -> None:
+def keep(name: str, numbers: dict[str, Any]) -> None:
     """Write what was measured so far; :func:`save` does it again at the end."""
     RESULTS.mkdir(exist_ok=True)
-    write_json(RESULTS / f"{name}.json", {"rows": rows, "versions": machine()})
+    write_json(RESULTS / f"{name}.json", {**numbers, "versions": machine()})
 
 
 def machine() -> dict[str, str]:

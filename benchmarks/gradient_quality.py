@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
-from common import Result, assets, perplexities, row_of, save
+from common import Result, assets, begin, keep, perplexities, row_of, save
 from torch import Tensor
 
 from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
@@ -75,9 +75,12 @@ def main() -> None:
     parser.add_argument("--evaluate-batch-size", type=int, default=4)
     parser.add_argument("--development", action="store_true", help="write no result")
     parser.add_argument("--budget", type=float, default=1e9, help="start no run after seconds")
+    parser.add_argument("--resume", action="store_true", help="go on from this name's .json")
     parser.add_argument("--name", default="gradient_quality")
     options = parser.parse_args()
     result = Result(options.budget)
+    if options.resume:
+        result.numbers = begin(options.name)
     for name in options.models:
         run = Run(name, options)
         for section in options.sections:
@@ -119,6 +122,11 @@ class Run:
     def loader(self, count: int, seed: int) -> Any:
         return calibration_loader(self.samples, count, self.options.batch_size, seed)
 
+    def keep(self, result: Result) -> None:
+        """Write what was measured so far."""
+        if not self.options.development:
+            keep(self.options.name, result.numbers)
+
     def ratio(self, kind: str, values: list[float]) -> str:
         """Mean, half the spread, and in brackets the mean over the dense one."""
         value = statistics.mean(values)
@@ -139,11 +147,16 @@ class Run:
         title: str,
         text: str,
     ) -> None:
-        rows: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = result.numbers.setdefault("rows", [])
         for seed in range(seeds):
             for method, fields in methods.items():
                 if seed and "magnitude" in method and "tune_steps" not in fields:
                     continue  # which looks at no data
+                if (
+                    seed
+                    in row_of(rows, {"model": self.name, "method": method}, self.tests)["seeds"]
+                ):
+                    continue
 
                 def work(method: str = method, fields: str = fields, seed: int = seed) -> None:
                     pruned = self.prune(
@@ -153,13 +166,16 @@ class Run:
                     for kind, value in self.evaluate(pruned.model).items():
                         row[kind].append(value)
                     row["seconds"].append(pruned.seconds)
+                    row["seeds"].append(seed)
                     row["layers"] = by_kind(pruned.reports[0]["layers"])
+                    self.keep(result)
                     print(self.name, method, f"seed {seed}", row, flush=True)
 
                 result.case(f"{self.name}, {method}, seed {seed}", work)
-        result.numbers.setdefault("rows", []).extend(rows)
         cells = [[self.name, "dense", *(f"{self.dense[kind]:.2f}" for kind in self.tests), "", ""]]
         for row in rows:
+            if row["model"] != self.name or row["method"] not in methods or not row["seeds"]:
+                continue
             cells.append(
                 [self.name, row["method"], *(self.ratio(kind, row[kind]) for kind in self.tests)]
             )
@@ -241,13 +257,14 @@ def components(run: Run, result: Result) -> None:
     batches = list(run.loader(options.windows, 0))
     gradients, _ = mean_gradients(model, batches, parameters, of_samples=True)
     share = options.component_sparsity
-    table, numbers = [], []
+    numbers: list[dict[str, Any]] = result.numbers.setdefault("components", [])
     for component, rows in parts.items():
+        if any((n["model"], n["component"]) == (run.name, component) for n in numbers):
+            continue
 
         def work(component: str = component, rows: Any = rows) -> None:
             entries = sum(part.detach()[where].numel() for part, where in rows)
-            row: dict[str, Any] = {"component": component, "entries": entries}
-            cells = [run.name, component, f"{entries:,}"]
+            row: dict[str, Any] = {"model": run.name, "component": component, "entries": entries}
             for kind in ("gradient", "magnitude"):
                 scores = {
                     str(i): importance(
@@ -264,13 +281,21 @@ def components(run: Run, result: Result) -> None:
                     row[kind] = run.evaluate(model)
                     for (part, _), value in zip(rows, before, strict=True):
                         part.copy_(value)
-                cells += [run.ratio(text, [value]) for text, value in row[kind].items()]
-            numbers.append({"model": run.name, **row})
-            table.append(cells)
-            print(cells, flush=True)
+            numbers.append(row)
+            run.keep(result)
+            print(row, flush=True)
 
         result.case(f"{run.name}, {component}", work)
-    result.numbers.setdefault("components", []).extend(numbers)
+    table = [
+        [run.name, row["component"], f"{row['entries']:,}"]
+        + [
+            run.ratio(text, [value])
+            for kind in ("gradient", "magnitude")
+            for text, value in row[kind].items()
+        ]
+        for row in numbers
+        if row["model"] == run.name
+    ]
     header = [f"{kind}: {text}" for kind in ("gradient", "magnitude") for text in run.tests]
     result.table(
         f"{run.name}: {share:.0%} of one component alone",

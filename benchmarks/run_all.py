@@ -56,7 +56,14 @@ def jobs() -> dict[str, Job]:
             ("whole_model_quality.py", "--models", model, "--resume", "--methods", *PROJECTIONS),
             alone=False,
         )
-    tune = ("gradient_quality.py", "--sections", "tune", "--fields", "learning_rate: 5e-4")
+    tune = (
+        "gradient_quality.py",
+        "--resume",
+        "--sections",
+        "tune",
+        "--fields",
+        "learning_rate: 5e-4",
+    )
     found["gradient_quality_tuned"] = Job((*tune, "--tuned", TUNED, "--tune-seconds", "220"))
     found["gradient_quality_tuned_short"] = Job((*tune, "--tuned", *OTHERS, "--tune-seconds", "60"))
     for model in BIG:
@@ -71,7 +78,9 @@ def jobs() -> dict[str, Job]:
         found[f"state_removal_quality_{model}"] = Job(
             ("state_removal_quality.py", "--models", model, "--resume")
         )
-    found["gradient_quality"] = Job(("gradient_quality.py", "--sections", "prune", "components"))
+    found["gradient_quality"] = Job(
+        ("gradient_quality.py", "--resume", "--sections", "prune", "components")
+    )
     for model in BIG[:1]:
         script = ("state_removal_quality.py", "--models", model, "--channels", "0.25", "--resume")
         found[f"channel_removal_quality_{model}"] = Job(script)

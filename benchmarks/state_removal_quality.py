@@ -22,7 +22,7 @@ from common import (
     add_part_arguments,
     assets,
     begin,
-    keep_rows,
+    keep,
     merge,
     perplexities,
     row_of,
@@ -97,7 +97,7 @@ def main() -> None:
         save(options.name, text, {"rows": rows}, found)
         return
     started = time.monotonic()
-    rows = begin(options)
+    rows = begin(options.name).get("rows", []) if options.resume else []
     for name in options.models:
         run_model(name, options, rows, started)
         save(options.name, table(rows, options), {"rows": rows})
@@ -151,9 +151,9 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                         label = f"{case:.0%} of the channels"
                         built = recipe("ChannelRemovalModifier", f"sparsity: {case}, {text}")
                     else:
-                        keep = sizes.state_size // int(case)
-                        label = f"N {sizes.state_size} -> {keep}"
-                        built = recipe("StateRemovalModifier", f"keep: {keep}, {text}")
+                        stays = sizes.state_size // int(case)
+                        label = f"N {sizes.state_size} -> {stays}"
+                        built = recipe("StateRemovalModifier", f"keep: {stays}, {text}")
                     key = {"model": name, "case": label, "criterion": criterion}
                     if "distilled" in criterion:
                         key["criterion"] += f" ({options.distill} x {rate:g})"
@@ -181,7 +181,7 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                         {k: round(v / dense[k], 4) for k, v in measured.items()},
                         f"{seconds:.1f} s", flush=True,
                     )  # fmt: skip
-                    keep_rows(options.name, rows)
+                    keep(options.name, {"rows": rows})
                     del result
 
 

@@ -25,7 +25,7 @@ from common import (
     add_part_arguments,
     assets,
     begin,
-    keep_rows,
+    keep,
     merge,
     perplexities,
     row_of,
@@ -89,7 +89,7 @@ def main() -> None:
         save(options.name, text, {"rows": rows}, found)
         return
     started = time.monotonic()
-    rows = begin(options)
+    rows = begin(options.name).get("rows", []) if options.resume else []
     for name in options.models:
         run_model(name, options, rows, started)
         if not options.development:
@@ -142,7 +142,7 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                 row["seconds"].append(result.seconds)
                 row["seeds"].append(seed)
                 if not options.development:
-                    keep_rows(options.name, rows)
+                    keep(options.name, {"rows": rows})
                 print(
                     name, case, method, f"seed {seed}",
                     {kind: round(row[kind][-1], 3) for kind in tests},
