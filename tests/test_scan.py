@@ -1,5 +1,6 @@
 """The scan backends against each other, and the statistics against their definitions."""
 
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -471,3 +472,21 @@ def test_scan_leaves_the_number_of_threads_alone():
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+FIRST_USE = """
+import torch
+torch.set_num_threads(1)
+from sparsessm_plugin.mixers.vectors import threads_of_torch
+with threads_of_torch():
+    pass
+print(torch.get_num_threads())
+"""
+
+
+def test_the_first_scan_of_a_process_leaves_torch_its_threads():
+    """numba starts its own, and where both share OpenMP that changes torch's number."""
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", FIRST_USE]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "1"

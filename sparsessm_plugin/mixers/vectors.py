@@ -24,7 +24,8 @@ def compiled(function: Callable[..., None]) -> Callable[..., None]:
 @contextmanager
 def threads_of_torch() -> Iterator[None]:
     """No more of numba's threads than torch may use."""
-    threads, torch_threads = get_num_threads(), torch.get_num_threads()
+    # torch first: numba starts its threads when it is asked for their number
+    torch_threads, threads = torch.get_num_threads(), get_num_threads()
     set_num_threads(min(threads, torch_threads))
     try:
         yield
