@@ -477,6 +477,7 @@ def test_scan_leaves_the_number_of_threads_alone():
 FIRST_USE = """
 import torch
 torch.set_num_threads(1)
+assert torch.get_num_threads() == 1  # and makes torch ready for parallel work
 from sparsessm_plugin.mixers.vectors import threads_of_torch
 with threads_of_torch():
     pass
