@@ -686,7 +686,10 @@ def demo(
 def main() -> None:
     """Entry point: mistakes become one line and exit code 1, an interrupt 130."""
     # a terminated run tidies up like an interrupted one
-    signal.signal(signal.SIGTERM, _terminate)
+    _signals.clear()
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored
+        signal.signal(signal.SIGINT, _stop)
     keep_freed_memory()
     try:
         app(_repeated(sys.argv[1:]))
@@ -698,9 +701,13 @@ def main() -> None:
         _fail("terminated; nothing was written", 143)
     except _Stopped as stop:
         _fail(str(stop), stop.code)
-    except OSError as error:
-        _fail(str(error), 1)
     except Exception as error:
+        if signal.SIGTERM in _signals:
+            _fail("terminated; nothing was written", 143)
+        if _signals:
+            _fail("interrupted; nothing was written", _INTERRUPTED)
+        if isinstance(error, OSError):
+            _fail(str(error), 1)
         cause = _our_error(error) or _memory_error(error)
         if cause is None:
             raise
@@ -752,8 +759,20 @@ class _Stopped(BaseException):
         self.code = code
 
 
-def _terminate(number: int, frame: Any) -> None:
-    raise _Terminated
+# Those that came. Libraries of C turn the exception into an ImportError while they are imported,
+# and what only tries to import them passes over that.
+_signals: list[int] = []
+
+
+def _stop(number: int, frame: Any) -> None:
+    _signals.append(number)
+    _check_signals()
+
+
+def _check_signals() -> None:
+    """Stop, if that was asked for and got lost."""
+    if _signals:
+        raise _Terminated if signal.SIGTERM in _signals else KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> None:
@@ -910,6 +929,7 @@ def _evaluate(model: Any, samples: "Tensor", batch_size: int, label: str) -> "Pe
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     from safetensors import SafetensorError
 
+    _check_signals()
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

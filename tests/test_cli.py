@@ -14,7 +14,7 @@ import torch
 from conftest import DEMO, VOCAB, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsessm_plugin import cli
+from sparsessm_plugin import cli, recipes
 from sparsessm_plugin.evaluation.data import read_texts, tokenize, windows
 from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
 
@@ -33,13 +33,14 @@ def sparsessm(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["sparsessm", *map(str, arguments)])
         code = 0
-        handler = signal.getsignal(signal.SIGTERM)
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
             cli.main()
         except SystemExit as error:
             code = error.code or 0
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -485,6 +486,37 @@ def test_interrupted_run_leaves_the_old_result(tmp_path, text_file, number, code
     assert "Traceback" not in stderr
     assert os.listdir(tmp_path) == ["out"]
     assert sorted(os.listdir(out)) == ["old", "sparsessm_report.json"]
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_an_import_loses_still_stops(
+    sparsessm, monkeypatch, text_file, tmp_path, number, code, swallowed
+):
+    """numba turns it into an ImportError, and some who import numba do without it then."""
+    own = recipes.load_recipe
+
+    def load(name):
+        try:
+            signal.raise_signal(number)
+        except BaseException as stop:
+            if not swallowed:
+                raise ImportError("numba._devicearray failed to import") from stop
+        return own(name)
+
+    monkeypatch.setattr(recipes, "load_recipe", load)
+    before = sorted(os.listdir(tmp_path))
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        found, _, stderr = sparsessm(
+            *("prune", DEMO, "--recipe", "alog-50", "--calibration", text_file, *SHORT),
+            *("--output", tmp_path / "out"),
+        )
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+    assert found == code
+    assert "nothing was written" in stderr
+    assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_full_disk(tmp_path, text_file):
