@@ -56,10 +56,10 @@ def add_part_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from this name's .json")
 
 
-def begin(name: str) -> dict[str, Any]:
-    """What an earlier call has measured under this name; nothing if there was none."""
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
+def begin(options: Any) -> dict[str, Any]:
+    """What to go on from: nothing, or what an earlier call has measured."""
+    path = RESULTS / f"{options.name}.json"
+    if not options.resume or not path.exists():
         return {}
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     check_versions(path, content.pop("versions"))

@@ -79,8 +79,7 @@ def main() -> None:
     parser.add_argument("--name", default="gradient_quality")
     options = parser.parse_args()
     result = Result(options.budget)
-    if options.resume:
-        result.numbers = begin(options.name)
+    result.numbers = begin(options)
     for name in options.models:
         run = Run(name, options)
         for section in options.sections:
@@ -152,17 +151,16 @@ class Run:
             for method, fields in methods.items():
                 if seed and "magnitude" in method and "tune_steps" not in fields:
                     continue  # which looks at no data
-                if (
-                    seed
-                    in row_of(rows, {"model": self.name, "method": method}, self.tests)["seeds"]
-                ):
+                row = row_of(rows, {"model": self.name, "method": method}, self.tests)
+                if seed in row["seeds"]:
                     continue
 
-                def work(method: str = method, fields: str = fields, seed: int = seed) -> None:
+                def work(
+                    method: str = method, fields: str = fields, seed: int = seed, row: Any = row
+                ) -> None:
                     pruned = self.prune(
                         [f"sparsity: {self.options.sparsity}", fields], loader(seed)
                     )
-                    row = row_of(rows, {"model": self.name, "method": method}, self.tests)
                     for kind, value in self.evaluate(pruned.model).items():
                         row[kind].append(value)
                     row["seconds"].append(pruned.seconds)
@@ -254,13 +252,14 @@ def components(run: Run, result: Result) -> None:
         if any(parameter is part for rows in parts.values() for part, _ in rows)
     }
     by_identity = {id(parameter): name for name, parameter in parameters.items()}
-    batches = list(run.loader(options.windows, 0))
-    gradients, _ = mean_gradients(model, batches, parameters, of_samples=True)
     share = options.component_sparsity
     numbers: list[dict[str, Any]] = result.numbers.setdefault("components", [])
-    for component, rows in parts.items():
-        if any((n["model"], n["component"]) == (run.name, component) for n in numbers):
-            continue
+    measured = {row["component"] for row in numbers if row["model"] == run.name}
+    left = {component: rows for component, rows in parts.items() if component not in measured}
+    if left:
+        batches = list(run.loader(options.windows, 0))
+        gradients, _ = mean_gradients(model, batches, parameters, of_samples=True)
+    for component, rows in left.items():
 
         def work(component: str = component, rows: Any = rows) -> None:
             entries = sum(part.detach()[where].numel() for part, where in rows)

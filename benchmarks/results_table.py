@@ -110,12 +110,10 @@ def main() -> None:
         save_table(options.name, merge(options.merge), options.remark)
         return
     part, parts = map(int, options.part.split("/"))
-    whole = options.output is None
-    if options.resume:
-        options.output = RESULTS / f"{options.name}.json"
-    state = read(options.output, settings(options))
-    Runner(options, state).run(part, parts)
-    if whole:
+    path = RESULTS / f"{options.name}.json" if options.resume else options.output
+    state = read(path, settings(options))
+    Runner(options, state, path).run(part, parts)
+    if options.resume or path is None:
         save_table(options.name, state, options.remark)
 
 
@@ -149,10 +147,10 @@ def merge(paths: list[Path]) -> dict[str, Any]:
 
 
 class Runner:
-    """Runs what is not in a state yet, and writes after each run."""
+    """Runs what is not in a state yet, and writes it to a path, if there is one, after each run."""
 
-    def __init__(self, options: Any, state: dict[str, Any]):
-        self.options, self.state = options, state
+    def __init__(self, options: Any, state: dict[str, Any], path: Path | None):
+        self.options, self.state, self.path = options, state, path
         self.started = time.monotonic()
         data = assets() / "data"
         self.suite = load_tasks(options.tasks, data, options.limit) if options.tasks else None
@@ -185,8 +183,8 @@ class Runner:
                     text = first_line(error)
                     runs[key] = {"recipe": label, "seed": seed, "error": text}
                 print(name, key, text, f"{time.monotonic() - started:.0f} s", flush=True)
-                if self.options.output is not None:
-                    write_json(self.options.output, self.state)
+                if self.path is not None:
+                    write_json(self.path, self.state)
 
     def tokenizer(self, source: ModelSource) -> Any:
         """Checkpoints with the same tokenizer share one, and with it the encoded tasks."""
@@ -227,8 +225,9 @@ class Runner:
         model = source.load()
         cost: dict[str, Any] = {}
         if recipe is not None:
-            drawn = calibration_loader(samples, options.windows, options.batch_size, seed)
-            loader = drawn if recipe.reads_data else None
+            loader = None
+            if recipe.reads_data:
+                loader = calibration_loader(samples, options.windows, options.batch_size, seed)
             pruned = prune(model, recipe, loader, tokenizer, reload=source.load)
             model = pruned.model
             cost = {"seconds": pruned.seconds, "peak_memory_bytes": pruned.peak_memory_bytes}

@@ -89,7 +89,7 @@ def main() -> None:
         save(options.name, text, {"rows": rows}, found)
         return
     started = time.monotonic()
-    rows = begin(options.name).get("rows", []) if options.resume else []
+    rows = begin(options).get("rows", [])
     for name in options.models:
         run_model(name, options, rows, started)
         if not options.development:

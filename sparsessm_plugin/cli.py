@@ -41,6 +41,7 @@ out = Console(width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True)
 
 _INTERRUPTED = 130
+_EXIT_CODES = {"interrupted": _INTERRUPTED, "terminated": 143}
 
 ModelArgument = Annotated[
     str, typer.Argument(help="Folder, hub name, or mamba-demo-0.7m (comes with the package).")
@@ -413,9 +414,10 @@ def compare(
             plan, lambda line: err.print(escape(line), highlight=False, soft_wrap=True)
         )
     except (KeyboardInterrupt, _Terminated) as end:
-        name, code = ("terminated", 143) if isinstance(end, _Terminated) else ("interrupted", 130)
+        name = "terminated" if isinstance(end, _Terminated) else "interrupted"
         raise _Stopped(
-            f"{name}; finished runs are kept in {output}, the same command goes on from there", code
+            f"{name}; finished runs are kept in {output}, the same command goes on from there",
+            _EXIT_CODES[name],
         ) from end
     rows = comparison.summarize(state[comparison.DENSE], state["runs"].values())
     comparison.plot(rows, output / comparison.PLOT)
@@ -695,17 +697,15 @@ def main() -> None:
         app(_repeated(sys.argv[1:]))
     except SystemExit as end:
         if end.code == _INTERRUPTED:  # typer has turned the KeyboardInterrupt into this
-            _fail("interrupted; nothing was written", _INTERRUPTED)
+            _fail_stopped("interrupted")
         raise
     except _Terminated:
-        _fail("terminated; nothing was written", 143)
+        _fail_stopped("terminated")
     except _Stopped as stop:
         _fail(str(stop), stop.code)
     except Exception as error:
-        if signal.SIGTERM in _signals:
-            _fail("terminated; nothing was written", 143)
         if _signals:
-            _fail("interrupted; nothing was written", _INTERRUPTED)
+            _fail_stopped("terminated" if signal.SIGTERM in _signals else "interrupted")
         if isinstance(error, OSError):
             _fail(str(error), 1)
         cause = _our_error(error) or _memory_error(error)
@@ -773,6 +773,10 @@ def _check_signals() -> None:
     """Stop, if that was asked for and got lost."""
     if _signals:
         raise _Terminated if signal.SIGTERM in _signals else KeyboardInterrupt
+
+
+def _fail_stopped(how: str) -> None:
+    _fail(f"{how}; nothing was written", _EXIT_CODES[how])
 
 
 def _fail(message: str, code: int) -> None:

@@ -1,6 +1,5 @@
 """The scan backends against each other, and the statistics against their definitions."""
 
-import os
 import subprocess
 import sys
 from importlib import import_module
@@ -8,7 +7,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, tiny_model
+from conftest import DEVICE, fresh_process, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
@@ -487,7 +486,4 @@ print(torch.get_num_threads())
 
 def test_the_first_scan_of_a_process_leaves_torch_its_threads():
     """numba starts its own, and where both share OpenMP that changes torch's number."""
-    environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
-    command = [sys.executable, "-c", FIRST_USE]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    assert done.stdout.strip() == "1"
+    assert fresh_process(FIRST_USE, NUMBA_NUM_THREADS="2") == 1
