@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from compressed_tensors.offload import get_execution_device
+from loguru import logger
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
@@ -34,6 +36,8 @@ _WARM_UP = 0.1  # share of the tuning steps over which the learning rate rises
 # Numbers that a layer's backward pass needs, of each position and channel: 13 in the Mamba-1
 # layout, about 30 in that of Mamba-2.
 _NUMBERS = 40
+# Bytes a weight beside it: a float32 copy, its gradient and two moments, and a gradient of its own.
+_TRAINING = 20
 
 
 class NonFiniteGradients:
@@ -292,6 +296,71 @@ def single_device(who: str, model: nn.Module) -> torch.device:
             "without a device map"
         )
     return next(iter(devices.values()))
+
+
+@contextmanager
+def on_compute_device(who: str, model: nn.Module) -> Iterator[torch.device]:
+    """Hold all weights of a model where it computes, so that gradient steps change them there.
+
+    ``oneshot()`` loads a model into main memory and moves copies of one layer at a time to the
+    GPU. Copies cannot be tuned, and all layers on the CPU take hundreds of times as long; so a
+    model that fits is moved as a whole, and what has become of it moved back. To be called where
+    onloading is disabled.
+
+    :param who: asks for it, for messages
+    :return: the device
+    :raises SparseSSMError: weights on several devices, or nowhere
+    """
+    home = single_device(who, model)
+    device = _execution_device(model, home)
+    if device.type != home.type:
+        weights = list(model.parameters())
+        needed = sum(w.nbytes + _TRAINING * w.numel() for w in weights)
+        if has_room(device, needed):
+            with held_on(model, device):
+                yield device
+            return
+    if home.type == "cpu" and torch.accelerator.is_available():
+        reason = (
+            "load the model on the accelerator to be faster"
+            if device.type == home.type
+            else f"with what its gradients need it would take more than half of {device}"
+        )
+        logger.warning(f"{who}: computes on the CPU, where the model is; {reason}")
+    yield home
+
+
+def _execution_device(model: nn.Module, home: torch.device) -> torch.device:
+    """Where LLM Compressor's pipeline moves inputs to; where the weights lie if not to one."""
+    devices = {
+        torch.device(get_execution_device(module, home))
+        for module in model.modules()
+        if any(True for _ in module.parameters(recurse=False))
+    }
+    return devices.pop() if len(devices) == 1 else home
+
+
+@contextmanager
+def held_on(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Copies on a device in the place of all weights and buffers, and back into these at the end.
+
+    Tensors that share memory share it there, too. After an exception all is as it was before.
+    """
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    homes = [tensor.data for tensor in tensors]
+    copies: dict[Any, Tensor] = {}
+    try:
+        for tensor, at_home in zip(tensors, homes, strict=True):
+            key = (at_home.data_ptr(), at_home.dtype, at_home.shape, at_home.stride())
+            if key not in copies:
+                copies[key] = at_home.to(device, copy=True)
+            tensor.grad, tensor.data = None, copies[key]
+        yield
+        for tensor, at_home in zip(tensors, homes, strict=True):
+            at_home.copy_(tensor.data)
+    finally:
+        for tensor, at_home in zip(tensors, homes, strict=True):
+            tensor.grad, tensor.data = None, at_home
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

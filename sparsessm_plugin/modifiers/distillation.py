@@ -17,7 +17,7 @@ from sparsessm_plugin import distributed
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import iter_mixers
 from sparsessm_plugin.scan.fast_forward import fast_forward
-from sparsessm_plugin.training import Tuner, single_device, to_device
+from sparsessm_plugin.training import Tuner, on_compute_device, to_device
 
 _DENSE = "dense_hidden_states"  # in a batch: (b, L, hidden_size) what the dense head multiplied
 # How far the logits may be from a multiple of what the head gives, relative, in any dtype.
@@ -50,16 +50,15 @@ class Distillation:
             raise SparseSSMError(
                 f"{who}: it needs a language head, and {type(model).__name__} has none"
             )
-        with disable_onloading():
-            self._device = single_device(who, model)
+        self._who = who
         self._scale = 1.0
         self.batches: list[dict[str, Any]] = []
         inputs: list[Tensor] = []
         handle = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
         try:
-            with _in_place(model), torch.random.fork_rng(devices=[]):
+            with _in_place(who, model) as device, torch.random.fork_rng(devices=[]):
                 for batch in data:
-                    logits = model(**_inputs(to_device(batch, self._device))).logits
+                    logits = model(**_inputs(to_device(batch, device))).logits
                     hidden_states = inputs.pop()
                     if not self.batches:
                         self._scale = _logit_scale(who, logits[:1], head(hidden_states[:1]))
@@ -76,8 +75,8 @@ class Distillation:
         :param learning_rate: the highest
         :return: for a report: divergences in nats a token before and after
         """
-        parameters = mixer_parameters(model)
-        with _in_place(model):
+        with _in_place(self._who, model):
+            parameters = mixer_parameters(model)
             before = self.divergence(model)
             kept = [p.detach().clone() for p in parameters.values()]
             tuner = Tuner(model, parameters, self.batches, steps, learning_rate, loss_fn=self.loss)
@@ -95,9 +94,9 @@ class Distillation:
         Over the first batches, where there are many.
         """
         total = count = 0.0
-        with fast_forward(model):
+        with _in_place(self._who, model) as device, fast_forward(model):
             for batch in self.batches[:_MEASURED]:
-                batch = to_device(batch, self._device)
+                batch = to_device(batch, device)
                 each = self._divergences(model, batch)
                 total += float(torch.stack([row.double().sum() for row in each]).sum())
                 count += sum(row.numel() for row in each)
@@ -179,16 +178,17 @@ def undisturbed(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _in_place(model: Any) -> Iterator[None]:
-    """:func:`undisturbed`, its head as its class has it, and no moving of weights."""
+def _in_place(who: str, model: Any) -> Iterator[torch.device]:
+    """:func:`undisturbed`, its head as its class has it, and all weights on one device."""
     head = model.get_output_embeddings()
     with (
         # LLM Compressor lets it give nothing while a pipeline runs
         patch_attr(head, "forward", MethodType(type(head).forward, head)),
         disable_onloading(),
         undisturbed(model),
+        on_compute_device(who, model) as device,
     ):
-        yield
+        yield device
 
 
 def _logit_scale(who: str, logits: Tensor, raw: Tensor) -> float:

@@ -36,7 +36,7 @@ from sparsessm_plugin.training import (
     NonFiniteGradients,
     Tuner,
     mean_gradients,
-    single_device,
+    on_compute_device,
 )
 from sparsessm_plugin.vocabulary import check_token_ids
 
@@ -241,21 +241,12 @@ class GradientMagnitudeModifier(MixerModifier):
             disable_onloading(),  # parameters themselves, wherever they are
             HooksMixin.disable_hooks(),
             DisableQuantization(state.model),
+            on_compute_device(type(self).__name__, state.model),
         ):
-            device = self._device(state.model)
-            self._prune(state.model, self._read_batches(state, device))
+            self._prune(state.model, self._read_batches(state))
         self._seconds = time.perf_counter() - started
 
-    def _device(self, model: nn.Module) -> torch.device:
-        device = single_device(type(self).__name__, model)
-        if device.type == "cpu" and torch.accelerator.is_available():
-            logger.warning(
-                f"{type(self).__name__} computes on the CPU, where the model is; load the model "
-                "on the accelerator to be faster"
-            )
-        return device
-
-    def _read_batches(self, state: State, device: torch.device) -> list[Any]:
+    def _read_batches(self, state: State) -> list[Any]:
         if not self.reads_calibration_data:
             return []
         with torch.random.fork_rng(devices=[]):  # a shuffled loader keeps its order for later

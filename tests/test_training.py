@@ -1,0 +1,142 @@
+"""Gradient steps where a model's weights and what computes with them are not in one place.
+
+A GPU is not needed: what matters is that what a module gives for a weight is a copy of it.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from compressed_tensors.offload import disable_onloading, set_onload_device
+from compressed_tensors.offload.cache.cpu import CPUCache
+from conftest import DEVICE, batches, tiny_model
+from test_modifier import run
+from torch import nn
+
+from sparsessm_plugin import GradientMagnitudeModifier, StateRemovalModifier, training
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.training import held_on, on_compute_device
+
+
+class Tied(nn.Module):
+    """Two names of one parameter, a buffer, and a parameter that looks into another's memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(3, 4, bias=False)
+        self.second.weight = self.first.weight
+        self.third = nn.Linear(3, 4, bias=False)
+        self.third.weight = nn.Parameter(self.first.weight.detach())
+        self.register_buffer("counts", torch.arange(5))
+
+
+@pytest.fixture
+def onloading_copies(monkeypatch):
+    """As where a GPU computes with weights in main memory."""
+
+    def onload(self, offloaded):
+        if offloaded is None:
+            return None
+        copy = offloaded.detach().clone()
+        if isinstance(offloaded, nn.Parameter):
+            copy = nn.Parameter(copy, offloaded.requires_grad)
+        return copy
+
+    monkeypatch.setattr(CPUCache, "onload", onload)
+
+
+def test_copies_take_the_place_of_weights_and_go_back_into_them():
+    model = Tied()
+    parameters = list(model.parameters())
+    homes = {name: t.data_ptr() for name, t in model.state_dict().items()}
+    with torch.no_grad(), held_on(model, torch.device("cpu")):
+        assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
+        inside = {name: t.data_ptr() for name, t in model.state_dict().items()}
+        assert not set(inside.values()) & set(homes.values())
+        assert inside["first.weight"] == inside["second.weight"] == inside["third.weight"]
+        model.first.weight.fill_(7.0)
+        model.counts.add_(1)
+    assert {name: t.data_ptr() for name, t in model.state_dict().items()} == homes
+    assert bool((model.third.weight == 7).all())
+    assert model.counts.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_after_an_exception_all_is_as_it_was():
+    model = Tied()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    homes = {name: t.data_ptr() for name, t in model.state_dict().items()}
+
+    def stopped():
+        with torch.no_grad(), held_on(model, torch.device("cpu")):
+            model.first.weight.fill_(7.0)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    for name, t in model.state_dict().items():
+        assert t.data_ptr() == homes[name]
+        assert torch.equal(t, before[name])
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_model_that_fits_is_moved_as_a_whole(monkeypatch, room):
+    model, moved, asked = tiny_model("mamba"), [], []
+
+    @contextmanager
+    def moving(model, device):
+        moved.append(device)
+        yield
+
+    def has_room(device, needed):
+        asked.append((device, needed))
+        return room
+
+    monkeypatch.setattr(training, "held_on", moving)
+    monkeypatch.setattr(training, "has_room", has_room)
+    set_onload_device(model, "cuda:3")
+    with disable_onloading(), on_compute_device("this", model) as device:
+        numbers = sum(p.numel() for p in model.parameters())
+    goal = torch.device("cuda:3")
+    assert asked == [(goal, (4 + 20) * numbers)]  # float32
+    assert (device, moved) == ((goal, [goal]) if room else (torch.device("cpu"), []))
+
+
+def test_a_model_that_is_not_offloaded_stays_where_it_is(monkeypatch):
+    monkeypatch.setattr(training, "held_on", None)
+    with on_compute_device("this", tiny_model("mamba").to(DEVICE)) as device:
+        assert device.type == DEVICE
+
+
+def test_weights_on_several_devices_are_refused():
+    model = tiny_model("mamba")
+    model.lm_head.to("meta")
+    with pytest.raises(SparseSSMError, match="this: the model's weights lie on cpu, meta"):
+        on_compute_device("this", model).__enter__()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: StateRemovalModifier(
+            saliency="last", compensate="none", keep=4, distill_steps=5, distill_learning_rate=1e-5
+        ),
+        lambda: GradientMagnitudeModifier(sparsity=0.5, rounds=2, tune_steps=3),
+        lambda: GradientMagnitudeModifier(
+            sparsity=0.5, rounds=2, tune_steps=3, tune_loss="dense", learning_rate=1e-3
+        ),
+    ],
+    ids=["distilled", "tuned", "tuned to the dense model"],
+)
+def test_offloaded_models_become_what_others_do(make, monkeypatch, request):
+    ready = batches(2, 2, 12)
+    plain, offloaded = tiny_model("mamba"), tiny_model("mamba")
+    run(plain, make(), ready)
+    request.getfixturevalue("onloading_copies")
+    run(offloaded, make(), ready)
+    with disable_onloading():
+        found = offloaded.state_dict()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(found[name].cpu(), value.cpu()), name
+    dense = tiny_model("mamba").state_dict()
+    name = "backbone.layers.0.mixer.out_proj.weight"
+    assert not torch.equal(found[name].cpu(), dense[name])
