@@ -165,6 +165,11 @@ _CONFIGS = {
 }
 
 
+def state(model):
+    """Weights and buffers by name, on the CPU, wherever oneshot() has left the model."""
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+
 def tiny_model(family: str, seed: int = 0, **changes):
     """A random two- to four-layer model whose mixers are not at their initial values."""
     torch.manual_seed(seed)

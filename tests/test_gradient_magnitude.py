@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import VOCAB, Loader, batches, check_reload, tiny_model
+from conftest import VOCAB, Loader, batches, check_reload, state, tiny_model
 from pydantic import ValidationError
 from test_distillation import divergence_from
 from test_modifier import nothing_left_behind, run
@@ -52,7 +52,7 @@ def prunable(model):
 
 
 def values(model):
-    return {name: p.detach().clone() for name, p in prunable(model).items()}
+    return {name: p.detach().cpu().clone() for name, p in prunable(model).items()}
 
 
 def zeros(tensors):
@@ -109,7 +109,7 @@ def test_what_is_pruned_is_what_sorting_says(kind, scope):
 
 def test_every_family_is_pruned_tuned_and_saved(family, tmp_path):
     model = tiny_model(family)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = state(model)
     chosen = modifier(rounds=2, tune_steps=2, min_keep=0.05)
     run(model, chosen, batches(2, length=12, padded=True))
     after = values(model)  # single experts among them, which oneshot() takes apart
@@ -118,7 +118,7 @@ def test_every_family_is_pruned_tuned_and_saved(family, tmp_path):
     for weight in after.values():
         assert int((weight != 0).sum()) >= 0.05 * weight.numel()
     # tuning has moved what is kept, norms too, and never the embeddings
-    changed = {k for k, v in model.state_dict().items() if k in before and not v.equal(before[k])}
+    changed = {k for k, v in state(model).items() if k in before and not v.equal(before[k])}
     assert any("norm" in name for name in changed)
     assert not any("embed" in name for name in changed)
     assert all(p.grad is None for p in model.parameters())
@@ -172,7 +172,7 @@ def test_two_runs_give_the_same_bits():
     for _ in range(2):
         model = tiny_model("mamba")
         run(model, modifier(rounds=2, tune_steps=2), batches(2))
-        results.append(model.state_dict())
+        results.append(state(model))
     assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
 
 
@@ -194,7 +194,7 @@ def test_tuning_towards_the_dense_model_comes_closer_to_it(family):
         dense, model = tiny_model(family), tiny_model(family)
         run(model, modifier(sparsity=0.6, rounds=2, **fields), ready)
         found.append(divergence_from(dense, model, ready))
-        heads = [m.get_output_embeddings().weight for m in (dense, model)]
+        heads = [m.get_output_embeddings().weight.cpu() for m in (dense, model)]
         assert torch.equal(*heads)
         assert zeros(prunable(model)) == round(0.6 * sum(p.numel() for p in values(model).values()))
     assert found[1] < 0.8 * found[0]
@@ -370,7 +370,7 @@ def test_recipes_need_data():
 
 
 def unchanged(model, before):
-    return all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    return all(torch.equal(v, before[k]) for k, v in state(model).items())
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def unchanged(model, before):
 )
 def test_labels_and_ids_out_of_range(change, message):
     model, ready = tiny_model("mamba"), batches(2)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = state(model)
     ((key, value),) = change.items()
     ready[1].setdefault("labels", ready[1]["input_ids"].clone())
     ready[1][key][0, 3] = value
@@ -451,7 +451,7 @@ def test_gradients_that_are_no_numbers():
     assert unchanged(model, other.state_dict())  # what was skipped has left no trace
     assert len(chosen.report()["skipped_batches"]) == 2
     model = Forecaster()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = state(model)
     with pytest.raises(SparseSSMError, match=r"3 batches gave NaN .* for \S+weight"):
         modifier(loss_fn=breaking_loss({1, 3, 4})).apply(model, ready)
     assert unchanged(model, before)

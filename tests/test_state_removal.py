@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, MAMBA2, Loader, batches, tiny_model
+from conftest import FAMILIES, MAMBA2, Loader, batches, state, tiny_model
 from llmcompressor import oneshot
 from test_modifier import nothing_left_behind, run, tokenizer
 
@@ -36,12 +36,8 @@ def removed_of(modifier):
     return [layer["removed"] for layer in modifier.report()["layers"]]
 
 
-def weights_of(model):
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
 def unchanged(model, before):
-    after = model.state_dict()
+    after = state(model)
     assert list(after) == list(before)
     for name, value in before.items():
         assert torch.equal(after[name], value), name
@@ -290,7 +286,7 @@ def test_two_runs_are_alike(name):
     for _ in range(2):
         model, modifier = tiny_model(name), removal()
         run(model, modifier)
-        results.append((removed_of(modifier), weights_of(model)))
+        results.append((removed_of(modifier), state(model)))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(v, results[1][1][k]) for k, v in results[0][1].items())
 
@@ -308,7 +304,7 @@ def test_padding_adds_nothing(name, saliency):
     for data in (ready, padded):
         model, modifier = tiny_model(name), removal(saliency=saliency)
         run(model, modifier, data, pipeline="basic")
-        results.append((modifier.report(), weights_of(model)))
+        results.append((modifier.report(), state(model)))
     for short, long in zip(results[0][0]["layers"], results[1][0]["layers"], strict=True):
         assert short["removed"] == long["removed"]
         assert short["tokens"] == long["tokens"] == 3 * 2 * 32
@@ -427,7 +423,7 @@ def test_copies_share_nothing_with_the_mixer(family):
         module.register_forward_hook(lambda *_: calls.append(1))
     own_forward = adapter.mixer.in_proj.forward
     adapter.mixer.in_proj.forward = lambda x: (calls.append(1), own_forward(x))[1]
-    before = weights_of(model)
+    before = state(model)
     clone = adapter.float_clone()
     assert type(clone) is type(adapter)
     assert type(clone.mixer) is type(adapter.mixer)
@@ -450,7 +446,7 @@ def test_copies_share_nothing_with_the_mixer(family):
             parameter.zero_()
     MixerDependencyGraph(clone).get_axis_group("state", range(0, clone.axis_length("state"), 2))
     assert not calls
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
 
 
 def test_inputs_are_kept_in_pieces():
@@ -521,7 +517,7 @@ def test_bad_settings(fields, message):
 )
 def test_settings_that_do_not_fit_the_model(name, settings, message):
     model = tiny_model(name)
-    before = weights_of(model)
+    before = state(model)
     with pytest.raises(SparseSSMError) as error:
         run(model, removal(**settings))
     assert message in str(error.value)
@@ -532,7 +528,7 @@ def test_settings_that_do_not_fit_the_model(name, settings, message):
 def test_config_that_says_something_else():
     model = tiny_model("mamba")
     model.config.state_size = 16
-    before = weights_of(model)
+    before = state(model)
     with pytest.raises(SparseSSMError, match="the config says state_size = 16, the weights of"):
         run(model, removal())
     assert unchanged(model, before)
@@ -542,7 +538,7 @@ def test_mixers_of_different_sizes():
     model = tiny_model("mamba2")
     graph = MixerDependencyGraph(find_mixers(model)[1])
     graph.get_axis_group("state", [0, 1, 2, 3, 8, 9, 10, 11]).prune()
-    before = weights_of(model)
+    before = state(model)
     with pytest.raises(SparseSSMError) as error:
         run(model, removal())
     assert "backbone.layers.1.mixer has other sizes than backbone.layers.0" in str(error.value)
@@ -552,7 +548,7 @@ def test_mixers_of_different_sizes():
 
 def test_no_data():
     model = tiny_model("mamba")
-    before = weights_of(model)
+    before = state(model)
     with pytest.raises(SparseSSMError, match="needs calibration data"):
         oneshot(model=model, recipe=removal())
     with pytest.raises(SparseSSMError, match="empty"):
@@ -580,7 +576,7 @@ def break_layer(model, layer, how):
 def test_failure_in_the_first_layer_changes_nothing(how, message):
     model = tiny_model("mamba")
     break_layer(model, 0, how)
-    before = weights_of(model)
+    before = state(model)
     with pytest.raises(SparseSSMError, match=message) as error:
         run(model, removal())
     assert "of no use" not in str(error.value)
