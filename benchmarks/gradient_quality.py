@@ -13,6 +13,7 @@ import argparse
 import os
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
@@ -20,7 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
-from common import Result, assets, begin, keep, perplexities, row_of, save
+from common import OutOfTime, Result, assets, begin, keep, perplexities, row_of, save
 from torch import Tensor
 
 from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
@@ -147,38 +148,57 @@ class Run:
         text: str,
     ) -> None:
         rows: list[dict[str, Any]] = result.numbers.setdefault("rows", [])
-        for seed in range(seeds):
-            for method, fields in methods.items():
-                if seed and "magnitude" in method and "tune_steps" not in fields:
-                    continue  # which looks at no data
-                row = row_of(rows, {"model": self.name, "method": method}, self.tests)
-                if seed in row["seeds"]:
-                    continue
-
-                def work(
-                    method: str = method, fields: str = fields, seed: int = seed, row: Any = row
-                ) -> None:
-                    pruned = self.prune(
-                        [f"sparsity: {self.options.sparsity}", fields], loader(seed)
-                    )
-                    for kind, value in self.evaluate(pruned.model).items():
-                        row[kind].append(value)
-                    row["seconds"].append(pruned.seconds)
-                    row["seeds"].append(seed)
-                    row["layers"] = by_kind(pruned.reports[0]["layers"])
-                    self.keep(result)
-                    print(self.name, method, f"seed {seed}", row, flush=True)
-
-                result.case(f"{self.name}, {method}, seed {seed}", work)
-        cells = [[self.name, "dense", *(f"{self.dense[kind]:.2f}" for kind in self.tests), "", ""]]
-        for row in rows:
-            if row["model"] != self.name or row["method"] not in methods or not row["seeds"]:
-                continue
+        try:
+            for seed in range(seeds):
+                for method, fields in methods.items():
+                    if seed and "magnitude" in method and "tune_steps" not in fields:
+                        continue  # which looks at no data
+                    row = row_of(rows, {"model": self.name, "method": method}, self.tests)
+                    if seed not in row["seeds"]:
+                        work = partial(self.row, result, row, method, fields, seed, loader)
+                        result.case(f"{self.name}, {method}, seed {seed}", work)
+        except OutOfTime:  # what was measured is shown all the same
+            result.note(title, f"out of {result.budget:.0f} s, the rest was not measured")
+        found = [
+            row
+            for row in rows
+            if row["model"] == self.name and row["method"] in methods and row["seeds"]
+        ]
+        stepped = any("steps" in row for row in found)
+        header = ["model", "method", *self.tests, "seeds", "seconds", *["steps"] * stepped]
+        dense = [self.name, "dense", *(f"{self.dense[kind]:.2f}" for kind in self.tests)]
+        cells = [dense + [""] * (len(header) - len(dense))]
+        for row in found:
             cells.append(
                 [self.name, row["method"], *(self.ratio(kind, row[kind]) for kind in self.tests)]
             )
             cells[-1] += [str(len(row["seconds"])), f"{statistics.mean(row['seconds']):.1f}"]
-        result.table(title, text, ["model", "method", *self.tests, "seeds", "seconds"], cells)
+            if stepped:
+                cells[-1] += [", ".join(f"{steps:,}" for steps in row["steps"])]
+        result.table(title, text, header, cells)
+
+    def row(
+        self,
+        result: Result,
+        row: dict[str, Any],
+        method: str,
+        fields: str,
+        seed: int,
+        loader: Any,
+    ) -> None:
+        """One run, added to its row."""
+        pruned = self.prune([f"sparsity: {self.options.sparsity}", fields], loader(seed))
+        for kind, value in self.evaluate(pruned.model).items():
+            row[kind].append(value)
+        row["seconds"].append(pruned.seconds)
+        row["seeds"].append(seed)
+        report = pruned.reports[0]
+        if report["settings"]["tune_steps"]:
+            steps = report["settings"]["rounds"] * report["settings"]["tune_steps"]
+            row.setdefault("steps", []).append(steps)
+        row["layers"] = by_kind(report["layers"])
+        self.keep(result)
+        print(self.name, method, f"seed {seed}", row, flush=True)
 
 
 def by_kind(layers: list[dict[str, Any]]) -> dict[str, float]:
@@ -225,7 +245,7 @@ def tuned(run: Run, result: Result) -> None:
         lambda seed: run.loader(len(run.samples), seed),
         f"{run.name}: {options.sparsity:.0%} of all weights, tuned",
         f"Steps of {options.batch_size} x {options.length} tokens, as many as fit into "
-        f"{options.tune_seconds:.0f} s by a trial before ({seconds:.3f} s a step), over "
+        f"{options.tune_seconds:.0f} s by a trial before, over "
         f"{run.samples.numel()} tokens of the corpus; gradients of {options.tune_windows} windows "
         "a round. Seconds: the whole oneshot() call.",
     )

@@ -64,7 +64,9 @@ def jobs() -> dict[str, Job]:
         "--fields",
         "learning_rate: 5e-4",
     )
-    found["gradient_quality_tuned"] = Job((*tune, "--tuned", TUNED, "--tune-seconds", "220"))
+    found["gradient_quality_tuned"] = Job(
+        (*tune, "--tuned", TUNED, "--tune-seconds", "220", "--tune-seeds", "2")
+    )
     found["gradient_quality_tuned_short"] = Job((*tune, "--tuned", *OTHERS, "--tune-seconds", "60"))
     for model in BIG:
         found[f"state_removal_quality_{model}"] = Job(
