@@ -1,4 +1,4 @@
-"""Gradient steps where a model's weights and what computes with them are not in one place.
+"""Gradient steps where weights are not where a model computes, and beside other modifiers.
 
 A GPU is not needed: what matters is that what a module gives for a weight is a copy of it.
 """
@@ -10,11 +10,22 @@ import torch
 from compressed_tensors.offload import disable_onloading, set_onload_device
 from compressed_tensors.offload.cache.cpu import CPUCache
 from conftest import DEVICE, batches, tiny_model
+from llmcompressor.modifiers.utils.hooks import HooksMixin
 from test_modifier import run
 from torch import nn
 
-from sparsessm_plugin import GradientMagnitudeModifier, StateRemovalModifier, training
+from sparsessm_plugin import (
+    GradientMagnitudeModifier,
+    SparseGPTQModifier,
+    StateRemovalModifier,
+    training,
+)
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.modifiers.contexts import (
+    hooks_disabled,
+    quantization_disabled,
+    undisturbed,
+)
 from sparsessm_plugin.training import held_on, on_compute_device
 
 
@@ -114,7 +125,7 @@ def test_weights_on_several_devices_are_refused():
         on_compute_device("this", model).__enter__()
 
 
-@pytest.mark.parametrize(
+with_steps = pytest.mark.parametrize(
     "make",
     [
         lambda: StateRemovalModifier(
@@ -127,6 +138,9 @@ def test_weights_on_several_devices_are_refused():
     ],
     ids=["distilled", "tuned", "tuned to the dense model"],
 )
+
+
+@with_steps
 def test_offloaded_models_become_what_others_do(make, monkeypatch, request):
     ready = batches(2, 2, 12)
     plain, offloaded = tiny_model("mamba"), tiny_model("mamba")
@@ -140,3 +154,35 @@ def test_offloaded_models_become_what_others_do(make, monkeypatch, request):
     dense = tiny_model("mamba").state_dict()
     name = "backbone.layers.0.mixer.out_proj.weight"
     assert not torch.equal(found[name].cpu(), dense[name])
+
+
+@with_steps
+def test_a_later_quantization_does_not_touch_the_steps(make):
+    """Its scales are there from the start of the recipe, and hold nothing yet."""
+    ready, reports = batches(2, 2, 12), []
+    ignored = ["lm_head", "re:.*dt_proj$"]
+    quantization = SparseGPTQModifier(targets=["Linear"], ignore=ignored, scheme="W8A8")
+    for later in ([], [quantization]):
+        modifier = make()
+        run(tiny_model("mamba"), [modifier, *later], ready)
+        report = modifier.report()
+        reports.append(report.get("rounds") or report["distillation"])
+    assert reports[0] == reports[1]
+
+
+def test_contexts_come_back_to_what_was_around_them():
+    model = tiny_model("mamba")
+    model.lm_head.quantization_enabled = False
+
+    def enabled():
+        return [getattr(m, "quantization_enabled", True) for m in model.modules()]
+
+    before = enabled()
+    with hooks_disabled(), quantization_disabled(model):
+        with undisturbed(model):
+            assert not any(enabled())
+        assert not any(enabled())
+        assert HooksMixin._HOOKS_DISABLED
+    assert enabled() == before
+    assert before.count(False) == 1
+    assert not HooksMixin._HOOKS_DISABLED

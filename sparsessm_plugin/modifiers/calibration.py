@@ -22,6 +22,7 @@ from sparsessm_plugin.cost import Cost
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.files import write_json
 from sparsessm_plugin.mixers import MixerAdapter, find_mixers, get_adapter, is_mixer, iter_mixers
+from sparsessm_plugin.modifiers.contexts import of_quantization
 from sparsessm_plugin.progress import Stage
 from sparsessm_plugin.scan.fast_forward import fast_forward
 from sparsessm_plugin.vocabulary import check_token_ids
@@ -93,9 +94,7 @@ class MixerModifier(Modifier):
         adapters = self.matching_mixers(state.model)
         for adapter in adapters:
             for name, parameter in adapter.mixer.named_parameters():
-                # a quantization modifier's scales are empty until it has calibrated them
-                calibrated = not name.endswith(("_scale", "_zero_point"))
-                if calibrated and not _is_finite(parameter):
+                if not of_quantization(name) and not _is_finite(parameter):
                     raise SparseSSMError(
                         f"{adapter.name}.{name} holds NaN or infinite values; nothing was pruned"
                     )

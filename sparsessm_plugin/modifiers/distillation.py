@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import patch_attr
-from llmcompressor.modifiers.utils.hooks import HooksMixin
-from llmcompressor.utils.helpers import DisableQuantization, disable_cache, eval_context
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import iter_mixers
+from sparsessm_plugin.modifiers.contexts import of_quantization, undisturbed
 from sparsessm_plugin.scan.fast_forward import fast_forward
 from sparsessm_plugin.training import Tuner, on_compute_device, to_device
 
@@ -155,26 +154,13 @@ def mixer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         f"{name}.{own}": parameter
         for name, mixer in iter_mixers(model)
         for own, parameter in mixer.named_parameters()
-        if parameter.is_floating_point() and not own.endswith(("_scale", "_zero_point"))
+        if parameter.is_floating_point() and not of_quantization(own)
     }
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What the model needs for its logits; from labels it would make a loss, too."""
     return {k: v for k, v in batch.items() if k not in (_DENSE, "labels")}
-
-
-@contextmanager
-def undisturbed(model: Any) -> Iterator[None]:
-    """The model's own predictions: no hooks, caches, quantization or gradients."""
-    with (
-        HooksMixin.disable_hooks(),
-        eval_context(model),
-        disable_cache(model),
-        DisableQuantization(model),
-        torch.no_grad(),
-    ):
-        yield
 
 
 @contextmanager

@@ -11,8 +11,6 @@ from compressed_tensors.utils import match_named_modules
 from compressed_tensors.utils.match import match_named_parameters
 from llmcompressor.core import Event, EventType, State
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.utils.hooks import HooksMixin
-from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
@@ -21,6 +19,11 @@ from sparsessm_plugin import distributed
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import MixerAdapter, find_mixers
 from sparsessm_plugin.modifiers.calibration import MixerModifier
+from sparsessm_plugin.modifiers.contexts import (
+    hooks_disabled,
+    of_quantization,
+    quantization_disabled,
+)
 from sparsessm_plugin.modifiers.distillation import Distillation
 from sparsessm_plugin.modifiers.saving import change_config
 from sparsessm_plugin.saliency.importance import (
@@ -239,8 +242,8 @@ class GradientMagnitudeModifier(MixerModifier):
         with (
             self._released_on_error(),
             disable_onloading(),  # parameters themselves, wherever they are
-            HooksMixin.disable_hooks(),
-            DisableQuantization(state.model),
+            hooks_disabled(),
+            quantization_disabled(state.model),
             on_compute_device(type(self).__name__, state.model),
         ):
             self._prune(state.model, self._read_batches(state))
@@ -405,14 +408,16 @@ class GradientMagnitudeModifier(MixerModifier):
 
 
 def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All floating-point parameters but those that embed tokens, tied ones among these."""
+    """All weights but those that embed tokens, tied ones among these."""
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and id(parameter) not in embeddings
+        if parameter.is_floating_point()
+        and not of_quantization(name)
+        and id(parameter) not in embeddings
     }
 
 

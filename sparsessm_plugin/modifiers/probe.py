@@ -11,7 +11,8 @@ from llmcompressor.pytorch.utils.helpers import tensors_to_device
 from torch import Tensor
 
 from sparsessm_plugin import distributed
-from sparsessm_plugin.modifiers.distillation import divergences, undisturbed
+from sparsessm_plugin.modifiers.contexts import undisturbed
+from sparsessm_plugin.modifiers.distillation import divergences
 from sparsessm_plugin.modifiers.replay import Replay
 
 _ROWS, _LENGTH = 4, 256  # of the data that predictions are looked at with

@@ -13,10 +13,8 @@ from compressed_tensors.offload.cache import CPUCache, DiskCache
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pytorch.utils.helpers import tensors_to_device
 from llmcompressor.utils import calibration_forward_context
-from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
@@ -34,6 +32,7 @@ from sparsessm_plugin.modifiers.calibration import (
     number_of_batches,
     what_enters,
 )
+from sparsessm_plugin.modifiers.contexts import hooks_disabled, quantization_disabled
 from sparsessm_plugin.modifiers.probe import Probe
 from sparsessm_plugin.modifiers.removal import CalibrationInputs
 from sparsessm_plugin.modifiers.saving import change_config
@@ -421,9 +420,9 @@ class SensitivitySparseGPTModifier(MixerModifier):
         device = get_execution_device(model)
         batches = number_of_batches(state.data.calib)
         with (
-            HooksMixin.disable_hooks(keep=handles),
+            hooks_disabled(keep=handles),
             calibration_forward_context(model),
-            DisableQuantization(model),
+            quantization_disabled(model),
             torch.random.fork_rng(devices=[]),  # a shuffled loader keeps its order for later
             Stage(f"{type(self).__name__}: dense model", batches) as stage,
         ):
