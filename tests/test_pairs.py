@@ -1,0 +1,64 @@
+"""Every two modifiers in one recipe: the second does not reach into what the first one does."""
+
+from functools import cache, partial
+from itertools import permutations
+
+import pytest
+import torch
+from conftest import DEVICE, batches, state, tiny_model
+from test_modifier import run
+
+import sparsessm_plugin as plugin
+from sparsessm_plugin.errors import SparseSSMError
+
+STEPS = {"distill_steps": 2, "distill_learning_rate": 1e-5}
+TUNED = {"rounds": 2, "tune_steps": 2, "tune_loss": "dense"}
+MAKERS = {
+    "states": partial(plugin.StateRemovalModifier, keep=4, **STEPS),
+    "channels": partial(plugin.ChannelRemovalModifier, keep=32, multiple_of=8, **STEPS),
+    "projections": partial(plugin.SensitivitySparseGPTModifier, sparsity=0.4),
+    "gradient": partial(plugin.GradientMagnitudeModifier, sparsity=0.3, **TUNED),
+    "A_log": partial(plugin.SparseSSMModifier, sparsity=0.5),
+    "quantized": partial(
+        plugin.SparseGPTQModifier,
+        targets=["Linear"],
+        ignore=["lm_head", "re:.*dt_proj$"],
+        scheme="W8A8",
+    ),
+}
+READY = batches(3, 2, 24, padded=True)
+
+
+def report_of(modifier):
+    """Without what differs by nature."""
+    layers = [{**layer, "seconds": None} for layer in modifier.report()["layers"]]
+    return layers, modifier.report().get("rounds"), modifier.report().get("distillation")
+
+
+@cache
+def alone(name):
+    modifier = MAKERS[name]()
+    run(tiny_model("mamba"), modifier, READY)
+    return report_of(modifier)
+
+
+@pytest.mark.parametrize(("first", "second"), permutations(MAKERS, 2))
+def test_every_two_modifiers(first, second):
+    model, modifiers = tiny_model("mamba"), [MAKERS[first](), MAKERS[second]()]
+    if first == "quantized" and second in ("states", "channels"):
+        before = state(model)
+        with pytest.raises(SparseSSMError, match="remove first, then quantize"):
+            run(model, modifiers, READY)
+        after = state(model)
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+        return
+    run(model, modifiers, READY)
+    assert report_of(modifiers[0]) == alone(first)
+    found = state(model)
+    done = [name for name in found if name.endswith("weight_scale")]
+    assert done if second == "quantized" else modifiers[1].report()["layers"]
+    for name, value in found.items():
+        assert bool(torch.isfinite(value.float()).all()), name
+    with torch.no_grad():
+        logits = model.to(DEVICE)(READY[0]["input_ids"].to(DEVICE)).logits
+    assert bool(torch.isfinite(logits).all())
