@@ -5,7 +5,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from conftest import DEVICE, batches, state, tiny_model
+from conftest import batches, state, tiny_model
 from test_modifier import run
 
 import sparsessm_plugin as plugin
@@ -42,23 +42,36 @@ def alone(name):
     return report_of(modifier)
 
 
-@pytest.mark.parametrize(("first", "second"), permutations(MAKERS, 2))
-def test_every_two_modifiers(first, second):
-    model, modifiers = tiny_model("mamba"), [MAKERS[first](), MAKERS[second]()]
+def refusal(first, second, pipeline):
+    """What is said where the second cannot follow the first, or watch the same pass."""
     if first == "quantized" and second in ("states", "channels"):
-        before = state(model)
-        with pytest.raises(SparseSSMError, match="remove first, then quantize"):
-            run(model, modifiers, READY)
+        return "remove first, then quantize"
+    watching = {"states": ("projections", "A_log")}
+    watching["channels"] = (*watching["states"], "quantized")
+    if pipeline != "independent" and second in watching.get(first, ()):
+        return "watches the same calibration pass .* with pipeline independent"
+    return None
+
+
+@pytest.mark.parametrize("pipeline", ["independent", "sequential", "basic"])
+@pytest.mark.parametrize(("first", "second"), permutations(MAKERS, 2))
+def test_every_two_modifiers(first, second, pipeline):
+    model, modifiers = tiny_model("mamba"), [MAKERS[first](), MAKERS[second]()]
+    before, message = state(model), refusal(first, second, pipeline)
+    if message is not None:
+        with pytest.raises(SparseSSMError, match=message):
+            run(model, modifiers, READY, pipeline=pipeline)
         after = state(model)
         assert all(torch.equal(after[name], value) for name, value in before.items())
         return
-    run(model, modifiers, READY)
-    assert report_of(modifiers[0]) == alone(first)
-    found = state(model)
-    done = [name for name in found if name.endswith("weight_scale")]
-    assert done if second == "quantized" else modifiers[1].report()["layers"]
-    for name, value in found.items():
+    run(model, modifiers, READY, pipeline=pipeline)
+    if pipeline == "independent":
+        assert report_of(modifiers[0]) == alone(first)
+    after = state(model)
+    for name, modifier in zip((first, second), modifiers, strict=True):
+        scales = [key for key in after if key.endswith("weight_scale")]
+        assert scales if name == "quantized" else modifier.report()["layers"]
+    for name, value in after.items():
         assert bool(torch.isfinite(value.float()).all()), name
     with torch.no_grad():
-        logits = model.to(DEVICE)(READY[0]["input_ids"].to(DEVICE)).logits
-    assert bool(torch.isfinite(logits).all())
+        assert bool(torch.isfinite(model(READY[0]["input_ids"]).logits).all())

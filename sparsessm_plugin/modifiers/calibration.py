@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from compressed_tensors.utils.match import match_named_modules
@@ -47,6 +47,9 @@ class MixerModifier(Modifier):
     :param ignore: mixers to leave alone, likewise
     :param report_path: ``.json`` file to write the report to
     """
+
+    # Whether what is gathered of a mixer no longer fits it once its sizes change.
+    gathers_sums: ClassVar[bool] = False
 
     targets: list[str] = Field(default_factory=list)
     ignore: list[str] = Field(default_factory=list)

@@ -1,6 +1,6 @@
 """Remove whole channels (Mamba-1), heads or channels of every head (Mamba-2)."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -62,6 +62,8 @@ class ChannelRemovalModifier(RemovalModifier):
     :param ignore: must match none
     :param report_path: ``.json`` file to write the report to
     """
+
+    changes_inputs: ClassVar[bool] = True
 
     sparsity: float | None = None
     keep: int | None = Field(default=None, ge=1)

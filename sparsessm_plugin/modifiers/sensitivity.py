@@ -4,7 +4,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from compressed_tensors.distributed import greedy_bin_packing
@@ -140,6 +140,8 @@ class SensitivitySparseGPTModifier(MixerModifier):
         those wait there that would leave less than half of the accelerator's free
     :param report_path: ``.json`` file to write the report to
     """
+
+    gathers_sums: ClassVar[bool] = True
 
     requires_calibration_data: bool = True
 
