@@ -59,6 +59,10 @@ def mamba_ssm_config(model: Any) -> dict[str, Any]:
             f"mamba_ssm has no {config.model_type} model; only plain Mamba and Mamba-2 can be "
             "exported to it"
         )
+    if getattr(config, "quantization_config", None) is not None or any(
+        hasattr(module, "quantization_scheme") for module in model.modules()
+    ):
+        raise SparseSSMError("the model is quantized, which mamba_ssm knows nothing of")
     if not math.isclose(config.layer_norm_epsilon, _NORM_EPSILON, rel_tol=1e-3):
         raise SparseSSMError(
             f"the model's norms use an epsilon of {config.layer_norm_epsilon:g}; mamba_ssm knows "

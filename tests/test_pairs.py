@@ -10,6 +10,9 @@ from test_modifier import run
 
 import sparsessm_plugin as plugin
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.export import check_mamba_ssm
+from sparsessm_plugin.pruning import ModelSource
+from sparsessm_plugin.recipes import load_recipe
 
 STEPS = {"distill_steps": 2, "distill_learning_rate": 1e-5}
 TUNED = {"rounds": 2, "tune_steps": 2, "tune_loss": "dense"}
@@ -75,3 +78,30 @@ def test_every_two_modifiers(first, second, pipeline):
         assert bool(torch.isfinite(value.float()).all()), name
     with torch.no_grad():
         assert bool(torch.isfinite(model(READY[0]["input_ids"]).logits).all())
+
+
+@pytest.fixture(scope="module", params=["W8A8", "W4A16"])
+def quantized_checkpoint(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized") / request.param
+    config = {"targets": ["Linear"], "ignore": ["lm_head", "re:.*dt_proj$"]}
+    if request.param == "W4A16":
+        config["ignore"] = [*config["ignore"], "re:.*x_proj$", "re:.*out_proj$"]
+    model = tiny_model("mamba", hidden_size=128)
+    run(model, plugin.SparseGPTQModifier(scheme=request.param, **config), output_dir=str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_checkpoint_that_is_stored_quantized_is_refused(quantized_checkpoint, name):
+    model = plugin.load(quantized_checkpoint)
+    with pytest.raises(SparseSSMError, match="is stored quantized; prune a model first, then"):
+        run(model, MAKERS[name](), READY)
+
+
+def test_so_it_is_by_the_command_before_weights_are_loaded(quantized_checkpoint):
+    source = ModelSource(str(quantized_checkpoint))
+    for name in ("state-50", "whole-50-w8a8", "gradient-50", "alog-50"):
+        with pytest.raises(SparseSSMError, match="is stored quantized"):
+            load_recipe(name).check_model(source.load_skeleton())
+    with pytest.raises(SparseSSMError, match="is quantized, which mamba_ssm knows nothing of"):
+        check_mamba_ssm(source.load_skeleton())

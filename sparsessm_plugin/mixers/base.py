@@ -392,6 +392,23 @@ def find_mixers(model: nn.Module) -> list[MixerAdapter]:
     return adapters
 
 
+def check_not_quantized(model: nn.Module) -> None:
+    """Refuse a checkpoint that is stored quantized: what its integers stand for is not pruned.
+
+    :param model: as loaded; of one on the meta device the config is asked
+    :raises SparseSSMError: naming the first such weight
+    """
+    advice = "is stored quantized; prune a model first, then quantize it"
+    said = getattr(getattr(model, "config", None), "quantization_config", None)
+    for name, mixer in iter_mixers(model):
+        for own, parameter in mixer.named_parameters():
+            if parameter.is_meta and said is not None:
+                raise SparseSSMError(f"the model {advice}")
+            matrix = own.rpartition(".")[2] in ("weight", "weight_packed")
+            if matrix and (not parameter.is_floating_point() or parameter.dtype.itemsize < 2):
+                raise SparseSSMError(f"{name}.{own} {advice}")
+
+
 def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
     """(b, L) bool mask of the real positions, or None where nothing is padded.
 

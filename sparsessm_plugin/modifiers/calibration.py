@@ -21,7 +21,14 @@ from sparsessm_plugin import distributed
 from sparsessm_plugin.cost import Cost
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.files import write_json
-from sparsessm_plugin.mixers import MixerAdapter, find_mixers, get_adapter, is_mixer, iter_mixers
+from sparsessm_plugin.mixers import (
+    MixerAdapter,
+    check_not_quantized,
+    find_mixers,
+    get_adapter,
+    is_mixer,
+    iter_mixers,
+)
 from sparsessm_plugin.modifiers.contexts import of_quantization
 from sparsessm_plugin.progress import Stage
 from sparsessm_plugin.scan.fast_forward import fast_forward
@@ -135,9 +142,10 @@ class MixerModifier(Modifier):
 
         Looks at names and shapes only, so a model on the meta device will do.
 
-        :raises SparseSSMError: no mixer, an unknown one, a target without a mixer, or
-            settings that do not fit a mixer
+        :raises SparseSSMError: no mixer, an unknown one, one that is stored quantized, a target
+            without a mixer, or settings that do not fit a mixer
         """
+        check_not_quantized(model)
         who = type(self).__name__
         names = set() if self.targets else {name for name, _ in iter_mixers(model)}
         if not self.targets and not names:

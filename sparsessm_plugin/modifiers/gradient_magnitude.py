@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import MixerAdapter, find_mixers
+from sparsessm_plugin.mixers import MixerAdapter, check_not_quantized, find_mixers
 from sparsessm_plugin.modifiers.calibration import MixerModifier
 from sparsessm_plugin.modifiers.contexts import (
     hooks_disabled,
@@ -197,8 +197,9 @@ class GradientMagnitudeModifier(MixerModifier):
         """The weights that ``targets`` and ``ignore`` leave, in model order.
 
         :raises SparseSSMError: the model has no known mixer, a pattern matches nothing that can be
-            pruned, or nothing is left
+            pruned, or nothing is left, or weights are stored quantized
         """
+        check_not_quantized(model)
         who = type(self).__name__
         known = _prunable(model)
 

@@ -24,7 +24,12 @@ from sparsessm_plugin.allocation import optimal_allocation, paper_allocation, un
 from sparsessm_plugin.cost import has_room
 from sparsessm_plugin.cost import kept as where_there_is_room
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import MixerAdapter, MixerQuantities, find_mixers
+from sparsessm_plugin.mixers import (
+    MixerAdapter,
+    MixerQuantities,
+    check_not_quantized,
+    find_mixers,
+)
 from sparsessm_plugin.modifiers.calibration import (
     MixerModifier,
     check_finite_input,
@@ -259,6 +264,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
 
         :raises SparseSSMError: see :meth:`matching_mixers`
         """
+        check_not_quantized(model)
         who = type(self).__name__
         adapters = find_mixers(model)
         known = _prunable(model, adapters)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import is_mixer, iter_mixers
+from sparsessm_plugin.mixers import check_not_quantized, is_mixer, iter_mixers
 from sparsessm_plugin.modifiers.saving import change_config
 from sparsessm_plugin.solvers.gptq import masked_gptq
 
@@ -278,6 +278,7 @@ def check_quantized(modifier: Any, model: nn.Module) -> None:
     :param modifier: see :func:`quantized_weights`
     :raises SparseSSMError: naming the first such module and what to add to ``ignore``
     """
+    check_not_quantized(model)
     who, inside = type(modifier).__name__, never_called(model)
     for name, (module, args) in quantized_weights(modifier, model).items():
         if name in inside:
