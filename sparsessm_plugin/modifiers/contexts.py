@@ -7,39 +7,31 @@ there for.
 
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 import torch
+from compressed_tensors.utils import patch_attr, patch_attrs
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.utils.helpers import disable_cache, eval_context
 from torch import nn
-
-_ENABLED = "quantization_enabled"  # as compressed-tensors reads it of every module
 
 
 @contextmanager
 def hooks_disabled(keep: Set[Any] = frozenset()) -> Iterator[None]:
     """No hooks of modifiers, but those of some handles."""
-    before = HooksMixin._HOOKS_DISABLED
-    try:
-        with HooksMixin.disable_hooks(keep=set(keep)):
-            yield
-    finally:
-        HooksMixin._HOOKS_DISABLED = before
+    with (
+        patch_attr(HooksMixin, "_HOOKS_DISABLED", True),
+        HooksMixin.disable_hooks(keep=set(keep)),
+    ):
+        yield
 
 
 @contextmanager
 def quantization_disabled(model: nn.Module) -> Iterator[None]:
     """No module quantizes what goes through it."""
-    modules = list(model.modules())
-    before = [getattr(module, _ENABLED, True) for module in modules]
-    try:
-        for module in modules:
-            setattr(module, _ENABLED, False)
+    with patch_attrs(model.modules(), "quantization_enabled", repeat(False)):
         yield
-    finally:
-        for module, enabled in zip(modules, before, strict=True):
-            setattr(module, _ENABLED, enabled)
 
 
 def of_quantization(name: str) -> bool:

@@ -93,7 +93,8 @@ class Distillation:
         Over the first batches, where there are many.
         """
         total = count = 0.0
-        with _in_place(self._who, model) as device, fast_forward(model):
+        device = next(model.parameters()).device
+        with fast_forward(model):
             for batch in self.batches[:_MEASURED]:
                 batch = to_device(batch, device)
                 each = self._divergences(model, batch)
