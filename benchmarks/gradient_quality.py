@@ -21,7 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
-from common import OutOfTime, Result, assets, begin, keep, perplexities, row_of, save
+from common import Result, assets, begin, keep, perplexities, row_of, save
 from torch import Tensor
 
 from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
@@ -157,13 +157,16 @@ class Run:
                     if seed not in row["seeds"]:
                         work = partial(self.row, result, row, method, fields, seed, loader)
                         result.case(f"{self.name}, {method}, seed {seed}", work)
-        except OutOfTime:  # what was measured is shown all the same
-            result.note(title, f"out of {result.budget:.0f} s, the rest was not measured")
-        found = [
-            row
-            for row in rows
-            if row["model"] == self.name and row["method"] in methods and row["seeds"]
-        ]
+        finally:
+            measured = [
+                row
+                for row in rows
+                if row["model"] == self.name and row["method"] in methods and row["seeds"]
+            ]
+            self.show(result, measured, title, text)
+
+    def show(self, result: Result, found: list[dict[str, Any]], title: str, text: str) -> None:
+        """The table of some rows."""
         stepped = any("steps" in row for row in found)
         header = ["model", "method", *self.tests, "seeds", "seconds", *["steps"] * stepped]
         dense = [self.name, "dense", *(f"{self.dense[kind]:.2f}" for kind in self.tests)]
@@ -279,32 +282,39 @@ def components(run: Run, result: Result) -> None:
     if left:
         batches = list(run.loader(options.windows, 0))
         gradients, _ = mean_gradients(model, batches, parameters, of_samples=True)
-    for component, rows in left.items():
 
-        def work(component: str = component, rows: Any = rows) -> None:
-            entries = sum(part.detach()[where].numel() for part, where in rows)
-            row: dict[str, Any] = {"model": run.name, "component": component, "entries": entries}
-            for kind in ("gradient", "magnitude"):
-                scores = {
-                    str(i): importance(
-                        part.detach()[where],
-                        gradients[by_identity[id(part)]][where] if kind == "gradient" else None,
-                    )
-                    for i, (part, where) in enumerate(rows)
-                }
-                masks = choose_pruned(scores, share, min_keep=0.01)
-                before = [part.detach().clone() for part, _ in rows]
-                with torch.no_grad():
-                    for (part, where), mask in zip(rows, masks.values(), strict=True):
-                        part[where] = part[where].masked_fill(mask, 0.0)
-                    row[kind] = run.evaluate(model)
-                    for (part, _), value in zip(rows, before, strict=True):
-                        part.copy_(value)
-            numbers.append(row)
-            run.keep(result)
-            print(row, flush=True)
+    def work(component: str, rows: Any) -> None:
+        entries = sum(part.detach()[where].numel() for part, where in rows)
+        row: dict[str, Any] = {"model": run.name, "component": component, "entries": entries}
+        for kind in ("gradient", "magnitude"):
+            scores = {
+                str(i): importance(
+                    part.detach()[where],
+                    gradients[by_identity[id(part)]][where] if kind == "gradient" else None,
+                )
+                for i, (part, where) in enumerate(rows)
+            }
+            masks = choose_pruned(scores, share, min_keep=0.01)
+            before = [part.detach().clone() for part, _ in rows]
+            with torch.no_grad():
+                for (part, where), mask in zip(rows, masks.values(), strict=True):
+                    part[where] = part[where].masked_fill(mask, 0.0)
+                row[kind] = run.evaluate(model)
+                for (part, _), value in zip(rows, before, strict=True):
+                    part.copy_(value)
+        numbers.append(row)
+        run.keep(result)
+        print(row, flush=True)
 
-        result.case(f"{run.name}, {component}", work)
+    try:
+        for component, rows in left.items():
+            result.case(f"{run.name}, {component}", partial(work, component, rows))
+    finally:
+        show_components(run, result, [row for row in numbers if row["model"] == run.name])
+
+
+def show_components(run: Run, result: Result, rows: list[dict[str, Any]]) -> None:
+    """The table of some components."""
     table = [
         [run.name, row["component"], f"{row['entries']:,}"]
         + [
@@ -312,12 +322,11 @@ def components(run: Run, result: Result) -> None:
             for kind in ("gradient", "magnitude")
             for text, value in row[kind].items()
         ]
-        for row in numbers
-        if row["model"] == run.name
+        for row in rows
     ]
     header = [f"{kind}: {text}" for kind in ("gradient", "magnitude") for text in run.tests]
     result.table(
-        f"{run.name}: {share:.0%} of one component alone",
+        f"{run.name}: {run.options.component_sparsity:.0%} of one component alone",
         "Perplexity, in brackets its ratio to the dense one; one threshold over all layers, one "
         "round, nothing tuned.",
         ["model", "component", "entries", *header],
