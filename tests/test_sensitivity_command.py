@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import DEMO, VOCAB, batches, tiny_model
+from conftest import DEMO, VOCAB, batches, state, tiny_model
 from test_cli import refused, sparsessm, text_file  # noqa: F401
 from test_modifier import run
 from test_sensitivity import hooked, record
@@ -22,10 +22,6 @@ from sparsessm_plugin.evaluation.sensitivity import (
 from sparsessm_plugin.solvers.magnitude import magnitude
 
 SAMPLES = torch.randint(1, VOCAB, (3, 20), generator=torch.Generator().manual_seed(7))
-
-
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def same(a, b):

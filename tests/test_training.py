@@ -9,7 +9,7 @@ import pytest
 import torch
 from compressed_tensors.offload import disable_onloading, set_onload_device
 from compressed_tensors.offload.cache.cpu import CPUCache
-from conftest import DEVICE, batches, tiny_model
+from conftest import DEVICE, batches, state, tiny_model
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from test_modifier import run
 from torch import nn
@@ -74,7 +74,7 @@ def test_copies_take_the_place_of_weights_and_go_back_into_them():
 
 def test_after_an_exception_all_is_as_it_was():
     model = Tied()
-    before = {name: t.clone() for name, t in model.state_dict().items()}
+    before = state(model)
     homes = {name: t.data_ptr() for name, t in model.state_dict().items()}
 
     def stopped():
@@ -141,7 +141,7 @@ with_steps = pytest.mark.parametrize(
 
 
 @with_steps
-def test_offloaded_models_become_what_others_do(make, monkeypatch, request):
+def test_offloaded_models_become_what_others_do(make, request):
     ready = batches(2, 2, 12)
     plain, offloaded = tiny_model("mamba"), tiny_model("mamba")
     run(plain, make(), ready)
