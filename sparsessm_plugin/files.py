@@ -2,12 +2,13 @@
 
 import ctypes
 import json
+import math
 import os
 import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,32 @@ _RENAME_EXCHANGE = 2
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write JSON beside the target and rename it into place.
 
+    JSON knows no NaN and no infinity: where a number is not finite, null is written.
+
     :raises SparseSSMError: the file cannot be written
     """
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    text = json.dumps(_finite_or_null(content), indent=2, allow_nan=False) + "\n"
     write_bytes(path, text.encode())
+
+
+def write_config(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write a config.json likewise, with numbers as transformers' loaders read them.
+
+    A bare ``Infinity``, as transformers 4 wrote it, stays one.
+
+    :raises SparseSSMError: the file cannot be written
+    """
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _finite_or_null(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: _finite_or_null(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite_or_null(value) for value in content]
+    return content
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

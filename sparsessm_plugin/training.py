@@ -7,7 +7,8 @@ package's differentiable scan, and of each layer only the input is kept until th
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparsessm_plugin.cost import has_room
+from sparsessm_plugin.cost import kept as where_there_is_room
 from sparsessm_plugin.distributed import reduce_sum, world_size
+from sparsessm_plugin.distributed import total as distributed_total
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import get_adapter, iter_mixers
 from sparsessm_plugin.scan.fast_forward import fast_forward
@@ -32,12 +35,17 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 _MOST_SKIPPED = 3
 _CLIP = 1.0  # norm of the gradient of all parameters that a tuning step goes along
+_MEASURED = 8  # batches whose loss is looked at before and after the steps
 _WARM_UP = 0.1  # share of the tuning steps over which the learning rate rises
 # Numbers that a layer's backward pass needs, of each position and channel: 13 in the Mamba-1
 # layout, about 30 in that of Mamba-2.
 _NUMBERS = 40
 # Bytes a weight beside it: a float32 copy, its gradient and two moments, and a gradient of its own.
 _TRAINING = 20
+
+
+class NonFiniteError(SparseSSMError):
+    """Gradients are NaN or infinite batch after batch."""
 
 
 class NonFiniteGradients:
@@ -50,7 +58,7 @@ class NonFiniteGradients:
         """Whether this batch must be skipped.
 
         :param parameters: with the gradients of one batch in ``grad``
-        :raises SparseSSMError: it is the third
+        :raises NonFiniteError: it is the third
         """
         grads = {n: p.grad for n, p in parameters.items() if p.grad is not None}
         if not grads:
@@ -64,7 +72,7 @@ class NonFiniteGradients:
         name = list(grads)[finite.index(False)]
         self.skipped.append(name)
         if len(self.skipped) >= _MOST_SKIPPED:
-            raise SparseSSMError(
+            raise NonFiniteError(
                 f"{len(self.skipped)} batches gave NaN or infinite gradients, the last for "
                 f"{name}; no more are skipped"
             )
@@ -431,11 +439,28 @@ def mean_gradients(
     return sums, loss_sum / weight
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """What some steps of a :class:`Tuner` did.
+
+    :param before: loss before the steps
+    :param after: loss after them, NaN where their gradients were no numbers
+    :param loss: mean loss of the batches that the steps went along
+    :param diverged: the loss did not fall, and the weights are what they were before
+    """
+
+    before: float
+    after: float
+    loss: float
+    diverged: bool
+
+
 class Tuner:
     """Adam on float32 copies of a model's weights, some of which stay zero.
 
     The learning rate rises over the first tenth of all steps and falls along a cosine. Memory: 16
-    bytes a weight (copy, gradient, two moments) beside the model and its own gradients.
+    bytes a weight (copy, gradient, two moments) beside the model and its own gradients, and 4 more
+    for the weights as they were.
 
     :param model: changed in place, weights and nothing else
     :param parameters: what is tuned, by name
@@ -444,6 +469,7 @@ class Tuner:
     :param learning_rate: the highest
     :param loss_fn: see :func:`loss_of`
     :param non_finite: counts the batches that are skipped
+    :param measure: gives the loss that steps are to lower; default the mean over the first batches
     """
 
     def __init__(
@@ -456,21 +482,83 @@ class Tuner:
         *,
         loss_fn: LossFunction | None = None,
         non_finite: NonFiniteGradients | None = None,
+        measure: Callable[[], float] | None = None,
     ):
         self.model = model
         self.parameters = dict(parameters)
         self.batches = batches
         self.loss_fn = loss_fn
         self.non_finite = non_finite or NonFiniteGradients()
+        self.measure = measure
         self.done = 0
+        self._usable: frozenset[int] | None = None
         self._copies = {n: p.detach().float().clone() for n, p in self.parameters.items()}
         self._adam = torch.optim.Adam(self._copies.values(), lr=learning_rate)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._adam, lambda step: _learning_rate_share(step, steps)
         )
 
-    def run(self, steps: int, pruned: Mapping[str, Tensor]) -> float:
-        """Take some steps.
+    def run(self, steps: int, pruned: Mapping[str, Tensor]) -> Tuning:
+        """Take some steps, and take them back where they do not lower the loss.
+
+        The loss is the mean over the first batches, where there are many.
+
+        :param steps: how many
+        :param pruned: bool by name, True where a weight is zero and stays so
+        :raises SparseSSMError: see :func:`loss_of`; the loss is not finite before the first step
+        """
+        self._usable = None
+        before = self._measured()
+        if not math.isfinite(before):
+            raise SparseSSMError(
+                f"the loss is {before:g} before the first gradient step; nothing can be tuned"
+            )
+        for name, mask in pruned.items():
+            self._copies[name].masked_fill_(mask, 0.0)
+        kept = {name: where_there_is_room(copy.clone()) for name, copy in self._copies.items()}
+        skipped = len(self.non_finite.skipped)
+        loss = after = math.nan
+        lower = False
+        try:
+            with suppress(NonFiniteError):
+                loss = self.take(steps, pruned)
+                after = self._measured()
+            lower = after < before
+        finally:
+            if not lower:
+                del self.non_finite.skipped[skipped:]
+                self._adam.state.clear()
+                with torch.no_grad():
+                    for name, copy in self._copies.items():
+                        copy.copy_(kept[name])
+                        self.parameters[name].copy_(copy)
+        return Tuning(before, after, loss, diverged=not lower)
+
+    def _measured(self) -> float:
+        with torch.no_grad():
+            return self._mean_loss() if self.measure is None else self.measure()
+
+    def _mean_loss(self) -> float:
+        device = next(iter(self.parameters.values())).device
+        losses: dict[int, float] = {}
+        total = weight = 0.0
+        most = max(map(positions, self.batches), default=0)
+        with differentiable(self.model, self.parameters.values(), most):
+            for i, batch in enumerate(self.batches[:_MEASURED]):
+                if self._usable is not None and i not in self._usable:
+                    continue
+                loss, count = loss_of(self.model, to_device(batch, device), self.loss_fn)
+                # a batch that is skipped says nothing before the steps, and so nothing after them
+                if count and (self._usable is not None or math.isfinite(float(loss.detach()))):
+                    losses[i] = float(loss.detach())
+                    total, weight = total + count * losses[i], weight + count
+        if self._usable is None:
+            self._usable = frozenset(losses)
+        total, weight = distributed_total("loss of the batches", total, weight)
+        return total / weight if weight else math.nan
+
+    def take(self, steps: int, pruned: Mapping[str, Tensor]) -> float:
+        """Take some steps, wherever they lead.
 
         :param steps: how many
         :param pruned: bool by name, True where a weight is zero and stays so
@@ -479,8 +567,6 @@ class Tuner:
         """
         device = next(iter(self.parameters.values())).device
         losses = []
-        for name, mask in pruned.items():
-            self._copies[name].masked_fill_(mask, 0.0)
         # steps are far coarser than what TF32 rounds away
         most = max(map(positions, self.batches), default=0)
         with differentiable(self.model, self.parameters.values(), most), tf32():

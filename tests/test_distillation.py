@@ -1,8 +1,11 @@
 """Fitting a smaller model to the dense one's predictions."""
 
+import json
+
 import pytest
 import torch
 from conftest import DEVICE, FAMILIES, batches, check_reload, tiny_model
+from loguru import logger
 from pydantic import ValidationError
 from test_modifier import nothing_left_behind, run
 from torch.nn import functional as F
@@ -74,16 +77,24 @@ def test_nothing_but_the_mixers_changes():
 
 
 @pytest.mark.parametrize("make", [last, lambda **f: ChannelRemovalModifier(keep=32, **f)])
-def test_a_fit_that_does_not_help_is_taken_back(make):
+@pytest.mark.parametrize(("steps", "rate"), [(2, 30.0), (1, 1000.0), (10, 1000.0), (10, 1e30)])
+def test_a_fit_that_does_not_help_is_taken_back(make, steps, rate, tmp_path):
     plain, model = tiny_model("mamba"), tiny_model("mamba")
     ready = batches(2, 2, 12)
     without = make()
     run(plain, without, ready)
-    modifier = make(distill_steps=2, distill_learning_rate=30.0)
+    path = tmp_path / "report.json"
+    modifier = make(distill_steps=steps, distill_learning_rate=rate, report_path=str(path))
+    said = []
+    handler = logger.add(said.append, level="WARNING", filter="sparsessm_plugin")
     run(model, modifier, ready)
+    logger.remove(handler)
+    assert ["did not lower the divergence" in line for line in said].count(True) == 1
     assert "distillation" not in without.report()
-    found = modifier.report()["distillation"]
-    assert not found["divergence_after"] < found["divergence_before"]
+    found = json.loads(path.read_text())["distillation"]
+    assert found["diverged"] is True
+    after = found["divergence_after"]
+    assert after is None or not after < found["divergence_before"]
     for name, value in plain.state_dict().items():
         assert torch.equal(model.state_dict()[name].cpu(), value.cpu()), name
 

@@ -7,7 +7,7 @@ import pytest
 
 from sparsessm_plugin import files
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.files import REPORT_NAME, output_directory, write_json
+from sparsessm_plugin.files import REPORT_NAME, output_directory, write_config, write_json
 
 
 def write_result(folder, content):
@@ -172,11 +172,20 @@ def test_permissions_follow_the_umask(tmp_path):
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
 
 
+def test_numbers_that_json_does_not_know(tmp_path):
+    nan, infinity, path = float("nan"), float("inf"), tmp_path / "report.json"
+    write_json(path, {"a": [1.5, nan, (infinity, {"b": -infinity})], "c": True})
+    assert json.loads(path.read_text()) == {"a": [1.5, None, [None, {"b": None}]], "c": True}
+    write_config(path, {"time_step_limit": [0.0, infinity], "a": {"__float__": "Infinity"}})
+    assert "0.0,\n    Infinity\n" in path.read_text()
+    assert json.loads(path.read_text())["a"] == {"__float__": "Infinity"}
+
+
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "report.json"
     write_json(path, {"a": 1})
-    with pytest.raises(ValueError, match="Out of range"):
-        write_json(path, {"a": float("nan")})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert os.listdir(tmp_path) == ["report.json"]
     with pytest.raises(SparseSSMError, match="cannot write"):

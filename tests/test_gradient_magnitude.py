@@ -200,6 +200,21 @@ def test_tuning_towards_the_dense_model_comes_closer_to_it(family):
     assert found[1] < 0.8 * found[0]
 
 
+@pytest.mark.parametrize("tune_loss", ["labels", "dense"])
+@pytest.mark.parametrize("steps", [1, 10])
+def test_tuning_that_diverges_is_taken_back(tune_loss, steps):
+    plain, model = tiny_model("mamba"), tiny_model("mamba")
+    ready, fields = batches(2, 2, 12), {"sparsity": 0.5, "rounds": 2}
+    run(plain, GradientMagnitudeModifier(**fields), ready)
+    modifier = GradientMagnitudeModifier(
+        **fields, tune_steps=steps, tune_loss=tune_loss, learning_rate=1000.0
+    )
+    run(model, modifier, ready)
+    assert [entry["diverged"] for entry in modifier.report()["rounds"]] == [True, True]
+    assert modifier.report()["skipped_batches"] == []
+    assert unchanged(model, plain.state_dict())
+
+
 def test_half_precision():
     """Sums and tuned copies are float32: steps far below bfloat16's resolution add up."""
     model = tiny_model("mamba").bfloat16()

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import FAMILIES, MAMBA2, Loader, batches, state, tiny_model
 from llmcompressor import oneshot
 from test_modifier import nothing_left_behind, run, tokenizer
+from transformers import AutoModelForCausalLM
 
 from sparsessm_plugin import SparseSSMModifier, StateRemovalModifier
 from sparsessm_plugin.dependency_graph import MixerDependencyGraph
@@ -147,6 +149,27 @@ def test_save_pretrained_writes_the_new_size_every_time(pruned, name, tmp_path):
         model.save_pretrained(folder)
         saved = json.loads((folder / "config.json").read_text())
         assert saved[state_field(model)] == 4
+
+
+@pytest.mark.parametrize("limit", ["[0.0, Infinity]", '[0.0, {"__float__": "Infinity"}]'])
+def test_numbers_of_the_config_stay_as_they_were_written(limit, tmp_path):
+    """transformers 4 wrote a bare Infinity, transformers 5 what JSON knows."""
+    model = tiny_model("mamba2", n_groups=1, num_hidden_layers=1)
+    file = Path(model.name_or_path) / "config.json"
+    content = json.loads(file.read_text())
+    content |= {"time_step_limit": json.loads(limit), "torch_dtype": "float32"}
+    file.write_text(json.dumps(content))
+    folder = tmp_path / "loaded"
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(file.read_text())
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    removal = StateRemovalModifier(keep=4, saliency="last", compensate="none")
+    run(model, removal, output_dir=str(tmp_path / "out"))
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert saved["time_step_limit"] == json.loads(limit)
+    assert saved["state_size"] == 4
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert list(again.config.time_step_limit) == [0.0, float("inf")]
 
 
 def test_basic_pipeline_and_a_second_removal(tmp_path):

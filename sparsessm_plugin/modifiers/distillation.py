@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import patch_attr
+from loguru import logger
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -72,20 +74,34 @@ class Distillation:
         :param model: the model as it is now
         :param steps: of Adam, a batch each
         :param learning_rate: the highest
-        :return: for a report: divergences in nats a token before and after
+        :return: for a report: divergences in nats a token before and after, and whether the steps
+            were taken back
+        :raises SparseSSMError: the model's predictions are no numbers
         """
         with _in_place(self._who, model):
-            parameters = mixer_parameters(model)
-            before = self.divergence(model)
-            kept = [p.detach().clone() for p in parameters.values()]
-            tuner = Tuner(model, parameters, self.batches, steps, learning_rate, loss_fn=self.loss)
+            tuner = Tuner(
+                model,
+                mixer_parameters(model),
+                self.batches,
+                steps,
+                learning_rate,
+                loss_fn=self.loss,
+                measure=partial(self.divergence, model),
+            )
             with torch.enable_grad():
-                tuner.run(steps, {})
-            after = self.divergence(model)
-            if not after < before:
-                for parameter, value in zip(parameters.values(), kept, strict=True):
-                    parameter.copy_(value)
-        return {"steps": steps, "divergence_before": before, "divergence_after": after}
+                found = tuner.run(steps, {})
+        if found.diverged:
+            logger.warning(
+                f"{self._who}: {steps} steps at learning rate {learning_rate:g} did not lower the "
+                f"divergence of the predictions ({found.before:.4g} before, {found.after:.4g} "
+                "after); the weights are what they were before the steps"
+            )
+        return {
+            "steps": steps,
+            "divergence_before": found.before,
+            "divergence_after": found.after,
+            "diverged": found.diverged,
+        }
 
     def divergence(self, model: Any) -> float:
         """Mean Kullback-Leibler divergence from the dense predictions, nats a token.

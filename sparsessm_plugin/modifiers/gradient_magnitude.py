@@ -76,8 +76,9 @@ class GradientMagnitudeModifier(MixerModifier):
     itself, so LLM Compressor need not run the data (``datafree`` pipeline). The batches of the
     dataset stay in main memory. On the device, beside the model: for each
     targeted weight 4 bytes for the gradient and 4 for its importance, the gradient of one batch
-    in the model's dtype, and the inputs of all layers for one batch. Tuning needs 16 bytes more
-    for each tuned weight: a float32 copy, its gradient and two moments.
+    in the model's dtype, and the inputs of all layers for one batch. Tuning needs 20 bytes more
+    for each tuned weight: a float32 copy, its gradient, two moments, and the weight as it was
+    before the steps, to which it goes back where they do not lower the loss.
 
     Sample yaml::
 
@@ -289,7 +290,15 @@ class GradientMagnitudeModifier(MixerModifier):
             count = sum(int(mask.sum()) for mask in pruned.values())
             entry = {"round": done, "sparsity": share, "pruned": count, "loss_before": loss}
             if tuner is not None:
-                entry["tuning_loss"] = tuner.run(self.tune_steps, {**others, **pruned})
+                tuned = tuner.run(self.tune_steps, {**others, **pruned})
+                entry |= {"tuning_loss": tuned.loss, "diverged": tuned.diverged}
+                if tuned.diverged:
+                    logger.warning(
+                        f"round {done}: {self.tune_steps} steps at learning rate "
+                        f"{self.learning_rate:g} did not lower the loss ({tuned.before:.4g} "
+                        f"before, {tuned.after:.4g} after); the weights are what they were before "
+                        "the steps"
+                    )
             self._rounds.append(entry)
             logger.info(f"round {done} of {self.rounds}: {count} entries pruned ({share:.2%})")
         for name, mask in pruned.items():
@@ -380,7 +389,8 @@ class GradientMagnitudeModifier(MixerModifier):
         """What was done: settings, one entry a weight, one a round, totals.
 
         ``loss_before`` of a round is the mean loss over the batches that its gradients come from,
-        before it pruned; ``tuning_loss`` that of the steps after it.
+        before it pruned; ``tuning_loss`` that of the steps after it. ``diverged`` says that these
+        did not lower the loss and were taken back.
         """
         entries = sum(layer["entries"] for layer in self._layers)
         pruned = sum(layer["pruned"] for layer in self._layers)

@@ -281,12 +281,13 @@ class RemovalModifier(MixerModifier):
             with super()._released_on_error():
                 yield
         except Exception as error:
-            whole = not self._pending and self._distillation is None
-            if not self._layers or whole:
+            if not self._layers or (not self._pending and self._distillation is None):
                 raise
+            state = "partly pruned and of no use; load it again"
+            if not self._pending:
+                state = "pruned and not distilled"
             raise SparseSSMError(
-                f"{error} - the model in memory is now partly pruned and of no use; load it "
-                "again. Nothing was saved"
+                f"{error} - the model in memory is now {state}. Nothing was saved"
             ) from error
 
     # -- report ----------------------------------------------------------------------

@@ -19,7 +19,7 @@ from llmcompressor.transformers.compression.compressed_tensors_utils import (
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.dependency_graph import apply_config_fields
-from sparsessm_plugin.files import write_json
+from sparsessm_plugin.files import write_config
 
 
 def change_config(model: Any, fields: Mapping[str, Any]) -> None:
@@ -45,7 +45,7 @@ def change_config(model: Any, fields: Mapping[str, Any]) -> None:
         if distributed.rank() == 0 and path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
             _write_fields(content, kept)
-            write_json(path, content)
+            write_config(path, content)
         return result
 
     # what LLM Compressor asks before it wraps a second time

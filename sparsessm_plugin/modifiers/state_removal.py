@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from loguru import logger
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
@@ -238,7 +239,13 @@ class StateRemovalModifier(RemovalModifier):
         if "D" in steps:
             fit_D(adapter, small, inputs)
         if "reconstruct" in steps:
-            fit_state_rows(small, inputs, targets, self.reconstruct_steps)
+            lower = fit_state_rows(small, inputs, targets, self.reconstruct_steps)
+            entry["diverged"] = not lower
+            if not lower:
+                logger.info(
+                    f"{adapter.name}: {self.reconstruct_steps} steps of reconstruct did not lower "
+                    "the error; the weights are what they were before the steps"
+                )
         if "out_proj" in steps:
             fit_out_proj(small, inputs, targets)
         entry["error_left"] = relative_error(small, inputs, targets)
@@ -519,10 +526,12 @@ def fit_scale(adapter: MixerAdapter, small: MixerAdapter, inputs: CalibrationInp
 
 def fit_state_rows(
     small: MixerAdapter, inputs: CalibrationInputs, targets: list[Tensor], steps: int
-) -> None:
+) -> bool:
     """Fit what makes B and C, and out_proj, to the dense output by gradient steps.
 
     Several ranks take the same steps as one would: all work on one batch, each on some of its rows.
+
+    :return: whether that lowers the error; if not, the weights are what they were
     """
     device = small.A_log.device
     counts = distributed.gather("batches to fit to", len(targets))
@@ -558,6 +567,8 @@ def fit_state_rows(
     with tf32():  # steps are far coarser than what it rounds away
         reconstruct(parameters, loss, len(batches), steps, _LEARNING_RATE, add_gradients)
     # Adam's first steps move away from a fit that is good already; too few of them stay there
-    if not relative_error(small, inputs, targets) < before:
+    lower = relative_error(small, inputs, targets) < before
+    if not lower:
         for (parameter, _), weight in zip(parameters, weights, strict=True):
             parameter.copy_(weight)
+    return lower
