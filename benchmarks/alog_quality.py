@@ -16,13 +16,13 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 from common import assets, save
 
+from sparsessm_plugin.criteria import Unstructured
+from sparsessm_plugin.criteria.values import PRUNED_VALUES
 from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
 from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
 from sparsessm_plugin.mixers import find_mixers
 from sparsessm_plugin.pruning import ModelSource, prune
 from sparsessm_plugin.recipes import parse_recipe
-from sparsessm_plugin.saliency import Unstructured
-from sparsessm_plugin.saliency.values import PRUNED_VALUES
 
 RECIPE = """\
 prune_stage:

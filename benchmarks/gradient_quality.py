@@ -24,12 +24,12 @@ import torch
 from common import Result, assets, begin, keep, perplexities, row_of, save
 from torch import Tensor
 
+from sparsessm_plugin.criteria.importance import choose_pruned, importance
 from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
 from sparsessm_plugin.mixers import MixerAdapter, find_mixers, get_tensor
 from sparsessm_plugin.modifiers.gradient_magnitude import tuned_parameters
 from sparsessm_plugin.pruning import ModelSource, prune
 from sparsessm_plugin.recipes import parse_recipe
-from sparsessm_plugin.saliency.importance import choose_pruned, importance
 from sparsessm_plugin.training import Tuner, mean_gradients
 
 CALIBRATION = "corpus/calibration.jsonl"

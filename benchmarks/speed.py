@@ -31,13 +31,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
+from sparsessm_plugin.backends.products import project
+from sparsessm_plugin.criteria import SALIENCIES, SaliencyInputs, Unstructured, aggregate
 from sparsessm_plugin.evaluation.data import calibration_loader
-from sparsessm_plugin.mixers import MixerAdapter, MixerQuantities, get_adapter
-from sparsessm_plugin.mixers.products import project
+from sparsessm_plugin.mixers import MixerAdapter, get_adapter, read_out
 from sparsessm_plugin.pruning import DEMO_MODEL, ModelSource, PruningResult, prune
 from sparsessm_plugin.recipes import parse_recipe
-from sparsessm_plugin.saliency import SALIENCIES, SaliencyInputs, Unstructured, aggregate
-from sparsessm_plugin.scan import ScanStatistics, read_out
+from sparsessm_plugin.recurrence import ScanStatistics
+from sparsessm_plugin.recurrence.quantities import MixerQuantities
 from sparsessm_plugin.solvers.objective import gram
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparsessm_plugin.evaluation.runtimes import runtime_support
     from sparsessm_plugin.loading import enable_compressed_loading, load
     from sparsessm_plugin.mixers import find_mixers
+    from sparsessm_plugin.mixers.fast_forward import fast_forward
     from sparsessm_plugin.modifiers import (
         ChannelRemovalModifier,
         GradientMagnitudeModifier,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
         StateRemovalModifier,
     )
     from sparsessm_plugin.recipes import recipe_path
-    from sparsessm_plugin.scan.fast_forward import fast_forward
 
 __version__ = "0.1.0"
 
@@ -41,7 +41,7 @@ _PUBLIC = {
     "accelerate": "sparsessm_plugin.acceleration",
     "enable_compressed_loading": "sparsessm_plugin.loading",
     "evaluate_perplexity": "sparsessm_plugin.evaluation.perplexity",
-    "fast_forward": "sparsessm_plugin.scan.fast_forward",
+    "fast_forward": "sparsessm_plugin.mixers.fast_forward",
     "find_mixers": "sparsessm_plugin.mixers",
     "load": "sparsessm_plugin.loading",
     "recipe_path": "sparsessm_plugin.recipes",

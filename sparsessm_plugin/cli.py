@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sparsessm_plugin.allocator import keep_freed_memory
+from sparsessm_plugin.backends.allocator import keep_freed_memory
 from sparsessm_plugin.errors import SparseSSMError
 
 if TYPE_CHECKING:

@@ -20,14 +20,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sparsessm_plugin.backends.precision import tf32
 from sparsessm_plugin.cost import has_room
 from sparsessm_plugin.cost import kept as where_there_is_room
 from sparsessm_plugin.distributed import reduce_sum, world_size
 from sparsessm_plugin.distributed import total as distributed_total
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import get_adapter, iter_mixers
-from sparsessm_plugin.scan.fast_forward import fast_forward
-from sparsessm_plugin.solvers.objective import tf32
+from sparsessm_plugin.mixers.fast_forward import fast_forward
 
 IGNORED_LABEL = -100  # what transformers' losses leave out
 

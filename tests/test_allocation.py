@@ -6,7 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsessm_plugin.allocation import optimal_allocation, paper_allocation, uniform_allocation
+from sparsessm_plugin.allocation.sparsity import (
+    optimal_allocation,
+    paper_allocation,
+    uniform_allocation,
+)
 from sparsessm_plugin.errors import SparseSSMError
 
 GRID = [0.1, 0.3, 0.5, 0.7, 0.9]

@@ -6,11 +6,11 @@ import platform
 import pytest
 from conftest import fresh_process
 
-from sparsessm_plugin import allocator
+from sparsessm_plugin.backends import allocator
 
 PROGRAM = """
 import ctypes, json, sys
-from sparsessm_plugin.allocator import keep_freed_memory
+from sparsessm_plugin.backends.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 libc = ctypes.CDLL(None)

@@ -11,7 +11,7 @@ from sparsessm_plugin import ChannelRemovalModifier, SparseSSMError
 from sparsessm_plugin.mixers import find_mixers
 from sparsessm_plugin.modifiers.channel_removal import block_magnitude, channel_blocks
 from sparsessm_plugin.recipes import parse_recipe
-from sparsessm_plugin.solvers.channels import LinearTerm, eliminate_blocks, refit
+from sparsessm_plugin.refit.channels import LinearTerm, eliminate_blocks, refit
 
 # families whose loader makes any number of channels
 FREE = ("mamba", "falcon_mamba", "falcon_h1", "nemotron_h")

@@ -15,12 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from sparsessm_plugin.backends.choice import REFERENCE
 from sparsessm_plugin.dependency_graph import MixerDependencyGraph, apply_config_fields
 from sparsessm_plugin.dependency_graph.surrogate import Mamba1Surrogate
 from sparsessm_plugin.dependency_graph.tensors import format_ranges
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import find_mixers, get_adapter, get_tensor
-from sparsessm_plugin.scan import REFERENCE, scan
+from sparsessm_plugin.recurrence import scan
 
 _BAMBA = (
     {},

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from test_scan import random_heads, random_quantities, relative
 
 from sparsessm_plugin import fast_forward, find_mixers
-from sparsessm_plugin.mixers import MixerQuantities
-from sparsessm_plugin.scan import differentiable, reference, ssd
+from sparsessm_plugin.recurrence import differentiable, reference, ssd
+from sparsessm_plugin.recurrence.quantities import MixerQuantities
 
 LEAVES = ("u", "dt", "A", "B", "C", "D")
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsessm_plugin.criteria.importance import choose_pruned, importance, sparsity_after
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.saliency.importance import choose_pruned, importance, sparsity_after
 
 
 def test_importance():

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sparsessm_plugin import fast_forward
-from sparsessm_plugin.mixers import cpu, find_mixers, products, vectors
-from sparsessm_plugin.mixers.base import kernels_for
-from sparsessm_plugin.scan import ScanStatistics, StatisticsRequest, read_out, scan
+from sparsessm_plugin.backends import cpu, products, vectors
+from sparsessm_plugin.backends.choice import kernels_for
+from sparsessm_plugin.mixers import find_mixers, read_out
+from sparsessm_plugin.recurrence import ScanStatistics, StatisticsRequest, scan
 
 sizes = st.sampled_from([1, 2, 15, 16, 17, 64, 65, 513])
 

@@ -7,9 +7,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from sparsessm_plugin.backends.choice import REFERENCE
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import TensorAxis, find_mixers, get_adapter, known_mixers
-from sparsessm_plugin.scan import REFERENCE, scan
+from sparsessm_plugin.recurrence import scan
 
 
 def module_output(adapter, hidden_states, attention_mask=None):

@@ -21,9 +21,9 @@ from sparsessm_plugin.modifiers.state_removal import (
     mixing_gram,
     write_rows,
 )
-from sparsessm_plugin.scan import scan
-from sparsessm_plugin.solvers.compensation import mix_C
-from sparsessm_plugin.solvers.mixture import MixtureProblem, best_mixture, fit_mixtures
+from sparsessm_plugin.recurrence import scan
+from sparsessm_plugin.refit.compensation import mix_C
+from sparsessm_plugin.refit.mixture import MixtureProblem, best_mixture, fit_mixtures
 
 R = 4  # time_step_rank of the tiny model
 N = 8

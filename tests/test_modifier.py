@@ -11,11 +11,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sparsessm_plugin import SparseSSMModifier
+from sparsessm_plugin.backends.choice import REFERENCE
+from sparsessm_plugin.criteria import SALIENCIES, SaliencyInputs, Unstructured, aggregate
+from sparsessm_plugin.criteria.values import PRUNED_VALUES
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import find_mixers
-from sparsessm_plugin.saliency import SALIENCIES, SaliencyInputs, Unstructured, aggregate
-from sparsessm_plugin.saliency.values import PRUNED_VALUES
-from sparsessm_plugin.scan import REFERENCE, ScanStatistics, StatisticsRequest, scan
+from sparsessm_plugin.recurrence import ScanStatistics, StatisticsRequest, scan
 
 COMBINATIONS = [
     (saliency, aggregation, pruned_value)

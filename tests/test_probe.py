@@ -5,8 +5,8 @@ import torch
 from conftest import VOCAB, tiny_model
 
 from sparsessm_plugin.mixers import find_mixers
+from sparsessm_plugin.mixers.fast_forward import fast_forward
 from sparsessm_plugin.modifiers.probe import Probe
-from sparsessm_plugin.scan.fast_forward import fast_forward
 
 
 def little(rows=5, length=300):

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.selection.masks import choose_mask, parse_structure
 from sparsessm_plugin.solvers.alps import alps, refine_on_support
 from sparsessm_plugin.solvers.exhaustive import best_support
-from sparsessm_plugin.solvers.masks import choose_mask, parse_structure
 from sparsessm_plugin.solvers.objective import (
     damped_inverse_cholesky,
     dampen,

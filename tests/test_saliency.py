@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.saliency import (
+from sparsessm_plugin.criteria import (
     SALIENCIES,
     Decay,
     Ranking,
@@ -16,6 +15,7 @@ from sparsessm_plugin.saliency import (
     aggregate,
     aggregation,
 )
+from sparsessm_plugin.errors import SparseSSMError
 
 D, N, L = 6, 8, 130  # more steps than are scored at once
 

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from numba import njit
 
 from sparsessm_plugin import fast_forward
+from sparsessm_plugin.backends.choice import REFERENCE
+from sparsessm_plugin.backends.vectors import exp
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import HeadQuantities, MixerQuantities, find_mixers
-from sparsessm_plugin.mixers.vectors import exp
-from sparsessm_plugin.scan import REFERENCE, ScanStatistics, StatisticsRequest, scan, ssd
+from sparsessm_plugin.mixers import find_mixers
+from sparsessm_plugin.recurrence import ScanStatistics, StatisticsRequest, scan, ssd
+from sparsessm_plugin.recurrence.quantities import HeadQuantities, MixerQuantities
 
 STATISTICS = ("state_energy", "transition", "output_error")
 
@@ -241,7 +243,7 @@ def test_no_place_for_compiled_code():
     script = """
 import numba.core.caching
 numba.core.caching.CacheImpl._locator_classes = []
-import sparsessm_plugin.scan.cpu
+import sparsessm_plugin.recurrence.cpu
 """
     subprocess.run([sys.executable, "-c", script], check=True)
 
@@ -376,7 +378,7 @@ def test_fast_forward_leaves_cached_calls_to_the_model(family, monkeypatch):
     model = tiny_model(family).to(DEVICE)
     ids = torch.randint(1, 96, (2, 9), device=DEVICE)
     calls = []
-    module = import_module("sparsessm_plugin.scan.fast_forward")
+    module = import_module("sparsessm_plugin.mixers.fast_forward")
     read_out = module.read_out
     monkeypatch.setattr(module, "read_out", lambda a, q: calls.append(q) or read_out(a, q))
 
@@ -444,7 +446,7 @@ def test_fast_forward_ignores_models_without_known_mixers():
 
 
 def test_offered_scan_is_used_once():
-    from sparsessm_plugin.scan.fast_forward import offer
+    from sparsessm_plugin.mixers.fast_forward import offer
 
     model = tiny_model("mamba")
     adapter = find_mixers(model)[0]
@@ -477,7 +479,7 @@ FIRST_USE = """
 import torch
 torch.set_num_threads(1)
 assert torch.get_num_threads() == 1  # and makes torch ready for parallel work
-from sparsessm_plugin.mixers.vectors import threads_of_torch
+from sparsessm_plugin.backends.vectors import threads_of_torch
 with threads_of_torch():
     pass
 print(torch.get_num_threads())

@@ -19,12 +19,16 @@ from hypothesis import strategies as st
 from test_scan import STATISTICS, random_quantities, relative
 
 from sparsessm_plugin import fast_forward
-from sparsessm_plugin import scan as package
-from sparsessm_plugin.mixers import MixerQuantities, find_mixers
+from sparsessm_plugin import recurrence as package
+from sparsessm_plugin.backends import choice
+from sparsessm_plugin.backends.choice import REFERENCE
+from sparsessm_plugin.mixers import find_mixers
 from sparsessm_plugin.modifiers.removal import CalibrationInputs
-from sparsessm_plugin.scan import REFERENCE, ScanStatistics, StatisticsRequest, scan, scan_states
+from sparsessm_plugin.recurrence import ScanStatistics, StatisticsRequest, scan, scan_states
+from sparsessm_plugin.recurrence.quantities import MixerQuantities
 
-GPU = "sparsessm_plugin.scan.gpu"
+GPU = "cuda"
+MODULE = "sparsessm_plugin.recurrence.gpu"
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETER
 DEVICE = "cuda" if CUDA else "cpu"
@@ -134,7 +138,7 @@ def test_half_precision_comes_in_and_float32_is_summed(dtype):
 @pytest.mark.parametrize("pruned_value", ["zero", "memoryless"])
 def test_chunks_hand_their_states_on(count, pruned_value, monkeypatch):
     """Slow transitions, so that a chunk still feels the ones before it; the last one is short."""
-    gpu = import_module(GPU)
+    gpu = import_module(MODULE)
     length = 27
     chunk = -(-length // count)
     monkeypatch.setattr(gpu, "_chunk", lambda length, wanted: chunk)
@@ -251,7 +255,7 @@ def test_views_need_not_be_contiguous():
 @kernels_run
 @pytest.mark.parametrize("family", ["mamba", "jamba"])
 def test_fast_forward_gives_the_models_own_logits(family, monkeypatch):
-    module = import_module("sparsessm_plugin.scan.fast_forward")
+    module = import_module("sparsessm_plugin.mixers.fast_forward")
     monkeypatch.setattr(
         module, "read_out", lambda adapter, q: adapter.out_input(q, scan(q, backend=GPU))
     )
@@ -273,7 +277,7 @@ def test_the_gate_may_be_a_part_of_a_wider_tensor(dtype):
     q = on_device(random_quantities(2, 35, 34, 5, masked=True), dtype)
     q.z = torch.stack([torch.full_like(q.z, torch.nan), q.z], 2)[:, :, 1]
     y = scan(q, backend=GPU)
-    gated = import_module(GPU).scan(q, gated=dtype)
+    gated = import_module(MODULE).scan(q, gated=dtype)
     assert gated.dtype == dtype
     torch.testing.assert_close(gated, (y * q.gate).to(dtype))
 
@@ -292,7 +296,7 @@ def test_the_gate_may_be_a_part_of_a_wider_tensor(dtype):
 )
 def test_steps_of_single_channels(batch, length, channels, kernel, biased, padded, dtype, seed):
     """The convolution and the step size, of rows that lie in a wider tensor."""
-    gpu = import_module("sparsessm_plugin.mixers.gpu")
+    gpu = import_module("sparsessm_plugin.backends.gpu")
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, length, 2 * channels, generator=generator).to(DEVICE, dtype)
     x[..., :channels] = torch.nan
@@ -322,7 +326,7 @@ def test_steps_of_single_channels(batch, length, channels, kernel, biased, padde
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "jamba"])
 def test_quantities_are_those_without_kernels(family, monkeypatch):
     modules = [import_module(f"sparsessm_plugin.mixers.{name}") for name in ("base", "mamba1")]
-    gpu = import_module("sparsessm_plugin.mixers.gpu")
+    gpu = import_module("sparsessm_plugin.backends.gpu")
     adapter = find_mixers(tiny_model(family).to(DEVICE))[0]
     hidden_states = torch.randn(2, 19, adapter.sizes.hidden_size, device=DEVICE)
     mask = torch.ones(2, 19, dtype=torch.long, device=DEVICE)
@@ -354,7 +358,7 @@ def test_quantities_are_those_without_kernels(family, monkeypatch):
 def test_where_fast_forward_replaces(
     family, device, bound, backend, replaced, in_half, monkeypatch
 ):
-    module = import_module("sparsessm_plugin.scan.fast_forward")
+    module = import_module("sparsessm_plugin.mixers.fast_forward")
     monkeypatch.setattr(module, "scans_in_kernels", lambda mixer: bound)
     monkeypatch.setattr(module, "backend_for", lambda device: backend)
     forward = module._Forward(find_mixers(tiny_model(family))[0])
@@ -383,24 +387,24 @@ def test_kernels_that_scan_are_told_apart(family, monkeypatch):
 @pytest.fixture
 def fresh(monkeypatch):
     """No backend chosen and nothing warned of yet."""
-    package.backend_for.cache_clear()
-    monkeypatch.setattr(package, "_warned", set())
+    choice.backend_for.cache_clear()
+    monkeypatch.setattr(choice, "_warned", set())
     yield
-    package.backend_for.cache_clear()
+    choice.backend_for.cache_clear()
 
 
 def chosen(*devices):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        names = [package.backend_for(torch.device(d)) for d in devices]
+        names = [choice.backend_for(torch.device(d)) for d in devices]
     return names, [str(w.message) for w in caught if w.category is RuntimeWarning]
 
 
 def test_no_triton(fresh, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, GPU, raising=False)
+    monkeypatch.delitem(sys.modules, choice.BACKENDS["cuda"], raising=False)
     names, messages = chosen("cuda:0", "cuda:1", "cpu", "meta")
-    assert names == [REFERENCE, REFERENCE, package.BACKENDS["cpu"], REFERENCE]
+    assert names == [REFERENCE, REFERENCE, "cpu", REFERENCE]
     assert len(messages) == 1
     assert "plain torch" in messages[0]
     assert "triton" in messages[0]

@@ -10,16 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsessm_plugin.backends.precision import Factor, split_tf32, tf32
+from sparsessm_plugin.selection.masks import keep_largest, keep_largest_of_each
 from sparsessm_plugin.solvers.kernels import sweep, sweep_reference
-from sparsessm_plugin.solvers.masks import keep_largest, keep_largest_of_each
-from sparsessm_plugin.solvers.objective import (
-    Factor,
-    gram,
-    objective,
-    split_tf32,
-    tf32,
-    window_gram,
-)
+from sparsessm_plugin.solvers.objective import gram, objective, window_gram
 from sparsessm_plugin.solvers.sparsegpt import sparsegpt
 
 CPU, GPU = "sparsessm_plugin.solvers.cpu", "sparsessm_plugin.solvers.gpu"

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparsessm_plugin.saliency.states import StateStatistics
-from sparsessm_plugin.solvers.compensation import (
+from sparsessm_plugin.criteria.states import StateStatistics
+from sparsessm_plugin.refit.compensation import (
     RIDGES,
     Regression,
     best_ridge,
@@ -18,8 +18,8 @@ from sparsessm_plugin.solvers.compensation import (
     skip_update,
     without_skip,
 )
-from sparsessm_plugin.solvers.reconstruction import reconstruct
-from sparsessm_plugin.solvers.subsets import (
+from sparsessm_plugin.refit.reconstruction import reconstruct
+from sparsessm_plugin.selection.subsets import (
     EXHAUSTIVE,
     best_subsets,
     choose,

@@ -8,17 +8,18 @@ import torch
 from conftest import batches, tiny_model
 from test_scan import one_step_at_a_time, random_heads, random_quantities
 
-from sparsessm_plugin.mixers import find_mixers
-from sparsessm_plugin.modifiers.removal import CalibrationInputs
-from sparsessm_plugin.modifiers.state_removal import gather, mixing_gram, per_skip_entry, row_norms
-from sparsessm_plugin.saliency.states import (
+from sparsessm_plugin.backends.choice import REFERENCE
+from sparsessm_plugin.criteria.states import (
     STATE_SCORES,
     StateInputs,
     StateStatistics,
     lowest,
 )
-from sparsessm_plugin.scan import REFERENCE, scan, scan_states
-from sparsessm_plugin.solvers.subsets import removal_cost
+from sparsessm_plugin.mixers import find_mixers
+from sparsessm_plugin.modifiers.removal import CalibrationInputs
+from sparsessm_plugin.modifiers.state_removal import gather, mixing_gram, per_skip_entry, row_norms
+from sparsessm_plugin.recurrence import scan, scan_states
+from sparsessm_plugin.selection.subsets import removal_cost
 
 # -- the scan that keeps states ----------------------------------------------------------
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsessm_plugin.criteria.values import MEMORYLESS
 from sparsessm_plugin.mixers import MixerAdapter, find_mixers
-from sparsessm_plugin.saliency.values import MEMORYLESS
 
 
 @dataclass

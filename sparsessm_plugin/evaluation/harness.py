@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from sparsessm_plugin.backends.products import fast_products
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers.products import fast_products
 
 Encodings = dict[tuple[str, bool | None, int | None], list[int]]
 # of one forward pass, so that a large vocabulary does not fill the memory

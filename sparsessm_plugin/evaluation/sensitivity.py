@@ -20,18 +20,18 @@ import torch
 from compressed_tensors.offload import update_offload_parameter
 from torch import Tensor, nn
 
+from sparsessm_plugin.criteria import SALIENCIES, SaliencyInputs, Unstructured
+from sparsessm_plugin.criteria.values import PRUNED_VALUES
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.evaluation.latency import check_matplotlib
 from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
 from sparsessm_plugin.files import write_bytes
-from sparsessm_plugin.mixers import MixerAdapter, find_mixers
+from sparsessm_plugin.mixers import MixerAdapter, find_mixers, read_out
+from sparsessm_plugin.mixers.fast_forward import fast_forward, offer
 from sparsessm_plugin.modifiers import SensitivitySparseGPTModifier
 from sparsessm_plugin.modifiers.calibration import check_finite_input, what_enters
 from sparsessm_plugin.modifiers.sensitivity import gram_of, input_of
-from sparsessm_plugin.saliency import SALIENCIES, SaliencyInputs, Unstructured
-from sparsessm_plugin.saliency.values import PRUNED_VALUES
-from sparsessm_plugin.scan import ScanStatistics, read_out
-from sparsessm_plugin.scan.fast_forward import fast_forward, offer
+from sparsessm_plugin.recurrence import ScanStatistics
 from sparsessm_plugin.solvers.objective import relative_error
 from sparsessm_plugin.solvers.projections import SOLVERS
 

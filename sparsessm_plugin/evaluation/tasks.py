@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import yaml
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.scan.fast_forward import fast_forward
+from sparsessm_plugin.mixers.fast_forward import fast_forward
 
 _CONFIGS = Path(__file__).parent / "task_configs"
 _FEWSHOT_SEED = 1234  # lm-eval's default

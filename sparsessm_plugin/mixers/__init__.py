@@ -12,9 +12,7 @@ from sparsessm_plugin.mixers import (
     zamba2,
 )
 from sparsessm_plugin.mixers.base import (
-    HeadQuantities,
     MixerAdapter,
-    MixerQuantities,
     MixerSizes,
     TensorAxis,
     check_not_quantized,
@@ -24,13 +22,12 @@ from sparsessm_plugin.mixers.base import (
     is_mixer,
     iter_mixers,
     known_mixers,
+    read_out,
     register_adapter,
 )
 
 __all__ = [
-    "HeadQuantities",
     "MixerAdapter",
-    "MixerQuantities",
     "MixerSizes",
     "TensorAxis",
     "bamba",
@@ -48,6 +45,7 @@ __all__ = [
     "mamba",
     "mamba2",
     "nemotron_h",
+    "read_out",
     "register_adapter",
     "zamba2",
 ]

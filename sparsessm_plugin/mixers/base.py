@@ -9,15 +9,18 @@ H heads of P channels (``head_dim``) and G groups of heads that share B and C.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from importlib import import_module
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from sparsessm_plugin.backends.choice import backend_for, kernels_for
+from sparsessm_plugin.backends.products import project
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers.products import project
+from sparsessm_plugin.recurrence import implementation, scan
+from sparsessm_plugin.recurrence.quantities import MixerQuantities
+from sparsessm_plugin.recurrence.statistics import ScanStatistics
 
 
 @dataclass(frozen=True)
@@ -35,59 +38,6 @@ class MixerSizes:
     head_dim: int  # P
     n_groups: int  # G
     time_step_rank: int = 0  # R, Mamba-1 only
-
-
-@dataclass
-class MixerQuantities:
-    """The quantities of the selective recurrence (Mamba, arXiv 2312.00752, Algorithm 2).
-
-    h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, elementwise over (D, N)
-    y_t = sum_n C_{t,n} h_{t,:,n} + D u_t
-
-    All tensors but ``inputs`` are float32; where kernels read any type, as on a GPU without
-    gradients, u, B, C and z have the model's dtype. Padded positions have u = 0.
-
-    :param u: (b, L, D) scan input, after conv1d and activation
-    :param dt: (b, L, D) step size, after bias and softplus, > 0
-    :param A: (D, N) continuous-time transition, < 0
-    :param B: (b, L, N) input projection, after the family's norm if it has one
-    :param C: (b, L, N) output projection, likewise
-    :param D: (D,) skip connection
-    :param z: (b, L, D) gate before its activation
-    :param mask: (b, L) bool, False at padding; None where nothing is padded
-    :param inputs: per projection, the tensor its weight multiplies, in the model's dtype:
-        in_proj (b, L, hidden_size), conv1d (b, L, D), x_proj (b, L, D), dt_proj (b, L, R)
-    """
-
-    u: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor
-    z: Tensor
-    mask: Tensor | None = None
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def gate(self) -> Tensor:
-        """(b, L, D) float32 silu(z), the factor between the scan output y and out_proj."""
-        return nn.functional.silu(self.z.float())
-
-
-@dataclass
-class HeadQuantities(MixerQuantities):
-    """The same for the Mamba-2 layout (arXiv 2405.21060): one transition a head.
-
-    h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t^T, (P, N) for each head, dt and A its scalars.
-
-    :param dt: (b, L, H)
-    :param A: (H,)
-    :param B: (b, L, G, N); head i reads group i // (H / G)
-    :param C: (b, L, G, N)
-    :param D: (H,)
-    :param inputs: in_proj (b, L, hidden_size), conv1d (b, L, D + 2 G N)
-    """
 
 
 @dataclass(frozen=True)
@@ -337,7 +287,6 @@ class MixerAdapter(ABC):
             )
 
 
-_KERNELS = {"cpu": "sparsessm_plugin.mixers.cpu", "cuda": "sparsessm_plugin.mixers.gpu"}
 _ADAPTERS: dict[str, type[MixerAdapter]] = {}
 _Adapter = TypeVar("_Adapter", bound=type[MixerAdapter])
 
@@ -425,18 +374,26 @@ def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
-def kernels_for(x: Tensor) -> Any:
-    """The module with kernels for single channels of such a tensor; they have no gradients.
+def read_out(
+    adapter: MixerAdapter, quantities: MixerQuantities, statistics: ScanStatistics | None = None
+) -> Tensor:
+    """Run the recurrence up to what out_proj multiplies.
 
-    :return: Triton's on a GPU, numba's for float32 on the CPU, None where neither runs
+    :param adapter: of the mixer that the quantities come from
+    :param quantities: the recurrence's inputs
+    :param statistics: accumulators to add this batch to, or None
+    :return: (b, L, D) float32; where the quantities are in half precision and kernels of this
+        package run, in that
     """
-    name = _KERNELS.get(x.device.type)
-    on_cpu = x.device.type == "cpu"
-    if name is None or torch.is_grad_enabled() or (on_cpu and x.dtype != torch.float32):
-        return None
-    from sparsessm_plugin import scan  # which imports this package
-
-    return None if scan.backend_for(x.device) == scan.REFERENCE else import_module(name)
+    dtype = quantities.u.dtype
+    name = backend_for(quantities.u.device)
+    on_cpu = name == "cpu" and not torch.is_grad_enabled()
+    if adapter.has_state_transitions and (on_cpu or (dtype.itemsize == 2 and name == "cuda")):
+        x: Tensor = implementation(name, quantities.u.device).scan(
+            quantities, statistics, gated=dtype
+        )
+        return x
+    return adapter.out_input(quantities, scan(quantities, statistics))
 
 
 def get_tensor(module: Any, name: str) -> Tensor | None:

@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from sparsessm_plugin.mixers.bamba import BambaAdapter
-from sparsessm_plugin.mixers.base import MixerQuantities, register_adapter
+from sparsessm_plugin.mixers.base import register_adapter
+from sparsessm_plugin.recurrence.quantities import MixerQuantities
 
 
 @register_adapter

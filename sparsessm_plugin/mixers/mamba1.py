@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsessm_plugin.backends.choice import kernels_for
+from sparsessm_plugin.backends.products import fast_products, project
 from sparsessm_plugin.mixers.base import (
     MixerAdapter,
-    MixerQuantities,
     MixerSizes,
     TensorAxis,
     get_tensor,
-    kernels_for,
     linear_shape,
 )
-from sparsessm_plugin.mixers.products import fast_products, project
+from sparsessm_plugin.recurrence.quantities import MixerQuantities
 
 
 class Mamba1Adapter(MixerAdapter):

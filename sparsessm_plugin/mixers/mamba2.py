@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsessm_plugin.backends.products import project
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers.base import (
-    HeadQuantities,
     MixerAdapter,
-    MixerQuantities,
     MixerSizes,
     TensorAxis,
     get_tensor,
     linear_shape,
     register_adapter,
 )
-from sparsessm_plugin.mixers.products import project
+from sparsessm_plugin.recurrence.quantities import HeadQuantities, MixerQuantities
 
 
 @register_adapter

@@ -29,9 +29,9 @@ from sparsessm_plugin.mixers import (
     is_mixer,
     iter_mixers,
 )
+from sparsessm_plugin.mixers.fast_forward import fast_forward
 from sparsessm_plugin.modifiers.contexts import of_quantization
 from sparsessm_plugin.progress import Stage
-from sparsessm_plugin.scan.fast_forward import fast_forward
 from sparsessm_plugin.vocabulary import check_token_ids
 
 

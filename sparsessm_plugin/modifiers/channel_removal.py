@@ -17,8 +17,8 @@ from sparsessm_plugin.modifiers.removal import (
     relative_error,
     remove,
 )
-from sparsessm_plugin.scan import scan
-from sparsessm_plugin.solvers.channels import LinearTerm, eliminate_blocks, refit
+from sparsessm_plugin.recurrence import scan
+from sparsessm_plugin.refit.channels import LinearTerm, eliminate_blocks, refit
 
 Axis = Literal["channels", "heads", "head_dim"]
 

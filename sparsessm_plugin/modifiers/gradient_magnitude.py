@@ -16,6 +16,14 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
+from sparsessm_plugin.criteria.importance import (
+    Importance,
+    Schedule,
+    choose_pruned,
+    importance,
+    sparsity_after,
+)
+from sparsessm_plugin.criteria.values import MEMORYLESS
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import MixerAdapter, check_not_quantized, find_mixers
 from sparsessm_plugin.modifiers.calibration import MixerModifier
@@ -26,14 +34,6 @@ from sparsessm_plugin.modifiers.contexts import (
 )
 from sparsessm_plugin.modifiers.distillation import Distillation
 from sparsessm_plugin.modifiers.saving import change_config
-from sparsessm_plugin.saliency.importance import (
-    Importance,
-    Schedule,
-    choose_pruned,
-    importance,
-    sparsity_after,
-)
-from sparsessm_plugin.saliency.values import MEMORYLESS
 from sparsessm_plugin.training import (
     LossFunction,
     NonFiniteGradients,

@@ -20,16 +20,17 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
-from sparsessm_plugin.allocation import optimal_allocation, paper_allocation, uniform_allocation
+from sparsessm_plugin.allocation.sparsity import (
+    optimal_allocation,
+    paper_allocation,
+    uniform_allocation,
+)
+from sparsessm_plugin.backends.precision import tf32
 from sparsessm_plugin.cost import has_room
 from sparsessm_plugin.cost import kept as where_there_is_room
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import (
-    MixerAdapter,
-    MixerQuantities,
-    check_not_quantized,
-    find_mixers,
-)
+from sparsessm_plugin.mixers import MixerAdapter, check_not_quantized, find_mixers, read_out
+from sparsessm_plugin.mixers.fast_forward import offer
 from sparsessm_plugin.modifiers.calibration import (
     MixerModifier,
     check_finite_input,
@@ -42,16 +43,14 @@ from sparsessm_plugin.modifiers.probe import Probe
 from sparsessm_plugin.modifiers.removal import CalibrationInputs
 from sparsessm_plugin.modifiers.saving import change_config
 from sparsessm_plugin.progress import Stage
-from sparsessm_plugin.scan import read_out
-from sparsessm_plugin.scan.fast_forward import offer
-from sparsessm_plugin.solvers.masks import UNSTRUCTURED, check_structure, parse_structure
+from sparsessm_plugin.recurrence.quantities import MixerQuantities
+from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure, parse_structure
 from sparsessm_plugin.solvers.objective import (
     DAMPENING,
     damped_inverse_cholesky,
     dense_target,
     gram,
     relative_error,
-    tf32,
     window_gram,
 )
 from sparsessm_plugin.solvers.projections import SOLVERS

@@ -12,10 +12,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor
 
 from sparsessm_plugin import distributed
-from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import MixerAdapter
-from sparsessm_plugin.modifiers.calibration import MixerModifier, check_quoted
-from sparsessm_plugin.saliency import (
+from sparsessm_plugin.criteria import (
     SALIENCIES,
     Decay,
     DecayKind,
@@ -25,9 +22,12 @@ from sparsessm_plugin.saliency import (
     Unstructured,
     aggregate,
 )
-from sparsessm_plugin.saliency.values import PRUNED_VALUES
-from sparsessm_plugin.scan import PrunedValue, ScanStatistics, read_out
-from sparsessm_plugin.scan.fast_forward import offer
+from sparsessm_plugin.criteria.values import PRUNED_VALUES
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.mixers import MixerAdapter, read_out
+from sparsessm_plugin.mixers.fast_forward import offer
+from sparsessm_plugin.modifiers.calibration import MixerModifier, check_quoted
+from sparsessm_plugin.recurrence import PrunedValue, ScanStatistics
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 

@@ -10,8 +10,15 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from sparsessm_plugin import distributed
+from sparsessm_plugin.backends.precision import tf32
+from sparsessm_plugin.criteria.states import (
+    STATE_SCORES,
+    StateInputs,
+    StateStatistics,
+    lowest,
+)
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import MixerAdapter, MixerQuantities, get_tensor
+from sparsessm_plugin.mixers import MixerAdapter, get_tensor
 from sparsessm_plugin.modifiers.removal import (
     CalibrationInputs,
     RemovalModifier,
@@ -21,18 +28,12 @@ from sparsessm_plugin.modifiers.removal import (
     relative_error,
     remove,
 )
-from sparsessm_plugin.saliency.states import (
-    STATE_SCORES,
-    StateInputs,
-    StateStatistics,
-    lowest,
-)
-from sparsessm_plugin.scan import differentiable, scan, scan_products, scan_states
-from sparsessm_plugin.solvers.compensation import mix_C, skip_update, without_skip
-from sparsessm_plugin.solvers.mixture import MixtureStatistics, best_mixture, fit_mixtures
-from sparsessm_plugin.solvers.objective import tf32
-from sparsessm_plugin.solvers.reconstruction import reconstruct
-from sparsessm_plugin.solvers.subsets import EXHAUSTIVE, best_subsets, choose
+from sparsessm_plugin.recurrence import differentiable, scan, scan_products, scan_states
+from sparsessm_plugin.recurrence.quantities import MixerQuantities
+from sparsessm_plugin.refit.compensation import mix_C, skip_update, without_skip
+from sparsessm_plugin.refit.mixture import MixtureStatistics, best_mixture, fit_mixtures
+from sparsessm_plugin.refit.reconstruction import reconstruct
+from sparsessm_plugin.selection.subsets import EXHAUSTIVE, best_subsets, choose
 
 Compensation = Literal["D", "C", "B", "reconstruct", "out_proj"]
 

@@ -31,7 +31,7 @@ from sparsessm_plugin.modifiers import (
 )
 from sparsessm_plugin.modifiers.distillation import mixer_parameters
 from sparsessm_plugin.modifiers.sparse_gptq import check_quantized, never_called, quantized_weights
-from sparsessm_plugin.solvers.masks import check_structure
+from sparsessm_plugin.selection.masks import check_structure
 
 # The projections that a removal writes new values into, by what it fits again.
 _FITTED = {

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
+from sparsessm_plugin.backends.precision import Factor, tf32
+from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure, choose_mask
 from sparsessm_plugin.solvers.exhaustive import MOST_INPUTS, best_support
 from sparsessm_plugin.solvers.kernels import summing_dtype
-from sparsessm_plugin.solvers.masks import UNSTRUCTURED, check_structure, choose_mask
 from sparsessm_plugin.solvers.objective import (
     DAMPENING,
-    Factor,
     InverseCholesky,
     Solved,
     check,
@@ -17,7 +17,6 @@ from sparsessm_plugin.solvers.objective import (
     inverse_root,
     row_errors,
     square_of_root,
-    tf32,
 )
 from sparsessm_plugin.solvers.sparsegpt import may_stay, surgeon
 

@@ -8,7 +8,7 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from sparsessm_plugin.mixers.vectors import as_array, compiled, threads_of_torch
+from sparsessm_plugin.backends.vectors import as_array, compiled, threads_of_torch
 
 LANES = 64  # rows a tile; a multiple of every vector width
 

@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from sparsessm_plugin.solvers.masks import parse_structure
+from sparsessm_plugin.selection.masks import parse_structure
 from sparsessm_plugin.solvers.objective import InverseCholesky
 
 MOST_INPUTS = 4

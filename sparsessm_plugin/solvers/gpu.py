@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsessm_plugin.mixers.gpu import by_rows
+from sparsessm_plugin.backends.gpu import by_rows
 
 _ROWS = 16  # a program: 64 registers a thread for 128 columns
 _ROWS_OF_GROUPS = 8  # scores and ranks need registers, too

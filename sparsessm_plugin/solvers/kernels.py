@@ -10,7 +10,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from sparsessm_plugin.scan import REFERENCE, backend_for
+from sparsessm_plugin.backends.choice import REFERENCE, backend_for
 
 # Columns that are walked in one go: their rows' tile fits registers, or the first-level cache.
 WIDTH = 128

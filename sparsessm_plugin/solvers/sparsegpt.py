@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.solvers.kernels import WIDTH, sweep
-from sparsessm_plugin.solvers.masks import (
+from sparsessm_plugin.selection.masks import (
     UNSTRUCTURED,
     check_structure,
     keep_largest,
     keep_largest_of_each,
     parse_structure,
 )
+from sparsessm_plugin.solvers.kernels import WIDTH, sweep
 from sparsessm_plugin.solvers.objective import (
     DAMPENING,
     InverseCholesky,

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sparsessm_plugin.solvers.masks import UNSTRUCTURED, choose_mask
+from sparsessm_plugin.selection.masks import UNSTRUCTURED, choose_mask
 from sparsessm_plugin.solvers.objective import DAMPENING, Solved, check, finish
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from sparsessm_plugin.scan.statistics import PrunedValue, StatisticsRequest
+from sparsessm_plugin.recurrence.statistics import PrunedValue, StatisticsRequest
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,25 @@ import triton.language as tl
 from torch import Tensor
 
 _STEPS, _CHANNELS = 32, 128  # a program
+OLDEST = (7, 0)  # compute capability that Triton supports
+
+
+def check(device: torch.device) -> None:
+    """Make sure that kernels compile and run on a device.
+
+    :raises RuntimeError: saying why not
+    """
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST:
+        raise RuntimeError(
+            f"Triton needs compute capability {OLDEST[0]}.{OLDEST[1]}, "
+            f"the GPU has {found[0]}.{found[1]}"
+        )
+    with torch.cuda.device(device):
+        probe = torch.zeros(1, device=device)
+        _probe[(1,)](probe)  # fails without a C compiler, for one
+        if float(probe) != 1.0:
+            raise RuntimeError("Triton's kernels compute nothing on this GPU")
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -72,6 +91,11 @@ def by_rows(x: Tensor) -> Tensor:
     """(b, L, D) of which all rows lie one after the other, at one distance."""
     regular = x.stride(2) == 1 and (len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1))
     return x if regular else x.clone(memory_format=torch.contiguous_format)
+
+
+@triton.jit
+def _probe(out):
+    tl.store(out, 1.0)
 
 
 @triton.jit

@@ -14,16 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsessm_plugin.mixers import (
-    MixerAdapter,
-    MixerQuantities,
-    get_adapter,
-    iter_mixers,
-    known_mixers,
-)
+from sparsessm_plugin.backends.choice import REFERENCE, backend_for
+from sparsessm_plugin.backends.products import project
+from sparsessm_plugin.mixers import MixerAdapter, get_adapter, iter_mixers, known_mixers, read_out
 from sparsessm_plugin.mixers.kernels import scans_in_kernels
-from sparsessm_plugin.mixers.products import project
-from sparsessm_plugin.scan import REFERENCE, backend_for, read_out
+from sparsessm_plugin.recurrence.quantities import MixerQuantities
 
 
 @contextmanager
@@ -96,7 +91,7 @@ class _Forward:
     def _read_out(self, quantities: MixerQuantities) -> Tensor:
         if not torch.is_grad_enabled():
             return read_out(self.adapter, quantities)
-        from sparsessm_plugin.scan import differentiable  # brings numba along
+        from sparsessm_plugin.recurrence import differentiable  # brings numba along
 
         return self.adapter.out_input(quantities, differentiable.scan(quantities))
 

@@ -18,16 +18,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsessm_plugin.mixers.base import MixerQuantities
-from sparsessm_plugin.mixers.gpu import by_rows
-from sparsessm_plugin.scan.statistics import ScanStatistics
+from sparsessm_plugin.backends.gpu import by_rows
+from sparsessm_plugin.recurrence.quantities import MixerQuantities
+from sparsessm_plugin.recurrence.statistics import ScanStatistics
 
 BLOCK = 32  # channels a program: the lanes of a warp
 STATES_A_WARP = 16  # states that a thread keeps; more of them take more warps
 MOST_WARPS = 16
 PROGRAMS = 64  # warps for each multiprocessor that a launch should have, about two full waves
 SHORTEST = 16  # steps of the shortest chunk: loading and storing a state must pay off
-OLDEST = (7, 0)  # compute capability that Triton supports
 LOG2_E = tl.constexpr(1.4426950408889634)
 _ERROR_MODES = {None: 0, "zero": 1, "memoryless": 2}
 _STATISTICS = ("state_energy", "transition", "output_error")
@@ -36,30 +35,12 @@ _STATISTICS = ("state_energy", "transition", "output_error")
 _SIZES = ["length", "chunk", "chunks", "channels", "states", "every", "z_width"]
 
 
-def check(device: torch.device) -> None:
-    """Make sure that kernels compile and run on a device.
-
-    :raises RuntimeError: saying why not
-    """
-    found = torch.cuda.get_device_capability(device)
-    if found < OLDEST:
-        raise RuntimeError(
-            f"Triton needs compute capability {OLDEST[0]}.{OLDEST[1]}, "
-            f"the GPU has {found[0]}.{found[1]}"
-        )
-    with torch.cuda.device(device):
-        probe = torch.zeros(1, device=device)
-        _probe[(1,)](probe)  # fails without a C compiler, for one
-        if float(probe) != 1.0:
-            raise RuntimeError("Triton's kernels compute nothing on this GPU")
-
-
 def scan(
     quantities: MixerQuantities,
     statistics: ScanStatistics | None = None,
     gated: torch.dtype | None = None,
 ) -> Tensor:
-    """Run the recurrence; see :func:`sparsessm_plugin.scan.scan`.
+    """Run the recurrence; see :func:`sparsessm_plugin.recurrence.scan`.
 
     :param gated: give y times the gate instead, in this dtype
     """
@@ -73,7 +54,7 @@ def scan(
 
 
 def scan_states(quantities: MixerQuantities, every: int) -> tuple[Tensor, Tensor]:
-    """Run the recurrence and keep states; see :func:`sparsessm_plugin.scan.scan_states`."""
+    """Run the recurrence and keep states; see :func:`sparsessm_plugin.recurrence.scan_states`."""
     y, states = _run(quantities, None, every)
     return y, states.transpose(2, 3)
 
@@ -86,7 +67,7 @@ def _row(q: MixerQuantities, i: int) -> MixerQuantities:
 def scan_products(
     quantities: MixerQuantities, weight: Tensor, every: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the recurrence and sum products; see :func:`sparsessm_plugin.scan.scan_products`."""
+    """See :func:`sparsessm_plugin.recurrence.scan_products`."""
     work = _Work(quantities, least_states=16)  # the smallest side of a matrix product
     starts, _ = work.starts(error_mode=0)
     programs = (work.batch * work.chunks, work.blocks)
@@ -230,11 +211,6 @@ def _processors(device: torch.device) -> int:
 # Shapes in memory: u, dt, y (b, L, D), and z, whose rows are z_width apart; A (N, D); B, C
 # (b, L, BLOCK_N); states and sums (..., N, D). In registers: (BLOCK_N, BLOCK_D). What lies outside
 # of N and D is zero and stays.
-
-
-@triton.jit
-def _probe(out):
-    tl.store(out, 1.0)
 
 
 @triton.jit

@@ -70,7 +70,7 @@ class StateStatistics:
     ) -> None:
         """Add sampled steps of one group without their states, and nothing for mixing.
 
-        :param products: what :func:`sparsessm_plugin.scan.scan_products` returned; the other
+        :param products: what :func:`sparsessm_plugin.recurrence.scan_products` returned; the other
             parameters as in :meth:`add`
         """
         gram, skip, state_energy = products
@@ -167,7 +167,7 @@ def controllability_observability(inputs: StateInputs) -> Tensor:
 
 
 # Scores for which each state counts by itself: higher is kept. ``output_energy`` is not among
-# them, it judges sets of states together (sparsessm_plugin.solvers.subsets).
+# them, it judges sets of states together (sparsessm_plugin.selection.subsets).
 STATE_SCORES: dict[str, Callable[[StateInputs], Tensor]] = {
     "magnitude": magnitude,
     "last": last,

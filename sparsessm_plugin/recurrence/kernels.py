@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsessm_plugin.mixers.base import MixerQuantities
+from sparsessm_plugin.recurrence.quantities import MixerQuantities
 
 
 @cache
@@ -25,7 +25,7 @@ def available(quantities: MixerQuantities) -> bool:
 
 
 def scan(quantities: MixerQuantities) -> Tensor:
-    """y (b, L, D) as :func:`sparsessm_plugin.scan.scan` gives it; differentiable."""
+    """y (b, L, D) as :func:`sparsessm_plugin.recurrence.scan` gives it; differentiable."""
     q = quantities
     y = _selective_scan()(
         q.u.transpose(1, 2).contiguous(),

@@ -8,9 +8,9 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from sparsessm_plugin.mixers import vectors
-from sparsessm_plugin.mixers.memory import room
-from sparsessm_plugin.mixers.vectors import as_array, as_rows, compiled, threads_of_torch
+from sparsessm_plugin.backends import vectors
+from sparsessm_plugin.backends.memory import room
+from sparsessm_plugin.backends.vectors import as_array, as_rows, compiled, threads_of_torch
 
 _STEPS = 32  # a task of a thread
 _BLOCK = 512  # channels at once: all that is read and written of them stays in the first cache

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from sparsessm_plugin.mixers.base import HeadQuantities, MixerQuantities
-from sparsessm_plugin.mixers.vectors import MATH, as_array, compiled, exp, threads_of_torch
-from sparsessm_plugin.scan import cpu, kernels, ssd
-from sparsessm_plugin.scan.cpu import BLOCK
+from sparsessm_plugin.backends.vectors import MATH, as_array, compiled, exp, threads_of_torch
+from sparsessm_plugin.recurrence import cpu, kernels, ssd
+from sparsessm_plugin.recurrence.cpu import BLOCK
+from sparsessm_plugin.recurrence.quantities import HeadQuantities, MixerQuantities
 
 _EVERY = 16  # steps between two states that the CPU keeps; with N = 16 they are as large as u
 _CHUNK = 64  # steps that other devices take together

@@ -7,12 +7,12 @@ wherever there is no faster one.
 import torch
 from torch import Tensor
 
-from sparsessm_plugin.mixers.base import MixerQuantities
-from sparsessm_plugin.scan.statistics import ScanStatistics
+from sparsessm_plugin.recurrence.quantities import MixerQuantities
+from sparsessm_plugin.recurrence.statistics import ScanStatistics
 
 
 def scan(quantities: MixerQuantities, statistics: ScanStatistics | None = None) -> Tensor:
-    """Run the recurrence; see :func:`sparsessm_plugin.scan.scan`."""
+    """Run the recurrence; see :func:`sparsessm_plugin.recurrence.scan`."""
     q = quantities
     batch, length, channels = q.u.shape
     if statistics is not None:
@@ -48,7 +48,7 @@ def scan(quantities: MixerQuantities, statistics: ScanStatistics | None = None) 
 
 
 def scan_states(quantities: MixerQuantities, every: int) -> tuple[Tensor, Tensor]:
-    """Run the recurrence and keep states; see :func:`sparsessm_plugin.scan.scan_states`."""
+    """Run the recurrence and keep states; see :func:`sparsessm_plugin.recurrence.scan_states`."""
     q = quantities
     batch, length, channels = q.u.shape
     h = q.u.new_zeros(batch, channels, q.A.shape[1])  # (b, D, N)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sparsessm_plugin.mixers.memory import room
+from sparsessm_plugin.backends.memory import room
 
 # Multiplications below which finding oneDNN's kernel costs more than it gains.
 _SMALLEST = 2**22

@@ -11,9 +11,8 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from sparsessm_plugin.mixers.base import MixerQuantities
-from sparsessm_plugin.mixers.memory import room
-from sparsessm_plugin.mixers.vectors import (
+from sparsessm_plugin.backends.memory import room
+from sparsessm_plugin.backends.vectors import (
     as_array,
     as_rows,
     compiled,
@@ -21,7 +20,8 @@ from sparsessm_plugin.mixers.vectors import (
     silu,
     threads_of_torch,
 )
-from sparsessm_plugin.scan.statistics import ScanStatistics
+from sparsessm_plugin.recurrence.quantities import MixerQuantities
+from sparsessm_plugin.recurrence.statistics import ScanStatistics
 
 BLOCK = 64  # channels a block; a multiple of every vector width
 
@@ -38,7 +38,7 @@ def scan(
     statistics: ScanStatistics | None = None,
     gated: torch.dtype | None = None,
 ) -> Tensor:
-    """Run the recurrence; see :func:`sparsessm_plugin.scan.scan`.
+    """Run the recurrence; see :func:`sparsessm_plugin.recurrence.scan`.
 
     :param gated: give y times the gate instead, in this dtype
     """
@@ -47,7 +47,7 @@ def scan(
 
 
 def scan_states(quantities: MixerQuantities, every: int) -> tuple[Tensor, Tensor]:
-    """Run the recurrence and keep states; see :func:`sparsessm_plugin.scan.scan_states`."""
+    """Run the recurrence and keep states; see :func:`sparsessm_plugin.recurrence.scan_states`."""
     batch, length, channels = quantities.u.shape
     states = torch.empty(batch, length // every, quantities.A.shape[1], channels)
     return _run(quantities, None, states, every), states.transpose(2, 3)

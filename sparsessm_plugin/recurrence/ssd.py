@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsessm_plugin.mixers.base import HeadQuantities
+from sparsessm_plugin.recurrence.quantities import HeadQuantities
 
 CHUNK = 64
 

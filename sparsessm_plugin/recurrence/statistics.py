@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparsessm_plugin.mixers.base import MixerQuantities
-from sparsessm_plugin.mixers.memory import room
+from sparsessm_plugin.backends.memory import room
+from sparsessm_plugin.recurrence.quantities import MixerQuantities
 
 PrunedValue = Literal["zero", "memoryless"]
 
@@ -36,7 +36,7 @@ class StatisticsRequest:
 
 
 class ScanStatistics:
-    """Accumulators of one mixer, filled batch by batch by :func:`sparsessm_plugin.scan.scan`.
+    """Accumulators of one mixer, filled batch by batch by :func:`sparsessm_plugin.recurrence.scan`.
 
     Per-step accumulators are float32 of shape (L, D, N) and grow to the longest sequence
     seen; sums over time are float64 of shape (D, N). Neither depends on the batch size.

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsessm_plugin.solvers.compensation import skip_update, without_skip
+from sparsessm_plugin.refit.compensation import skip_update, without_skip
 
 RIDGE = 1e-4  # of each diagonal entry
 _EXACT = 1e-6  # cost of a fit that few tokens cannot tell from an exact one

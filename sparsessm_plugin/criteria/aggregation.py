@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparsessm_plugin.saliency.scores import Saliency, SaliencyInputs
-from sparsessm_plugin.saliency.selection import Pattern, Ranking
+from sparsessm_plugin.criteria.scores import Saliency, SaliencyInputs
+from sparsessm_plugin.selection.patterns import Pattern, Ranking
 
 # Time steps that are scored at once, so that a GPU has a selection for each multiprocessor, and
 # scores that are held at once: selecting from them takes several times their memory.

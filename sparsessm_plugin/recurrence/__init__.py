@@ -1,0 +1,108 @@
+"""The selective scan that also accumulates statistics: one interface, several backends."""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsessm_plugin.backends.choice import REFERENCE, backend_for
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.recurrence import kernels, ssd
+from sparsessm_plugin.recurrence.quantities import HeadQuantities, MixerQuantities
+from sparsessm_plugin.recurrence.statistics import PrunedValue, ScanStatistics, StatisticsRequest
+
+__all__ = [
+    "REFERENCE",
+    "HeadQuantities",
+    "MixerQuantities",
+    "PrunedValue",
+    "ScanStatistics",
+    "StatisticsRequest",
+    "implementation",
+    "scan",
+    "scan_products",
+    "scan_states",
+]
+
+# One implementation a backend: a module with `scan` and `scan_states`.
+_MODULES = {
+    "cpu": "sparsessm_plugin.recurrence.cpu",
+    "cuda": "sparsessm_plugin.recurrence.gpu",
+    REFERENCE: "sparsessm_plugin.recurrence.reference",
+}
+# Largest N for which a kernel keeps N^2 sums next to the states.
+MOST_PRODUCTS = 32
+
+
+def implementation(backend: str | None, device: torch.device) -> Any:
+    """The module that scans on a device, or that of a backend asked for by name."""
+    return import_module(_MODULES[backend or backend_for(device)])
+
+
+def scan(
+    quantities: MixerQuantities,
+    statistics: ScanStatistics | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Run the selective recurrence from a zero state and accumulate statistics on the way.
+
+    No tensor with both a batch and a time axis has a state axis; a GPU keeps states of the ends
+    of chunks, which are the longer the more work there is. Differentiable only through
+    mamba-ssm and the reference; see :mod:`sparsessm_plugin.recurrence.differentiable`.
+
+    :param quantities: the recurrence's inputs
+    :param statistics: accumulators to add this batch to, or None
+    :param backend: to use instead of the device's own: ``cpu``, ``cuda`` or :data:`REFERENCE`
+    :return: y (b, L, D) float32, skip connection included, before the gate
+    """
+    if isinstance(quantities, HeadQuantities):
+        if statistics is not None:
+            raise SparseSSMError(
+                "statistics of A_log need one entry a state; Mamba-2 has one a head"
+            )
+        return ssd.scan(quantities)
+    if statistics is None and backend is None and kernels.available(quantities):
+        return kernels.scan(quantities)
+    y: Tensor = implementation(backend, quantities.u.device).scan(quantities, statistics)
+    return y
+
+
+def scan_states(
+    quantities: MixerQuantities, every: int, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run the recurrence and keep the state after every so many steps.
+
+    :param quantities: the recurrence's inputs
+    :param every: keep h_t for t = every - 1, 2 every - 1, ... (steps count from 0)
+    :param backend: to use instead of the device's own
+    :return: y (b, L, D) as from :func:`scan`, and h (b, L // every, D, N)
+    """
+    if isinstance(quantities, HeadQuantities):
+        y, states = ssd.scan_with_states(quantities, chunk=every)
+        assert states is not None
+        return y, states
+    y, states = implementation(backend, quantities.u.device).scan_states(quantities, every)
+    return y, states
+
+
+def scan_products(
+    quantities: MixerQuantities, weight: Tensor, every: int, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Run the recurrence and sum up, without keeping states, what they add to the output.
+
+    With ``phi_n = weight_t[d] C_{t,n} h_t[d,n]``, over channels and the steps t = every - 1,
+    2 every - 1, ... that are no padding.
+
+    :param quantities: the recurrence's inputs
+    :param weight: (b, L, D) what the scan output is multiplied with
+    :param every: look at every so many steps
+    :param backend: to use instead of the device's own
+    :return: float64 sums of phi_n phi_m (N, N), of weight u phi_n by channel (D, N), and of
+        h_n^2 (N,); None for Mamba-2, many states, and where the backend cannot
+    """
+    if isinstance(quantities, HeadQuantities) or quantities.A.shape[1] > MOST_PRODUCTS:
+        return None
+    module = implementation(backend, quantities.u.device)
+    function = getattr(module, "scan_products", None)
+    return None if function is None else function(quantities, weight, every)
