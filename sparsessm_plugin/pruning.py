@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sparsessm_plugin import distributed
+from sparsessm_plugin.config_levels import language_field
 from sparsessm_plugin.cost import halved, has_room, peak_memory_bytes, reset_peak_memory, shortage
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.loading import load
@@ -222,7 +223,7 @@ def _place_between_layers(model: Any, loader: DataLoader[Any] | None) -> str:
         return "cpu"
     tokens = sum(batch["input_ids"].numel() for batch in loader)
     # before and after a layer, and all of it in float32 as Mamba's residual stream is
-    needed = 2 * 4 * tokens * model.config.get_text_config().hidden_size
+    needed = 2 * 4 * tokens * language_field(model.config, "hidden_size")
     return str(model.device) if has_room(model.device, needed) else "cpu"
 
 

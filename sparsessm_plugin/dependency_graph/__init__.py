@@ -1,7 +1,13 @@
 """What has to be removed together from a mixer, found by tracing, and its removal."""
 
-from sparsessm_plugin.dependency_graph.config import apply_config_fields
+from sparsessm_plugin.dependency_graph.config import apply_config_fields, write_config_fields
 from sparsessm_plugin.dependency_graph.graph import AxisGroup, MixerDependencyGraph
 from sparsessm_plugin.dependency_graph.tensors import TensorChange
 
-__all__ = ["AxisGroup", "MixerDependencyGraph", "TensorChange", "apply_config_fields"]
+__all__ = [
+    "AxisGroup",
+    "MixerDependencyGraph",
+    "TensorChange",
+    "apply_config_fields",
+    "write_config_fields",
+]

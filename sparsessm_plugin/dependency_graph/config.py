@@ -1,35 +1,129 @@
-"""New sizes in a model's config."""
+"""New sizes in a model's config, in memory and in the config.json of a checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from sparsessm_plugin.config_levels import (
+    Path,
+    get_field,
+    holds,
+    language_level,
+    language_levels,
+)
 from sparsessm_plugin.errors import SparseSSMError
+
+# Names under which configs state one and the same size. Runtimes differ in what they read, so all
+# that are there must say the same. `num_heads`, `head_dim` and, in hybrids, `intermediate_size`
+# may speak of attention and the MLP; these change only where a family's loader reads them.
+_STATES = ("state_size", "mamba_d_state", "ssm_state_size", "d_state")
+_CHANNELS = ("d_inner", "mamba_d_inner", "mamba_d_ssm", "d_ssm", "mamba_intermediate_size")
+_HEADS = ("mamba_n_heads", "n_mamba_heads", "mamba_num_heads", "nheads")
+_HEAD_DIM = ("mamba_d_head", "mamba_headdim", "mamba_head_dim", "headdim")
+_EXPAND = ("expand", "mamba_expand")
+_HIDDEN = ("hidden_size", "d_model")
+# a mapping inside of configs that were converted from mamba_ssm's
+_NESTED_CFG = "ssm_cfg"
 
 
 def apply_config_fields(config: Any, fields: Mapping[str, Any]) -> None:
     """Set the fields on a transformers config, all of them or none.
 
-    A config checks its fields against each other, so they are checked once all are set.
+    The innermost level of a composite config that has all the fields gets them, and so does
+    every other level that states one of them, under any of its names. A config checks its fields
+    against each other, so they are checked once all are set.
 
     :param config: of the model, or one that holds the config of the language model
     :param fields: field name -> value, as :attr:`AxisGroup.config_fields` holds them
     :raises SparseSSMError: a field that the config lacks, or values that it refuses
     """
-    if not all(hasattr(config, field) for field in fields):
-        config = config.get_text_config()
-    for field in fields:
-        if not hasattr(config, field):
-            raise SparseSSMError(f"{type(config).__name__} has no field {field!r}")
-    before = {field: getattr(config, field) for field in fields}
+    changes = _changes(config, fields, _deciding_level(config, fields))
+    before = [(level, name, get_field(level, name)) for level, name, _ in changes]
     try:
-        for field, value in fields.items():
-            setattr(config, field, value)
-        validate = getattr(config, "validate", None)
-        if validate is not None:
-            validate()
+        for level, name, value in changes:
+            _set(level, name, value)
+        for level in language_levels(config).values():
+            validate = getattr(level, "validate", None)
+            if validate is not None:
+                validate()
     except Exception as error:
-        for field, value in before.items():
-            setattr(config, field, value)
+        for level, name, value in before:
+            _set(level, name, value)
         wanted = ", ".join(f"{field}={value!r}" for field, value in fields.items())
         reason = " ".join(str(error).split())
         raise SparseSSMError(f"{type(config).__name__} refuses {wanted}: {reason}") from error
+
+
+def write_config_fields(content: dict[str, Any], fields: Mapping[str, Any], config: Any) -> None:
+    """Set the fields in what a config.json holds, at the levels that the config has them.
+
+    :param content: of config.json, changed in place; it may leave out what has a default
+    :param fields: as for :func:`apply_config_fields`
+    :param config: of the model in memory, which decides on the level
+    :raises SparseSSMError: the config in memory lacks a field
+    """
+    path = _deciding_level(config, fields)
+    levels = language_levels(content)
+    if path not in levels:  # a file that is flat, or nests under another name
+        stated = [p for p, level in levels.items() if any(holds(level, f) for f in fields)]
+        path = (stated or list(levels))[-1]
+    for level, name, value in _changes(content, fields, path):
+        _set(level, name, value)
+
+
+def _deciding_level(config: Any, fields: Mapping[str, Any]) -> Path:
+    try:
+        return language_level(config, *fields)
+    except KeyError as error:
+        raise SparseSSMError(f"{type(config).__name__} has no field {error.args[0]!r}") from None
+
+
+def _changes(config: Any, fields: Mapping[str, Any], path: Path) -> list[tuple[Any, str, Any]]:
+    """Level, name and new value of everything that states one of the sizes."""
+    levels = language_levels(config)
+    hidden = None
+    for level in (*levels.values(), levels[path]):  # the deciding level has the last word
+        hidden = next((get_field(level, name) for name in _HIDDEN if holds(level, name)), hidden)
+    same = _other_names(fields, hidden)
+    changes = [(levels[path], name, value) for name, value in fields.items()]
+    for where, level in levels.items():
+        stated = {**same, **fields}
+        if where == path:  # where all fields are set, whether the level states them or not
+            stated = {name: value for name, value in same.items() if name not in fields}
+        changes += [
+            (level, name, value)
+            for name, value in stated.items()
+            # what is None is derived from the others
+            if holds(level, name) and get_field(level, name) is not None
+        ]
+        inner = get_field(level, _NESTED_CFG) if holds(level, _NESTED_CFG) else None
+        if isinstance(inner, dict):
+            changes += [(inner, name, value) for name, value in same.items() if name in inner]
+    return changes
+
+
+def _other_names(fields: Mapping[str, Any], hidden_size: int | None) -> dict[str, Any]:
+    """Every other name of the sizes that the fields give -> value."""
+
+    def first(*names: str) -> Any:
+        return next((fields[name] for name in names if name in fields), None)
+
+    states, expand = first(*_STATES), first(*_EXPAND)
+    heads, head_dim = first("num_heads", *_HEADS), first("head_dim", *_HEAD_DIM)
+    channels = first("intermediate_size", *_CHANNELS)
+    if channels is None and heads is not None and head_dim is not None:
+        channels = heads * head_dim
+    if channels is None and expand is not None and hidden_size:
+        channels = expand * hidden_size
+    if expand is None and channels is not None and hidden_size and channels % hidden_size == 0:
+        expand = channels // hidden_size  # configs take whole numbers only
+    sizes = {
+        _STATES: states, _CHANNELS: channels, _HEADS: heads, _HEAD_DIM: head_dim, _EXPAND: expand
+    }  # fmt: skip
+    return {n: size for names, size in sizes.items() if size is not None for n in names}
+
+
+def _set(level: Any, name: str, value: Any) -> None:
+    if isinstance(level, dict):
+        level[name] = value
+    else:
+        setattr(level, name, value)

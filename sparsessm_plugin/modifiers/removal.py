@@ -19,6 +19,7 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
+from sparsessm_plugin.config_levels import language_field
 from sparsessm_plugin.cost import kept
 from sparsessm_plugin.dependency_graph import MixerDependencyGraph
 from sparsessm_plugin.errors import SparseSSMError
@@ -156,7 +157,7 @@ class RemovalModifier(MixerModifier):
         if config is None:
             return
         for field, size in adapter.config_sizes().items():
-            said = getattr(config.get_text_config(), field, None)
+            said = language_field(config, field)
             if said is not None and said != size:
                 raise SparseSSMError(
                     f"{type(self).__name__}: the config says {field} = {said}, the weights of "

@@ -18,7 +18,7 @@ from llmcompressor.transformers.compression.compressed_tensors_utils import (
 )
 
 from sparsessm_plugin import distributed
-from sparsessm_plugin.dependency_graph import apply_config_fields
+from sparsessm_plugin.dependency_graph import apply_config_fields, write_config_fields
 from sparsessm_plugin.files import write_config
 
 
@@ -44,7 +44,8 @@ def change_config(model: Any, fields: Mapping[str, Any]) -> None:
         path = Path(save_directory) / "config.json"
         if distributed.rank() == 0 and path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
-            _write_fields(content, kept)
+            if kept:
+                write_config_fields(content, kept, model.config)
             write_config(path, content)
         return result
 
@@ -59,9 +60,3 @@ def _pack_experts(model: Any) -> None:
     parts = (part for _, experts in get_linearized_moes(model) for part in experts.modules())
     if not any(getattr(part, "quantization_scheme", None) is not None for part in parts):
         repack_moe(model)
-
-
-def _write_fields(content: dict[str, Any], fields: Mapping[str, Any]) -> None:
-    nested = content.get("text_config")
-    target = nested if isinstance(nested, dict) else content
-    target.update(fields)
