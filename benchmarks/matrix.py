@@ -1,0 +1,290 @@
+"""Every family with every modifier: pruned, saved, and loaded again by transformers alone.
+
+    python benchmarks/matrix.py                       # about 5 minutes, 2 cores
+    python benchmarks/matrix.py --families mamba zamba2 --columns w8a8
+
+Tiny random models of tests/conftest.py. One process prunes and saves them all. Another, which never
+imports this package, loads each with ``AutoModelForCausalLM.from_pretrained`` and compares the
+logits with those in memory, bit by bit. What it could not load goes to a third, which uses
+``sparsessm_plugin.load``.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import torch
+import yaml
+from common import Result, first_line, save
+from conftest import DEMO, FAMILIES, MAMBA1, Loader, batches, tiny_model
+from transformers import AutoTokenizer
+
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.pruning import prune
+from sparsessm_plugin.recipes import parse_recipe
+
+Fields = dict[str, Any]
+IGNORE = ["lm_head", "re:.*dt_proj$", "re:.*router.*", "re:.*gate$"]
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
+PACKED = {"targets": ["re:.*(in|out)_proj$"], "weights": INT4}
+EXPERTS = ["re:.*experts.*"]
+
+# A row that is not a family's tiny model as it is -> the family, and what is changed in its config.
+VARIANTS: dict[str, tuple[str, Fields]] = {
+    "granitemoehybrid, no experts": ("granitemoehybrid", {"num_local_experts": 0}),
+    "jamba, 2 experts": (
+        "jamba",
+        {"num_experts": 2, "expert_layer_period": 2, "expert_layer_offset": 1},
+    ),
+    "nemotron_h, 2 experts": (
+        "nemotron_h",
+        {
+            "layers_block_type": ["linear_attention", "moe", "linear_attention", "full_attention"],
+            "n_routed_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 48,
+            "moe_shared_expert_intermediate_size": 48,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+}
+
+# Column -> modifier and its fields; a function of the family where they differ.
+COLUMNS: dict[str, tuple[str, Any]] = {
+    "A_log, zero": ("SparseSSMModifier", {"sparsity": 0.5}),
+    "A_log, memoryless": ("SparseSSMModifier", {"sparsity": 0.5, "pruned_value": "memoryless"}),
+    "A_log, 2:4": ("SparseSSMModifier", {"mask_structure": "2:4"}),
+    "states": ("StateRemovalModifier", {"keep": 4}),
+    "states, distilled": ("StateRemovalModifier", {"keep": 4, "distill_steps": 1}),
+    "channels or heads, half": (
+        "ChannelRemovalModifier",
+        lambda mamba1: {"keep": 32} if mamba1 else {"axis": "heads", "keep": 4},
+    ),
+    "channels or head_dim, quarter": (
+        "ChannelRemovalModifier",
+        lambda mamba1: (
+            {"keep": 48, "multiple_of": 2}
+            if mamba1
+            else {"axis": "head_dim", "keep": 6, "multiple_of": 2}
+        ),
+    ),
+    "projections": ("SensitivitySparseGPTModifier", {"sparsity": 0.5}),
+    "projections, 2:4": ("SensitivitySparseGPTModifier", {"mask_structure": "2:4"}),
+    "projections, wanda": ("SensitivitySparseGPTModifier", {"sparsity": 0.5, "solver": "wanda"}),
+    "all by gradient": ("GradientMagnitudeModifier", {"sparsity": 0.5, "rounds": 2}),
+    "all by gradient, tuned": (
+        "GradientMagnitudeModifier",
+        {"sparsity": 0.5, "rounds": 2, "tune_steps": 1},
+    ),
+    "w8a8": ("SparseGPTQModifier", {"scheme": "W8A8", "targets": ["Linear"], "ignore": IGNORE}),
+    "fp8": (
+        "SparseGPTQModifier",
+        {"scheme": "FP8_DYNAMIC", "targets": ["Linear"], "ignore": IGNORE},
+    ),
+    "w8a8, experts ignored": (
+        "SparseGPTQModifier",
+        {"scheme": "W8A8", "targets": ["Linear"], "ignore": [*IGNORE, *EXPERTS]},
+    ),
+    "int4, packed": (
+        "SparseGPTQModifier",
+        {"config_groups": {"group_0": PACKED}, "ignore": [*IGNORE, *EXPERTS]},
+    ),
+    "int4, in bytes": (
+        "SparseGPTQModifier",
+        {
+            "config_groups": {"group_0": {**PACKED, "format": "int-quantized"}},
+            "ignore": [*IGNORE, *EXPERTS],
+        },
+    ),
+}
+
+READER = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+if sys.argv[1] == "plugin":
+    import sparsessm_plugin
+answers = {}
+for folder in sys.argv[2:]:
+    ids, logits = torch.load(f"{folder}/expected.pt")
+    try:
+        if sys.argv[1] == "plugin":
+            model = sparsessm_plugin.load(folder).eval()
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            found = model(ids).logits
+        same = torch.equal(found, logits)
+        answers[folder] = "equal" if same else f"differs by {(found - logits).abs().max():.2g}"
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [""])[0]
+        answers[folder] = f"{type(error).__name__}: {text}"
+assert sys.argv[1] == "plugin" or "sparsessm_plugin" not in sys.modules
+print(json.dumps(answers))
+"""
+
+
+def rows_of(names: list[str]) -> dict[str, tuple[str, Fields]]:
+    """Row -> family and changes of its config, a family's variants after it."""
+    rows: dict[str, tuple[str, Fields]] = {}
+    for name in names:
+        rows[name] = (name, {})
+        rows |= {row: change for row, change in VARIANTS.items() if change[0] == name}
+    return rows
+
+
+def our_error(error: BaseException | None) -> SparseSSMError | None:
+    while error is not None and not isinstance(error, SparseSSMError):
+        error = error.__cause__
+    return error
+
+
+def prune_and_save(family: str, changes: Fields, column: str, folder: Path) -> str:
+    """Prune a tiny model, save it and what it answers; ``saved``, or why not."""
+    kind, fields = COLUMNS[column]
+    if callable(fields):
+        fields = fields(family in (*MAMBA1, "zamba"))
+    text = yaml.safe_dump({"prune_stage": {"prune_modifiers": {kind: fields}}})
+    try:
+        model = tiny_model(family, **changes)
+        recipe = parse_recipe(text, column)
+        recipe.check_model(model)
+        loader = Loader(batches(2))
+        result = prune(model, recipe, loader, AutoTokenizer.from_pretrained(DEMO))
+        if kind != "SparseGPTQModifier" and not result.reports[0]["total"]["pruned"]:
+            return "FAILED: nothing was pruned"
+        ids = batches(1, seed=7)[0]["input_ids"]
+        with torch.no_grad():
+            logits = model(ids).logits
+        if not torch.isfinite(logits).all():
+            return "FAILED: logits are not finite"
+        model.save_pretrained(folder)
+        torch.save((ids, logits), folder / "expected.pt")
+    except Exception as error:
+        refusal = our_error(error)
+        if refusal is not None:
+            return f"refused: {refusal}"
+        return f"FAILED: {first_line(error)}"
+    return "saved"
+
+
+def read(how: str, folders: list[Path]) -> dict[str, str]:
+    """What a fresh process says of each folder.
+
+    :param how: ``transformers`` or ``plugin``
+    """
+    if not folders:
+        return {}
+    done = subprocess.run(
+        [sys.executable, "-c", READER, how, *map(str, folders)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        check=True,
+    )
+    answers: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return answers
+
+
+def general(reason: str) -> str:
+    """A reason without the names of single modules, so that those of several families meet."""
+    reason = re.sub(r"(model|backbone)\.[\w.]*\d[\w.]*", "<module>", reason)
+    reason = re.sub(r"mamba_expand", "expand", reason)
+    for family in sorted(FAMILIES, key=len, reverse=True):
+        reason = re.sub(rf"\b{family}\b", "<family>", reason)
+    reason = re.sub(r"^[\w ,:]+: (?=[A-Z<])", "", reason)
+    return reason.replace("|", "\\|")
+
+
+def run(names: list[str], columns: list[str], result: Result) -> dict[str, dict[str, str]]:
+    """Row -> column -> what came of it."""
+    cells: dict[str, dict[str, str]] = {}
+    with tempfile.TemporaryDirectory(prefix="matrix-") as place:
+        folders: dict[tuple[str, str], Path] = {}
+        for row, (family, changes) in rows_of(names).items():
+            for column in columns:
+                folder = Path(place) / f"{len(folders)}"
+                folder.mkdir()
+                folders[row, column] = folder
+                answer = prune_and_save(family, changes, column, folder)
+                cells.setdefault(row, {})[column] = answer
+                print(f"{row}, {column}: {answer}", flush=True)
+        saved = [key for key in folders if cells[key[0]][key[1]] == "saved"]
+        found = read("transformers", [folders[key] for key in saved])
+        failed = [key for key in saved if found[str(folders[key])] != "equal"]
+        loaded = read("plugin", [folders[key] for key in failed])
+        for row, column in saved:
+            answer = found[str(folders[row, column])]
+            if answer == "equal":
+                cells[row][column] = "yes"
+            elif loaded[str(folders[row, column])] == "equal":
+                cells[row][column] = f"load: {answer}"
+            else:
+                cells[row][column] = f"FAILED: {answer}"
+            cells[row][column] = cells[row][column].replace(place, "FOLDER")
+    return cells
+
+
+def show(cells: dict[str, dict[str, str]], columns: list[str], result: Result) -> None:
+    """The table, with numbered reasons below it."""
+    reasons: list[str] = []
+    table = []
+    for row, own in cells.items():
+        line = [row]
+        for column in columns:
+            word, _, reason = own[column].partition(": ")
+            if reason:
+                reason = general(reason)
+                if reason not in reasons:
+                    reasons.append(reason)
+                word = f"{word} [{reasons.index(reason) + 1}]"
+            line.append(word)
+        table.append(line)
+    result.table("What loads again", "", ["", *columns], table)
+    result.parts.append("\n".join(f"[{i}] {reason}  " for i, reason in enumerate(reasons, 1)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
+    parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=list(COLUMNS))
+    parser.add_argument("--budget", type=float, default=1800, help="seconds")
+    parser.add_argument("--name", default="matrix", help="of the files under results/")
+    options = parser.parse_args()
+    result = Result(options.budget, options.name)
+    cells = run(options.families, options.columns, result)
+    show(cells, options.columns, result)
+    settings = []
+    for column in options.columns:
+        kind, fields = COLUMNS[column]
+        if callable(fields):
+            fields = f"{fields(True)} or, with one A_log a head, {fields(False)}"
+        settings.append(f"- {column}: {kind} `{fields}`")
+    lines = [
+        "# Families and modifiers",
+        "",
+        "Made by `python benchmarks/matrix.py`: tiny random models, pruned, saved, and loaded by "
+        "stock transformers in a process that never imports this package. yes: the logits are "
+        "those in memory, bit by bit. load: the same by `sparsessm_plugin.load`, not by stock "
+        "transformers. refused: before anything was changed, with the numbered reason.",
+        "",
+        *result.parts,
+        "",
+        "The settings:",
+        "",
+        *settings,
+    ]
+    save(options.name, "\n".join(lines), {"cells": cells})
+
+
+if __name__ == "__main__":
+    main()
