@@ -557,7 +557,7 @@ def measure(arguments: list[str], root: Path, name: str) -> None:
         for moment in MOMENTS if name == "prune" else ("any",):
             if moment_comes(process, moment, place / "work"):
                 began[moment] = time.monotonic()
-        while name == "prune" and not (place / "work" / OUTPUT).exists():
+        while process.poll() is None and not (place / "work" / OUTPUT).exists():
             time.sleep(0.002)
         placed = time.monotonic()  # taking everything down takes another second or two
         process.wait()
