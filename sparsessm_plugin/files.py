@@ -1,22 +1,27 @@
 """Writing files and directories so that nothing half-written is ever seen."""
 
 import ctypes
+import errno
+import fcntl
 import json
 import math
 import os
 import re
+import secrets
 import shutil
 import socket
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sparsessm_plugin.errors import SparseSSMError
 
 REPORT_NAME = "sparsessm_report.json"
 
+_PARTIAL, _OLD = ".partial", ".old"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -53,25 +58,45 @@ def _finite_or_null(content: Any) -> Any:
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file beside the target and rename it into place.
+    """Write a file beside the target, onto the disk, and rename it into place.
 
     :raises SparseSSMError: the file cannot be written
     """
     target = Path(path)
     partial = None
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=target.parent, prefix=f".{target.name}.", suffix=".partial", delete=False
-        ) as file:
-            partial = file.name
-            file.write(content)
-        os.chmod(partial, 0o666 & ~_umask())
-        os.replace(partial, target)
+        _remove_left_over(target)
+        with _claimed(target, _create_file) as (partial, handle):
+            with os.fdopen(handle, "wb", closefd=False) as file:
+                file.write(content)
+            os.fsync(handle)
+            os.replace(partial, target)
+            _sync_directory(target.parent)
     except OSError as error:
         raise SparseSSMError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
-        if partial is not None and os.path.exists(partial):
+        if partial is not None and os.path.lexists(partial):
             os.unlink(partial)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read JSON that may be damaged.
+
+    :raises OSError: the file cannot be read
+    :raises ValueError: it is no JSON, or JSON that Python does not take, such as nested too deep
+    """
+    return parse_json(Path(path).read_text(encoding="utf-8"))
+
+
+def parse_json(text: str) -> Any:
+    """JSON from text.
+
+    :raises ValueError: it is no JSON, or JSON that Python does not take, such as nested too deep
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def check_output_directory(path: str | os.PathLike[str]) -> None:
@@ -86,13 +111,15 @@ def check_output_directory(path: str | os.PathLike[str]) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         return
     try:
-        report = json.loads((target / REPORT_NAME).read_text(encoding="utf-8"))
-        written = {REPORT_NAME, *report["files"]}
+        files = read_json(target / REPORT_NAME)["files"]
     except (OSError, ValueError, KeyError, TypeError):
+        files = None
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise SparseSSMError(
             f"output directory {target} exists and holds no {REPORT_NAME} of ours; "
             "only results of this command are replaced, choose another directory"
-        ) from None
+        )
+    written = {REPORT_NAME, *files}
     foreign = sorted(set(list_files(target)) - written)
     if foreign:
         raise SparseSSMError(
@@ -115,36 +142,65 @@ def output_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty directory that becomes ``path`` when the block ends without an error.
 
     On an error or an interrupt it is removed and ``path`` stays as it was. An earlier result
-    at ``path`` is swapped against the new one in a single step where the system can.
+    at ``path`` is swapped against the new one in a single step where the system can. What is in
+    it has reached the disk before it is seen at ``path``.
 
-    :raises SparseSSMError: ``path`` is taken by something else, or cannot be written
+    :raises SparseSSMError: ``path`` is taken by something else, another process is writing to it,
+        or it cannot be written
     """
     target = Path(path).absolute()
     check_output_directory(target)
     _remove_left_over(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(
-            tempfile.mkdtemp(
-                dir=target.parent,
-                prefix=f".{target.name}.{_host()}.{os.getpid()}.",
-                suffix=".partial",
-            )
-        )
-    except OSError as error:
-        raise SparseSSMError(f"cannot write {target}: {error.strerror or error}") from error
-    try:
-        yield partial
+    with ExitStack() as stack:
         try:
-            os.chmod(partial, 0o777 & ~_umask())
-            for file in partial.rglob("*"):  # safetensors writes for the owner's eyes only
-                os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~_umask())
-            check_output_directory(target)  # somebody else may have come first
-            _move_into_place(partial, target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial, _ = stack.enter_context(_claimed(target, _create_directory))
         except OSError as error:
             raise SparseSSMError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
+        for other in _partials(target):
+            if other != partial and _lock_state(other) == "held":
+                raise SparseSSMError(
+                    f"another process is writing to {target}, in {other.name} beside it; wait for "
+                    "it or choose another output"
+                )
+        yield partial
+        try:
+            _finish(partial)
+            check_output_directory(target)  # somebody else may have come first
+            _move_into_place(partial, target)
+            _sync_directory(target.parent)
+        except OSError as error:
+            raise SparseSSMError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _finish(folder: Path) -> None:
+    """Give everything in a folder the permissions of new files, and bring it onto the disk."""
+    mode = folder.stat().st_mode & 0o777  # made with the umask
+    for file in folder.rglob("*"):  # safetensors writes for the owner's eyes only
+        if file.is_symlink():
+            continue
+        is_directory = file.is_dir()
+        os.chmod(file, mode if is_directory else mode & 0o666)
+        if not is_directory:
+            handle = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    for directory in (d for d in folder.rglob("*") if d.is_dir() and not d.is_symlink()):
+        _sync_directory(directory)
+    _sync_directory(folder)
+
+
+def _sync_directory(folder: Path) -> None:
+    """Bring the names in a folder onto the disk, where the file system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _move_into_place(partial: Path, target: Path) -> None:
@@ -153,7 +209,7 @@ def _move_into_place(partial: Path, target: Path) -> None:
     elif not any(target.iterdir()):
         os.replace(partial, target)  # rename(2) replaces an empty directory
     elif not _exchange(partial, target):
-        old = partial.with_suffix(".old")
+        old = partial.with_suffix(_OLD)
         os.rename(target, old)
         try:
             os.rename(partial, target)
@@ -175,22 +231,107 @@ def _exchange(first: Path, second: Path) -> bool:
     return code == 0
 
 
+# What is being written is a sibling of its target, named after it, this machine and its latest
+# start, and locked as long as the process lives: a number of a process would belong to another
+# one after a restart, and to nobody in another container.
+
+
 def _remove_left_over(target: Path) -> None:
-    """Remove partial directories of processes on this machine that were killed."""
-    if not target.parent.is_dir() or not Path("/proc/self").exists():
-        return
-    mine = re.compile(rf"\.{re.escape(target.name)}\.{re.escape(_host())}\.(\d+)\.[^.]+\.partial")
-    for left_over in target.parent.iterdir():
-        match = mine.fullmatch(left_over.name)
-        if match and left_over.is_dir() and not Path(f"/proc/{match[1]}").exists():
+    """Remove what processes of this machine were writing to a target when they were killed."""
+    for left_over in _partials(target):
+        if _lock_state(left_over) != "free":
+            continue
+        if left_over.suffix == _OLD and not os.path.lexists(target):
+            os.rename(left_over, target)  # killed between the two renames that replace it
+        elif left_over.is_dir() and not left_over.is_symlink():
             shutil.rmtree(left_over, ignore_errors=True)
+        else:
+            left_over.unlink(missing_ok=True)
+
+
+def _partials(target: Path) -> list[Path]:
+    """What processes of this machine write, or wrote, to a target."""
+    name = re.compile(
+        rf"\.{re.escape(target.name)}"
+        rf"\.(?:{re.escape(_host())}\.[0-9a-f]+|[A-Za-z0-9-]+\.{_boot()})"
+        rf"\.[^.]+(?:{_PARTIAL}|{_OLD})"
+    )
+    try:
+        found = os.listdir(target.parent)
+    except OSError:
+        return []
+    return [target.parent / entry for entry in found if name.fullmatch(entry)]
+
+
+def _lock_state(partial: Path) -> Literal["free", "held", "unknown"]:
+    """Whether a living process has a partial file or folder locked."""
+    try:
+        handle = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return "unknown"
+    try:
+        for _ in range(5):  # another process may just be asking the same
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return "free"
+            except BlockingIOError:
+                time.sleep(0.02)
+        return "held"
+    except OSError:  # a file system without locks
+        return "unknown"
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _claimed(target: Path, create: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
+    """A new locked sibling of a target, and its open handle.
+
+    :param create: makes it and opens it
+    """
+    for _ in range(100):
+        name = f".{target.name}.{_host()}.{_boot()}.{secrets.token_hex(4)}{_PARTIAL}"
+        partial = target.parent / name
+        try:
+            handle = create(partial)
+        except FileExistsError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = not os.path.lexists(partial)
+        except BlockingIOError:
+            taken = True  # somebody has found it before it was locked
+        except OSError:
+            taken = False  # a file system without locks
+        if not taken:
+            break
+        os.close(handle)
+    else:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    try:
+        yield partial, handle
+    finally:
+        os.close(handle)
+
+
+def _create_file(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _create_directory(path: Path) -> int:
+    os.mkdir(path, 0o777)
+    return os.open(path, os.O_RDONLY)
 
 
 def _host() -> str:
     return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@cache
+def _boot() -> str:
+    """What tells this start of the machine from others, also inside of containers."""
+    try:
+        found = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return "0"
+    return re.sub(r"[^0-9a-f]", "", found)[:12] or "0"

@@ -2,6 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -115,20 +119,154 @@ def test_unwritable_parent(tmp_path):
         pass
 
 
-def test_left_overs_of_killed_processes_are_removed(tmp_path):
-    host = files._host()
-    dead = tmp_path / f".out.{host}.999999999.abc.partial"
-    kept = [
-        tmp_path / f".out.{host}.{os.getpid()}.abc.partial",  # alive
-        tmp_path / ".out.elsewhere.999999999.abc.partial",  # another machine's
-        tmp_path / f".out.{host}.9.{host}.999999999.abc.partial",  # of the target `out.<host>.9`
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from sparsessm_plugin import files
+target = Path(sys.argv[1])
+if sys.argv[2] == "file":
+    files.os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+    files.write_bytes(target, b"new")
+with files.output_directory(target) as folder:
+    (folder / "half").write_text("half")
+    print(folder, flush=True)
+    if sys.argv[2] == "wait":
+        sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def start(target, how):
+    return subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(target), how],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("how", ["folder", "file"])
+def test_what_a_killed_process_left_is_removed(tmp_path, how):
+    target = tmp_path / "out"
+    assert start(target, how).wait(60) == -signal.SIGKILL
+    (left_over,) = os.listdir(tmp_path)
+    assert left_over.startswith(".out.")
+    if how == "file":
+        write_json(target, {})
+    else:
+        with output_directory(target) as folder:
+            write_result(folder, "new")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_whether_a_process_lives_is_not_seen_by_its_number(tmp_path):
+    """After a restart another process has it; in another container nobody."""
+    host, boot = files._host(), files._boot()
+    dead = [
+        tmp_path / f".out.{host}.0123456789ab.abc.partial",  # an earlier start of this machine
+        tmp_path / f".out.container.{boot}.abc.partial",  # a container that is no more
     ]
-    for folder in (dead, *kept):
+    kept = [
+        tmp_path / ".out.elsewhere.0123456789ab.abc.partial",  # another machine's
+        tmp_path / f".out.{host}.9.{host}.{boot}.abc.partial",  # of the target `out.<host>.9`
+    ]
+    for folder in (*dead, *kept):
         folder.mkdir()
     with output_directory(tmp_path / "out") as folder:
         write_result(folder, "new")
-    assert not dead.exists()
+    assert not any(folder.exists() for folder in dead)
     assert all(folder.exists() for folder in kept)
+
+
+def test_two_processes_do_not_write_to_one_output(tmp_path):
+    target = tmp_path / "out"
+    first = start(target, "wait")
+    partial = first.stdout.readline().strip()
+    assert os.listdir(partial) == ["half"]
+    with (
+        pytest.raises(SparseSSMError, match="another process is writing to"),
+        output_directory(target),
+    ):
+        pass
+    assert os.listdir(partial) == ["half"]
+    first.communicate("")
+    with output_directory(target) as folder:
+        write_result(folder, "new")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path):
+    target = tmp_path / "out"
+    with output_directory(target) as folder:
+        write_result(folder, "old")
+    target.rename(tmp_path / f".out.{files._host()}.{files._boot()}.abc.old")
+    with pytest.raises(RuntimeError), output_directory(target):
+        raise RuntimeError
+    assert (target / "content").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_all_is_on_the_disk_before_it_is_seen(tmp_path, monkeypatch):
+    events = []
+    fsync, exchange, replace = os.fsync, files._exchange, os.replace
+
+    def record(handle):
+        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    monkeypatch.setattr(files.os, "fsync", record)
+    monkeypatch.setattr(files, "_exchange", lambda *a: events.append("swap") or exchange(*a))
+    monkeypatch.setattr(files.os, "replace", lambda *a: events.append("replace") or replace(*a))
+    for _ in range(2):
+        events.clear()
+        with output_directory(tmp_path / "out") as folder:
+            write_result(folder, "new")
+    assert sorted(events[:2]) == ["content", REPORT_NAME]
+    assert events[2].endswith(".partial")  # its names
+    assert events[3:] == ["swap", tmp_path.name]
+    events.clear()
+    write_json(tmp_path / "r.json", {})
+    assert events[0].startswith(".r.json.")
+    assert events[1:] == ["replace", tmp_path.name]
+
+
+def test_the_umask_of_the_process_is_left_alone(tmp_path, monkeypatch):
+    """Another thread would make files for everybody while it is 0."""
+
+    def umask(mask):
+        raise AssertionError("changed")
+
+    monkeypatch.setattr(os, "umask", umask)
+    write_json(tmp_path / "r.json", {})
+    with output_directory(tmp_path / "out") as folder:
+        write_result(folder, "new")
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        "",
+        "null",
+        "[]",
+        '{"files": 5}',
+        '{"files": {"content": 1}}',
+        '{"files": "content"}',
+        '{"files": [["content"]]}',
+        '{"files": [null, 1]}',
+        '{"files": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        '{"files": [' + "9" * 5000 + "]}",
+        b"\xff\xfe",
+    ],
+    ids=lambda report: str(report[:30]),
+)
+def test_a_damaged_report_is_no_report(tmp_path, report):
+    target = tmp_path / "out"
+    with output_directory(target) as folder:
+        write_result(folder, "old")
+    report = report if isinstance(report, bytes) else report.encode()
+    (target / REPORT_NAME).write_bytes(report)
+    with pytest.raises(SparseSSMError, match=f"holds no {REPORT_NAME} of ours"):
+        files.check_output_directory(target)
 
 
 def test_names_that_begin_alike_do_not_disturb_each_other(tmp_path):

@@ -2,9 +2,10 @@
 
 import json
 import math
-import re
 import sys
-from collections.abc import Iterator, Mapping
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,8 @@ from sparsessm_plugin.mixers import (
 )
 from sparsessm_plugin.mixers.fast_forward import fast_forward
 from sparsessm_plugin.modifiers.contexts import of_quantization
+from sparsessm_plugin.modifiers.fields import MEANINGLESS, check_computed, check_given
+from sparsessm_plugin.patterns import check_pattern, check_patterns
 from sparsessm_plugin.progress import Stage
 from sparsessm_plugin.vocabulary import check_token_ids
 
@@ -66,6 +69,14 @@ class MixerModifier(Modifier):
     _restore: ExitStack = PrivateAttr(default_factory=ExitStack)
     _cost: Cost = PrivateAttr(default_factory=Cost)
     _stage: Stage | None = PrivateAttr(default=None)
+    _no_outputs: Callable[[], None] | None = PrivateAttr(default=None)
+
+    meaningless_fields: ClassVar[frozenset[str]] = MEANINGLESS
+
+    def __init__(self, **fields: Any):
+        check_given(type(self).__name__, fields)
+        super().__init__(**fields)
+        check_computed(self, fields)
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
@@ -77,10 +88,7 @@ class MixerModifier(Modifier):
     def _check_patterns(cls, value: list[str]) -> list[str]:
         for target in value:
             if target.startswith("re:"):
-                try:
-                    re.compile(target[3:])
-                except re.error as error:
-                    raise ValueError(f"{target!r} is no regular expression: {error}") from error
+                check_pattern(target)
         return value
 
     @field_validator("report_path")
@@ -176,9 +184,11 @@ class MixerModifier(Modifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         who = type(self).__name__
-        _collects_no_outputs(state.model)
         with self._released_on_error():
+            self._no_outputs = outputs_not_collected(state.model)
+            weakref.finalize(self, self._no_outputs)
             with distributed.together(f"{who} before calibration"):
+                check_patterns([*self.targets, *self.ignore], state.model, who)
                 self.prepare(state)
             settings = self.model_dump(exclude={*Modifier.model_fields, "report_path"})
             data = state.data.calib if self.requires_calibration_data else None
@@ -235,7 +245,9 @@ class MixerModifier(Modifier):
         for adapter in list(self._pending.values()):
             self._compress(adapter)
         self.finish(state)
+        no_outputs, self._no_outputs = self._no_outputs, None
         self.release()
+        self._no_outputs = no_outputs  # others may still have to be calibrated
 
     def _compress(self, adapter: MixerAdapter) -> None:
         self._now_at(adapter.name)
@@ -262,6 +274,8 @@ class MixerModifier(Modifier):
         """
         self.remove_hooks()
         self._restore.close()
+        if self._no_outputs is not None:
+            self._no_outputs()
 
     @contextmanager
     def _released_on_error(self) -> Iterator[None]:
@@ -306,17 +320,39 @@ def check_quoted(structure: Any) -> None:
         )
 
 
-def _collects_no_outputs(model: nn.Module) -> None:
+# transformers' files that were given the name, and how many modifiers ask for that
+_without_outputs: Counter[str] = Counter()
+
+
+def outputs_not_collected(model: nn.Module) -> Callable[[], None]:
     """Let LLM Compressor see that a forward pass collects no layer's output.
 
     It takes a model apart by its source and evaluates conditions with the names that the
     source's file knows. transformers' ``if output_hidden_states`` asks for an argument, which is
     none, so the outputs of half of all layers were kept until the end. A name of the file that
-    every function hides by its argument changes nothing else, and stays.
+    every function hides by its argument changes nothing else.
+
+    :return: takes the name away again, where nobody else still asks for it; once, however often
+        it is called
     """
-    for file in {type(module).__module__ for module in model.modules()}:
-        if file.startswith("transformers.models."):
-            vars(sys.modules[file]).setdefault("output_hidden_states", False)
+    files = {
+        file
+        for file in {type(module).__module__ for module in model.modules()}
+        if file.startswith("transformers.models.")
+        and (_without_outputs[file] or "output_hidden_states" not in vars(sys.modules[file]))
+    }
+    for file in files:
+        vars(sys.modules[file])["output_hidden_states"] = False
+        _without_outputs[file] += 1
+
+    def undo() -> None:
+        while files:
+            file = files.pop()
+            _without_outputs[file] -= 1
+            if not _without_outputs[file]:
+                vars(sys.modules[file]).pop("output_hidden_states", None)
+
+    return undo
 
 
 def _check_vocabulary(dataloader: Any, embeddings: Any) -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable
 from copy import copy
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from compressed_tensors.distributed import greedy_bin_packing
@@ -17,6 +17,7 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import State
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.gptq.helpers import (
@@ -26,13 +27,15 @@ from llmcompressor.modifiers.gptq.helpers import (
 )
 from llmcompressor.utils.metric_logging import CompressionLogger
 from loguru import logger
-from pydantic import PrivateAttr
+from pydantic import PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
-from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.mixers import check_not_quantized, is_mixer, iter_mixers
+from sparsessm_plugin.modifiers.fields import MEANINGLESS, check_computed, check_given
 from sparsessm_plugin.modifiers.saving import change_config
+from sparsessm_plugin.patterns import check_patterns
 from sparsessm_plugin.solvers.gptq import masked_gptq
 
 # transformers multiplies by the weights of these without calling the modules
@@ -84,7 +87,20 @@ class SparseGPTQModifier(GPTQModifier):
     and all others of GPTQModifier.
     """
 
+    meaningless_fields: ClassVar[frozenset[str]] = MEANINGLESS
+
     _layers: list[dict[str, Any]] = PrivateAttr(default_factory=list)
+
+    def __init__(self, **fields: Any):
+        check_given(type(self).__name__, fields)
+        super().__init__(**fields)
+        check_computed(self, fields)
+
+    @model_validator(mode="after")
+    def _check_scheme(self) -> "SparseGPTQModifier":
+        if self.scheme is None and not self.config_groups:
+            raise ValueError("give a scheme, such as W4A16, or config_groups")
+        return self
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         who = type(self).__name__
@@ -97,9 +113,25 @@ class SparseGPTQModifier(GPTQModifier):
     def check_model(self, model: nn.Module) -> None:
         """:func:`check_quantized` for this modifier.
 
-        :raises SparseSSMError: naming the first such module and what to add to ``ignore``
+        :raises SparseSSMError: naming the first such module and what to add to ``ignore``, or a
+            target that matches nothing
         """
+        who, config = type(self).__name__, self.resolved_config
+        targets = {t for scheme in config.config_groups.values() for t in scheme.targets}
+        check_patterns([*sorted(targets), *self.ignore], model, who)
+        # experts have names of their own once oneshot() has taken them apart
+        if not get_non_linearized_moes(model):
+            for target in sorted(targets):
+                if next(match_named_modules(model, [target]), None) is None:
+                    raise SparseSSMError(
+                        f"{who}.targets: {shown(repr(target))} matches no module of the model"
+                    )
         check_quantized(self, model)
+        if not quantized_weights(self, model) and not get_non_linearized_moes(model):
+            raise SparseSSMError(
+                f"{who} would quantize no weight: ignore {shown(self.ignore)} leaves nothing of "
+                f"targets {shown(sorted(targets))}, or the scheme leaves weights as they are"
+            )
 
     def compress_modules(self) -> None:
         """Quantize the modules that have been calibrated, of several ranks each its share.

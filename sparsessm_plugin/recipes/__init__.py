@@ -7,19 +7,19 @@ itself skips in silence what does not fit that form; here it is an error.
 
 import difflib
 import os
-from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.errors import SparseSSMError, shown
+from sparsessm_plugin.patterns import check_patterns
+from sparsessm_plugin.recipes.reading import patterns, read_regular_file, read_yaml
 
 if TYPE_CHECKING:
     from torch import nn
 
 _FOLDER = Path(__file__).parent
+_LONGEST = 400  # characters of a complaint of a modifier
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,13 @@ class CheckedRecipe:
     :param name: name of a built-in recipe, or the path of a file
     :param text: the YAML as written
     :param modifiers: the modifiers, in order; each use of the recipe needs new ones
+    :param patterns: every ``re:`` pattern in it
     """
 
     name: str
     text: str
     modifiers: tuple[Any, ...]
+    patterns: tuple[str, ...] = ()
 
     @property
     def reads_data(self) -> bool:
@@ -57,13 +59,14 @@ class CheckedRecipe:
         """Check the modifiers against a model; the meta device will do.
 
         :raises SparseSSMError: no known mixer, or none that matches, sizes that a field does not
-            fit, weights that cannot be quantized, or a modifier that writes into what an earlier
-            one has pruned
+            fit, weights that cannot be quantized, a modifier that writes into what an earlier
+            one has pruned, or a pattern that takes too long on the names of the modules
         """
         from sparsessm_plugin.mixers import find_mixers
         from sparsessm_plugin.recipes.conflicts import check_modifiers
 
         find_mixers(model)
+        check_patterns(self.patterns, model, self.name)
         for modifier in self.modifiers:
             for check in ("matching_mixers", "check_model"):
                 if hasattr(modifier, check):
@@ -111,15 +114,11 @@ def load_recipe(name_or_path: str | os.PathLike[str]) -> CheckedRecipe:
     """
     source = os.fspath(name_or_path)
     path = Path(source)
-    if not path.is_file():
+    if not os.path.exists(source) or path.is_dir():
         if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-            raise SparseSSMError(f"recipe {source} does not exist")
+            raise SparseSSMError(f"recipe {shown(source)} does not exist")
         path = Path(recipe_path(source))
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SparseSSMError(f"cannot read recipe {path}: {error}") from error
-    return parse_recipe(text, source)
+    return parse_recipe(read_regular_file(path, "recipe"), source)
 
 
 def parse_recipe(text: str, name: str = "recipe") -> CheckedRecipe:
@@ -130,12 +129,12 @@ def parse_recipe(text: str, name: str = "recipe") -> CheckedRecipe:
 
     :raises SparseSSMError: one line that names the field, its value and what is allowed
     """
-    try:
-        stages = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise SparseSSMError(f"{name} is not valid YAML: {_yaml_problem(error)}") from error
-    from sparsessm_plugin.recipes.conflicts import check_alone
+    stages = read_yaml(text, name)
+    from sparsessm_plugin.recipes.conflicts import check_alone, layouts
 
+    expressions = patterns(stages)
+    for layout in layouts():
+        check_patterns(expressions, layout, name)
     modifiers: list[Any] = []
     for stage, groups in _mapping(stages, name).items():
         if stage == "args":
@@ -155,44 +154,21 @@ def parse_recipe(text: str, name: str = "recipe") -> CheckedRecipe:
         check_alone(modifiers)
     except SparseSSMError as error:
         raise SparseSSMError(f"{name}: {error}") from error
-    return CheckedRecipe(name=name, text=text, modifiers=tuple(modifiers))
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A key given twice is an error, where plain YAML lets the last one win."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        if not isinstance(node, yaml.MappingNode):
-            return super().construct_mapping(node, deep=deep)  # raises
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key if isinstance(key, Hashable) else id(key))
-        return super().construct_mapping(node, deep=deep)
-
-
-def _yaml_problem(error: Exception) -> str:
-    problem = getattr(error, "problem", None) or str(error) or "cannot be parsed"
-    mark = getattr(error, "problem_mark", None)
-    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else str(problem)
+    return CheckedRecipe(name=name, text=text, modifiers=tuple(modifiers), patterns=expressions)
 
 
 def _mapping(value: Any, where: str) -> dict[Any, Any]:
     if not isinstance(value, dict):
         kind = "nothing" if value is None else f"a {type(value).__name__}"
-        raise SparseSSMError(f"{where} must be a mapping of names, got {kind}")
+        raise SparseSSMError(f"{shown(where)} must be a mapping of names, got {kind}")
     return value
 
 
 def _check_suffix(key: Any, suffix: str, where: str) -> None:
     if not isinstance(key, str) or not key.endswith(suffix):
-        raise SparseSSMError(f"{where}: {key!r} would be ignored; the name must end in {suffix!r}")
+        raise SparseSSMError(
+            f"{where}: {shown(repr(key))} would be ignored; the name must end in {suffix!r}"
+        )
 
 
 def _make_modifier(kind: Any, fields: Any, name: str) -> Any:
@@ -201,12 +177,12 @@ def _make_modifier(kind: Any, fields: Any, name: str) -> Any:
 
     if not ModifierFactory._loaded:
         ModifierFactory.refresh()
-    fields = {} if fields is None else _mapping(fields, f"{name}: {kind}")
     known = _known_modifiers()
     if kind not in known:
         close = difflib.get_close_matches(str(kind), known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
-        raise SparseSSMError(f"{name}: unknown modifier {kind!r}; {hint}")
+        raise SparseSSMError(f"{name}: unknown modifier {shown(repr(kind))}; {hint}")
+    fields = _mapping(fields, f"{name}: {kind}")
     try:
         return ModifierFactory.create(
             kind, allow_registered=True, allow_experimental=True, **fields
@@ -214,8 +190,9 @@ def _make_modifier(kind: Any, fields: Any, name: str) -> Any:
     except ValidationError as error:
         raise SparseSSMError(f"{name}: {_first_problem(error, kind, known[kind])}") from error
     except Exception as error:
-        reason = str(error).strip().splitlines() or [repr(error)]
-        raise SparseSSMError(f"{name}: {kind}: {reason[0]}") from error
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        who = "" if reason.startswith(f"{kind}.") else f"{kind}: "
+        raise SparseSSMError(f"{name}: {who}{_cut(reason)}") from error
 
 
 def _known_modifiers() -> dict[str, Any]:
@@ -233,11 +210,21 @@ def _first_problem(error: Any, kind: str, modifier: Any) -> str:
     problem = error.errors()[0]
     where = ".".join([kind, *(str(part) for part in problem["loc"])])
     if problem["type"] == "extra_forbidden":
-        fields = [f for f in modifier.model_fields if not f.endswith("_")]
+        hidden: frozenset[str] = getattr(modifier, "meaningless_fields", frozenset())
+        fields = [f for f in modifier.model_fields if not f.endswith("_") and f not in hidden]
         close = difflib.get_close_matches(str(problem["loc"][-1]), fields, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        return f"unknown field {where}; {hint}allowed: {', '.join(sorted(fields))}"
+        return f"unknown field {shown(where)}; {hint}allowed: {', '.join(sorted(fields))}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":  # from our validators, which name the value
-        return f"{where}: {message}"
-    return f"{where}: {message}, got {problem['input']!r}"
+        return f"{where}: {_cut(message)}"
+    return f"{where}: {_cut(message)}, got {_repr(problem['input'])}"
+
+
+def _repr(value: Any) -> str:
+    return f"{shown(value)!r}" if isinstance(value, str) else shown(value)
+
+
+def _cut(message: str) -> str:
+    """A message that may quote a value of any length."""
+    return message if len(message) <= _LONGEST else f"{message[: _LONGEST - 3]}..."

@@ -48,11 +48,11 @@ def check_alone(modifiers: Sequence[Any]) -> None:
 
     :raises SparseSSMError: naming the modifiers and what to write instead
     """
-    layouts = _layouts()
+    models = layouts()
     for modifier in modifiers:
         if isinstance(modifier, QuantizationMixin):
-            quantized = [set(quantized_weights(modifier, model)) for model in layouts]
-            bad = [q & set(never_called(m)) for q, m in zip(quantized, layouts, strict=True) if q]
+            quantized = [set(quantized_weights(modifier, model)) for model in models]
+            bad = [q & set(never_called(m)) for q, m in zip(quantized, models, strict=True) if q]
             if bad and all(bad):
                 part = min(bad[0]).rpartition(".")[2]
                 raise SparseSSMError(
@@ -61,7 +61,7 @@ def check_alone(modifiers: Sequence[Any]) -> None:
                     f'or add "re:.*{part}$" to ignore'
                 )
     for first, second in combinations(modifiers, 2):
-        outcomes = [o for model in layouts if (o := _undone(first, second, model)) is not None]
+        outcomes = [o for model in models if (o := _undone(first, second, model)) is not None]
         if outcomes and all(outcomes):
             raise SparseSSMError(_message(first, second, min(outcomes[0]).rpartition(".")[2]))
 
@@ -83,8 +83,8 @@ def check_modifiers(modifiers: Sequence[Any], model: nn.Module) -> None:
 
 
 @cache
-def _layouts() -> tuple[nn.Module, ...]:
-    """A model of each layout, without weights."""
+def layouts() -> tuple[nn.Module, ...]:
+    """A model of each layout, Mamba-1 and Mamba-2, without weights."""
     with torch.device("meta"):
         return tuple(
             AutoModelForCausalLM.from_config(config(num_hidden_layers=1))

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.errors import SparseSSMError, shown
 
 UNSTRUCTURED = "0:0"
 _COUNTED = 16  # the largest groups that are ranked by comparing all pairs
@@ -19,12 +19,12 @@ def parse_structure(structure: str) -> tuple[int, int]:
     :return: n and m, both 0 if unstructured
     :raises SparseSSMError: anything else
     """
-    match = re.fullmatch(r"(\d+):(\d+)", structure)
+    match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", structure)
     n, m = (int(match[1]), int(match[2])) if match else (-1, -1)
     if not (0 < n < m or n == m == 0):
         raise SparseSSMError(
             f"mask_structure must be 0:0 or n:m with 0 < n < m (n zeros in every m), "
-            f"got {structure!r}"
+            f"got {shown(repr(structure))}"
         )
     return n, m
 

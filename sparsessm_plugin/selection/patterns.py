@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.errors import SparseSSMError, shown
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,11 @@ class SemiStructured:
 
         :raises SparseSSMError: not of that form, or not 0 < N < M
         """
-        match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+        match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text)
         if not match or not 0 < int(match[1]) < int(match[2]):
             raise SparseSSMError(
-                f'mask_structure must be "N:M" with whole numbers 0 < N < M, got {text!r}'
+                f'mask_structure must be "N:M" with whole numbers 0 < N < M, '
+                f"got {shown(repr(text))}"
             )
         return cls(int(match[1]), int(match[2]))
 
