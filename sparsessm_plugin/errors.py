@@ -19,12 +19,13 @@ class SparseSSMWarning(RuntimeWarning, UserWarning):
 
 
 def shown(value: Any) -> str:
-    """A value of the user's for a message: its text, cut to 200 characters.
-
-    :param value: strings as they are, everything else as ``repr`` shows it
-    """
+    """A value of the user's for a message: as ``repr`` has it, cut to 200 characters."""
     try:
-        text = value if isinstance(value, str) else repr(value)
+        return cut(repr(value))
     except ValueError:  # Python prints no whole number of more than 4,300 digits
-        text = f"a {type(value).__name__} too long to print"
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+        return f"a {type(value).__name__} too long to print"
+
+
+def cut(text: str, most: int = _SHOWN) -> str:
+    """The beginning of a text, for a message."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."

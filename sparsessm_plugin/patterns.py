@@ -15,9 +15,9 @@ _SECONDS = 5  # of a processor; honest patterns take milliseconds
 # Two repeats in a pattern take at most the square of a name's length, unless a group repeats.
 _REPEATS, _REPEATED_GROUP = re.compile(r"[*+?{]"), re.compile(r"\)[*+?{]")
 # Only another process can be stopped: Python's engine backtracks for ever and hears of nothing.
-_MATCH = f"""
+_MATCH = """
 import json, re, resource, sys
-resource.setrlimit(resource.RLIMIT_CPU, ({_SECONDS}, {_SECONDS}))
+resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]),) * 2)
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 patterns, names = json.load(sys.stdin)
 for number, pattern in enumerate(patterns):
@@ -49,7 +49,7 @@ def check_patterns(targets: Iterable[str], model: Any, who: str) -> None:
         slow = _slow(risky, names)
         if slow is not None:
             raise SparseSSMError(
-                f"{who}: {shown(repr(slow))} takes more than {_SECONDS} seconds to match the "
+                f"{who}: {shown(slow)} takes more than {_SECONDS} seconds to match the "
                 "names of the model's modules; write it without repeats inside of repeats"
             )
 
@@ -62,7 +62,7 @@ def check_pattern(pattern: str) -> None:
     try:
         re.compile(pattern.removeprefix(_PREFIX))
     except (re.error, OverflowError, RecursionError) as error:
-        raise SparseSSMError(f"{shown(repr(pattern))} is no regular expression: {error}") from error
+        raise SparseSSMError(f"{shown(pattern)} is no regular expression: {error}") from error
 
 
 def _may_explode(pattern: str) -> bool:
@@ -75,7 +75,7 @@ def _slow(patterns: tuple[str, ...], names: tuple[str, ...]) -> str | None:
     asked = json.dumps([[pattern.removeprefix(_PREFIX) for pattern in patterns], names])
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _MATCH],
+            [sys.executable, "-I", "-S", "-c", _MATCH, str(_SECONDS)],
             input=asked,
             capture_output=True,
             text=True,

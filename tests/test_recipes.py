@@ -1,13 +1,18 @@
 """Recipes are checked before any model is loaded; each mistake is one line."""
 
+import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import MAMBA2, tiny_model
+from llmcompressor.core import State
+from llmcompressor.recipe import Recipe
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 
-from sparsessm_plugin import recipe_path
+from sparsessm_plugin import patterns, recipe_path
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.recipes import describe_recipe, load_recipe, parse_recipe, recipe_names
 
@@ -343,3 +348,249 @@ def test_built_in_recipes_fit_every_family(family):
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_pipelines_for_published_checkpoints_are_valid(path):
     assert load_recipe(path).modifiers
+
+
+# -- what would do nothing, flood the memory or never end ------------------------------------
+
+FIELDS = "SparseSSMModifier: {sparsity: 0.5}"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (f"a_stage:\n  a_modifiers:\n    - {FIELDS}\n", ["a_stage.a_modifiers", "got a list"]),
+        (f"a_stage: [{{a_modifiers: {{{FIELDS}}}}}]", ["a_stage must be", "got a list"]),
+        (f"a_modifiers: {{{FIELDS}}}", ["a_modifiers is no stage", "'_stage'"]),
+        (FIELDS, ["SparseSSMModifier is no stage"]),
+        (f"a_stage: {{a_modifier: {{{FIELDS}}}}}", ["a_stage.a_modifier is no group"]),
+        (f"a_stage: {{{FIELDS}}}", ["a_stage.SparseSSMModifier is no group"]),
+        ("a_stage: {modifiers: [SparseSSMModifier]}", ["a_stage.modifiers is no group"]),
+        ("a_stage: {a_modifiers: [{type: SparseSSMModifier}]}", ["got a list"]),
+        (GOOD + f"stage2: {{b_modifiers: {{{FIELDS}}}}}", ["stage2 is no stage"]),
+        (GOOD.replace("prune_modifiers", "mods"), ["prune_stage.mods is no group"]),
+        ("a_stage: {a_modifiers: {SparseSSMModifier: }}", ["mapping of fields, got nothing"]),
+        (f"a_stage:\n  a_modifiers:\n    {FIELDS}\n    {FIELDS}\n", ["is given twice"]),
+        (f"a_stage: {{a_modifiers: {{{FIELDS}}}}}\n" * 2, ["key 'a_stage' is given twice"]),
+    ],
+)
+@pytest.mark.parametrize("how", ["text", "file", "json", "dict"])
+def test_oneshot_ignores_no_modifier_of_ours_in_silence(text, parts, how, tmp_path):
+    """LLM Compressor itself would go on without it, and prune nothing."""
+    twice = "is given twice" in parts[0]
+    if twice and how in ("json", "dict"):
+        pytest.skip("the second one has won before we see it")
+    recipe = text
+    if how == "file":
+        recipe = str(tmp_path / "recipe.yaml")
+        Path(recipe).write_text(text)
+    elif how == "json":
+        recipe = str(tmp_path / "recipe.json")
+        Path(recipe).write_text(json.dumps(yaml.safe_load(text)))
+    read = Recipe.create_instance
+    if how == "dict":
+        read, recipe = Recipe.from_dict, yaml.safe_load(text)
+    with pytest.raises(SparseSSMError) as error:
+        read(recipe)
+    assert "\n" not in str(error.value)
+    for part in (*parts, *([] if twice else ["SparseSSMModifier"])):
+        assert part in str(error.value)
+
+
+def test_oneshot_is_told_of_a_stage_that_is_not_there():
+    assert len(Recipe.create_instance(GOOD, target_stage="prune").modifiers) == 1
+    with pytest.raises(SparseSSMError, match="has no stage 'quant'; it has prune_stage"):
+        Recipe.create_instance(GOOD, target_stage="quant")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a_stage: {a_modifiers: [{SparseGPTModifier: {sparsity: 0.5}}]}",
+        "a_modifiers: {SparseGPTModifier: {sparsity: 0.5}}",
+        "a_stage: {mods: {SparseGPTModifier: {sparsity: 0.5}}}",
+        "a: &a [b]\nb: [*a, *a]\nb: 1\n",
+    ],
+)
+def test_recipes_without_a_modifier_of_ours_go_on_as_ever(text):
+    assert Recipe.create_instance(text).modifiers == []
+
+
+LAUGHS = "l0: &l0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"l{i}: &l{i} [{','.join([f'*l{i - 1}'] * 10)}]\n" for i in range(1, 9)
+)
+MERGES = "args:\n  m0: &m0 {k: 1}\n" + "".join(
+    f"  m{i}: &m{i} {{<<: [{','.join([f'*m{i - 1}'] * 10)}]}}\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LAUGHS + with_fields("sparsity: *l8"),
+        LAUGHS + with_fields("sparsity: 0.5\n      targets: *l8"),
+        MERGES + with_fields("<<: *m8\n      sparsity: 0.5"),
+        with_fields("sparsity: &a [*a]"),
+        with_fields("sparsity: 0.5\n      targets: &a {x: [*a]}"),
+        with_fields("sparsity: 0.5 # " + "x" * (1 << 22)),
+    ],
+    ids=["list", "targets", "merge", "itself", "deep", "long"],
+)
+def test_aliases_do_not_flood_the_memory(text):
+    for read in (parse_recipe, Recipe.create_instance):
+        with pytest.raises(SparseSSMError, match=r"alias|longer than"):
+            read(text)
+
+
+def test_aliases_in_moderation_are_plain_yaml():
+    text = "args: {t: &t [re:.*0.mixer, re:.*1.mixer]}\n" + with_fields(
+        "sparsity: 0.5\n      targets: *t"
+    )
+    for read in (parse_recipe, Recipe.create_instance):
+        assert read(text).modifiers[0].targets == ["re:.*0.mixer", "re:.*1.mixer"]
+
+
+SLOW = r"re:(([a-z0-9._]+)+)+\Z(?!)"
+HOPELESS = [SLOW, r"re:(.|[a-z]|\w)*\Z(?!)", "re:" + ".*" * 30 + "%"]
+
+
+@pytest.mark.parametrize("pattern", HOPELESS)
+@pytest.mark.parametrize(
+    "modifier",
+    [
+        "SparseSSMModifier: {sparsity: 0.5, targets: [HERE]}",
+        "SensitivitySparseGPTModifier: {sparsity: 0.5, ignore: [HERE]}",
+        "SparseGPTModifier: {sparsity: 0.5, targets: [HERE]}",
+        "SparseGPTQModifier: {scheme: {W8A8: [HERE]}}",
+    ],
+)
+def test_patterns_that_never_end_are_refused(pattern, modifier, monkeypatch):
+    monkeypatch.setattr(patterns, "_SECONDS", 1)
+    quoted = "'" + pattern + "'"
+    with pytest.raises(SparseSSMError, match="takes more than 1 seconds to match"):
+        parse_recipe("a_stage: {a_modifiers: {" + modifier.replace("HERE", quoted) + "}}")
+
+
+def test_patterns_that_never_end_are_refused_in_oneshot(monkeypatch):
+    from sparsessm_plugin import SparseGPTQModifier, StateRemovalModifier
+
+    monkeypatch.setattr(patterns, "_SECONDS", 1)
+    for modifier in (
+        StateRemovalModifier(keep=4, targets=[SLOW]),
+        SparseGPTQModifier(scheme="W8A8", ignore=[SLOW]),
+    ):
+        with pytest.raises(SparseSSMError, match="takes more than 1 seconds to match"):
+            modifier.initialize(State(model=tiny_model("mamba")))
+
+
+@pytest.mark.parametrize("pattern", ["re:(", "re:a{99999999999999999999}", "re:" + "(" * 5000])
+@pytest.mark.parametrize("kind", ["SparseSSMModifier", "SparseGPTModifier"])
+def test_patterns_that_are_none(pattern, kind):
+    text = f"a_stage: {{a_modifiers: {{{kind}: {{sparsity: 0.5, targets: ['{pattern}']}}}}}}"
+    with pytest.raises(SparseSSMError, match="is no regular expression") as error:
+        parse_recipe(text)
+    assert len(str(error.value)) < 400
+
+
+def test_a_recipe_is_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo.yaml")
+    for path in (tmp_path / "fifo.yaml", "/dev/zero"):
+        with pytest.raises(SparseSSMError, match="is no regular file"):
+            load_recipe(path)
+    with pytest.raises(SparseSSMError, match="does not exist") as error:
+        load_recipe("n" * 5000 + ".yaml")
+    assert len(str(error.value)) < 300
+    with (tmp_path / "huge.yaml").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(SparseSSMError, match="is longer than"):
+        load_recipe(tmp_path / "huge.yaml")
+
+
+VALID = {
+    "SparseSSMModifier": "sparsity: 0.5",
+    "StateRemovalModifier": "keep: 4",
+    "ChannelRemovalModifier": "keep: 32",
+    "SensitivitySparseGPTModifier": "sparsity: 0.5",
+    "GradientMagnitudeModifier": "sparsity: 0.5",
+    "SparseGPTQModifier": 'scheme: W8A8, ignore: [lm_head, "re:.*dt_proj$"]',
+}
+
+
+@pytest.mark.parametrize("kind", VALID)
+def test_fields_of_the_framework_that_mean_nothing_are_refused(kind):
+    for field in (
+        *("start: 0.5", "end: 2.0", "update: 1", "index: 3", "initialized_: true"),
+        *("finalized_: true", "started_: true", "ended_: true"),
+    ):
+        name = field.partition(":")[0]
+        for read in (parse_recipe, Recipe.create_instance):
+            with pytest.raises(ValueError, match=rf"{kind}\.{name}"):
+                read(recipe_of((kind, f"{VALID[kind]}, {field}")))
+    plain = recipe_of((kind, f"{VALID[kind]}, start: null, initialized_: false, group: mine"))
+    assert parse_recipe(plain).modifiers[0].group == "mine"
+    # what a saved recipe says of itself is read again
+    again = Recipe.create_instance(parse_recipe(plain).modifiers[0]).yaml()
+    assert type(parse_recipe(again).modifiers[0]).__name__ == kind
+
+
+def test_calibration_data_is_not_talked_away():
+    free = ("SparseSSMModifier", "sparsity: 0.5, saliency: magnitude")
+    assert not parse_recipe(recipe_of(free)).modifiers[0].requires_calibration_data
+    again = Recipe.create_instance(list(parse_recipe(recipe_of(free)).modifiers)).yaml()
+    assert "requires_calibration_data: false" in again
+    assert not parse_recipe(again).modifiers[0].requires_calibration_data
+    for modifier, value in ((free, "true"), (OURS, "false")):
+        fields = f"{modifier[1]}, requires_calibration_data: {value}"
+        with pytest.raises(SparseSSMError, match="follows from the other fields"):
+            parse_recipe(recipe_of((modifier[0], fields)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("ignore: [lm_head]", "give a scheme"),
+        ('scheme: W8A8, ignore: ["re:.*"]', "would quantize no weight"),
+        ("scheme: W8A8, targets: [nothing]", "targets: 'nothing' matches no module"),
+        ('scheme: W8A8, targets: ["re:.*out_proj$", "re:nothing"]', "'re:nothing' matches no"),
+        ('scheme: {W8A8: ["re:nothing"]}', "'re:nothing' matches no"),
+    ],
+)
+def test_a_quantization_of_nothing_is_refused(fields, message):
+    model = tiny_model("mamba")
+    text = recipe_of(("SparseGPTQModifier", fields))
+    with pytest.raises(SparseSSMError, match=message) as error:
+        parse_recipe(text).check_model(model)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=message):
+        Recipe.create_instance(text).modifiers[0].initialize(State(model=model))
+
+
+@pytest.mark.parametrize(
+    "structure", ["2:4\\n", " 2:4", "\uff12:\uff14", "2:4:", "9" * 5000 + ":4"]
+)
+def test_structures_that_only_look_like_one(structure):
+    for kind in ("SparseSSMModifier", "SensitivitySparseGPTModifier"):
+        fields = f'mask_structure: "{structure}"'
+        if kind == "SensitivitySparseGPTModifier":
+            fields += ", sparsity: 0.5"
+        with pytest.raises(SparseSSMError, match="mask_structure") as error:
+            parse_recipe(recipe_of((kind, fields)))
+        assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        "sparsity: " + "x" * 10_000,
+        "sparsity: [" + "1, " * 10_000 + "]",
+        "x" * 10_000 + ": 1",
+        "sparsity: 0.5, targets: ['re:" + "(" * 10_000 + "']",
+        "sparsity: 0x" + "f" * 10_000,
+        "mask_structure: " + "y" * 10_000,
+        "sparsity: 0.5, saliency: " + "z" * 10_000,
+    ],
+)
+def test_values_are_echoed_in_short(fields):
+    with pytest.raises(SparseSSMError) as error:
+        parse_recipe(recipe_of(("SparseSSMModifier", fields)))
+    assert len(str(error.value)) < 1200
+    assert "\n" not in str(error.value)

@@ -24,7 +24,7 @@ def check_given(who: str, given: Mapping[str, Any]) -> None:
         if given[name] != Modifier.model_fields[name].default:
             raise SparseSSMError(
                 f"{who}.{name} means nothing here: the modifier acts once, when it is calibrated; "
-                f"leave it out, got {shown(repr(given[name]))}"
+                f"leave it out, got {shown(given[name])}"
             )
 
 
@@ -38,5 +38,5 @@ def check_computed(modifier: Modifier, given: Mapping[str, Any]) -> None:
     if given.get(_COMPUTED, needs) != needs:
         raise SparseSSMError(
             f"{type(modifier).__name__}.{_COMPUTED} follows from the other fields and is {needs}; "
-            f"leave it out, got {shown(repr(given[_COMPUTED]))}"
+            f"leave it out, got {shown(given[_COMPUTED])}"
         )

@@ -124,7 +124,7 @@ class SparseGPTQModifier(GPTQModifier):
             for target in sorted(targets):
                 if next(match_named_modules(model, [target]), None) is None:
                     raise SparseSSMError(
-                        f"{who}.targets: {shown(repr(target))} matches no module of the model"
+                        f"{who}.targets: {shown(target)} matches no module of the model"
                     )
         check_quantized(self, model)
         if not quantized_weights(self, model) and not get_non_linearized_moes(model):

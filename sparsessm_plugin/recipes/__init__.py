@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsessm_plugin.errors import SparseSSMError, shown
+from sparsessm_plugin.errors import SparseSSMError, cut, shown
 from sparsessm_plugin.patterns import check_patterns
 from sparsessm_plugin.recipes.reading import patterns, read_regular_file, read_yaml
 
@@ -116,7 +116,7 @@ def load_recipe(name_or_path: str | os.PathLike[str]) -> CheckedRecipe:
     path = Path(source)
     if not os.path.exists(source) or path.is_dir():
         if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-            raise SparseSSMError(f"recipe {shown(source)} does not exist")
+            raise SparseSSMError(f"recipe {cut(source)} does not exist")
         path = Path(recipe_path(source))
     return parse_recipe(read_regular_file(path, "recipe"), source)
 
@@ -160,14 +160,14 @@ def parse_recipe(text: str, name: str = "recipe") -> CheckedRecipe:
 def _mapping(value: Any, where: str) -> dict[Any, Any]:
     if not isinstance(value, dict):
         kind = "nothing" if value is None else f"a {type(value).__name__}"
-        raise SparseSSMError(f"{shown(where)} must be a mapping of names, got {kind}")
+        raise SparseSSMError(f"{cut(where)} must be a mapping of names, got {kind}")
     return value
 
 
 def _check_suffix(key: Any, suffix: str, where: str) -> None:
     if not isinstance(key, str) or not key.endswith(suffix):
         raise SparseSSMError(
-            f"{where}: {shown(repr(key))} would be ignored; the name must end in {suffix!r}"
+            f"{where}: {shown(key)} would be ignored; the name must end in {suffix!r}"
         )
 
 
@@ -181,7 +181,7 @@ def _make_modifier(kind: Any, fields: Any, name: str) -> Any:
     if kind not in known:
         close = difflib.get_close_matches(str(kind), known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
-        raise SparseSSMError(f"{name}: unknown modifier {shown(repr(kind))}; {hint}")
+        raise SparseSSMError(f"{name}: unknown modifier {shown(kind)}; {hint}")
     fields = _mapping(fields, f"{name}: {kind}")
     try:
         return ModifierFactory.create(
@@ -192,7 +192,7 @@ def _make_modifier(kind: Any, fields: Any, name: str) -> Any:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
         who = "" if reason.startswith(f"{kind}.") else f"{kind}: "
-        raise SparseSSMError(f"{name}: {who}{_cut(reason)}") from error
+        raise SparseSSMError(f"{name}: {who}{cut(reason, _LONGEST)}") from error
 
 
 def _known_modifiers() -> dict[str, Any]:
@@ -214,17 +214,8 @@ def _first_problem(error: Any, kind: str, modifier: Any) -> str:
         fields = [f for f in modifier.model_fields if not f.endswith("_") and f not in hidden]
         close = difflib.get_close_matches(str(problem["loc"][-1]), fields, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        return f"unknown field {shown(where)}; {hint}allowed: {', '.join(sorted(fields))}"
+        return f"unknown field {cut(where)}; {hint}allowed: {', '.join(sorted(fields))}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":  # from our validators, which name the value
-        return f"{where}: {_cut(message)}"
-    return f"{where}: {_cut(message)}, got {_repr(problem['input'])}"
-
-
-def _repr(value: Any) -> str:
-    return f"{shown(value)!r}" if isinstance(value, str) else shown(value)
-
-
-def _cut(message: str) -> str:
-    """A message that may quote a value of any length."""
-    return message if len(message) <= _LONGEST else f"{message[: _LONGEST - 3]}..."
+        return f"{where}: {cut(message, _LONGEST)}"
+    return f"{where}: {cut(message, _LONGEST)}, got {shown(problem['input'])}"

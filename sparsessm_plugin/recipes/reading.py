@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from sparsessm_plugin.errors import SparseSSMError, shown
+from sparsessm_plugin.errors import SparseSSMError, cut, shown
 
 # Characters and entries of a recipe, its aliases written out.
 MAX_SIZE = 1 << 22
@@ -28,7 +28,7 @@ def read_yaml(text: str, name: str) -> Any:
     try:
         return yaml.load(text, Loader=_BoundedLoader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
-        raise SparseSSMError(f"{name} is not valid YAML: {shown(_yaml_problem(error))}") from error
+        raise SparseSSMError(f"{name} is not valid YAML: {cut(_yaml_problem(error))}") from error
 
 
 def check_text(text: str, name: str, stage: str | None = None) -> None:
@@ -43,8 +43,8 @@ def check_text(text: str, name: str, stage: str | None = None) -> None:
     if not stage or not isinstance(stages, Mapping):
         return
     if not any(str(key).startswith(stage) for key in stages):
-        known = shown(", ".join(map(str, stages)))
-        raise SparseSSMError(f"{name} has no stage {shown(repr(stage))}; it has {known}")
+        known = cut(", ".join(map(str, stages)))
+        raise SparseSSMError(f"{name} has no stage {shown(stage)}; it has {known}")
 
 
 def check_form(stages: Any, ours: Collection[str], name: str) -> None:
@@ -60,12 +60,12 @@ def check_form(stages: Any, ours: Collection[str], name: str) -> None:
     for stage, groups in stages.items():
         if stage == "args":
             continue
-        where = f"{name}: {shown(stage)}"
+        where = f"{name}: {cut(str(stage))}"
         if not _fits(stage, "_stage", groups):
             _refuse_dropped(where, "stage", "_stage", "groups", stage, groups, ours)
             continue
         for group, modifiers in groups.items():
-            place = f"{where}.{shown(group)}"
+            place = f"{where}.{cut(str(group))}"
             if not _fits(group, "_modifiers", modifiers):
                 _refuse_dropped(place, "group", "_modifiers", "modifiers", group, modifiers, ours)
                 continue

@@ -24,7 +24,7 @@ def parse_structure(structure: str) -> tuple[int, int]:
     if not (0 < n < m or n == m == 0):
         raise SparseSSMError(
             f"mask_structure must be 0:0 or n:m with 0 < n < m (n zeros in every m), "
-            f"got {shown(repr(structure))}"
+            f"got {shown(structure)}"
         )
     return n, m
 

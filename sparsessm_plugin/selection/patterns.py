@@ -69,8 +69,7 @@ class SemiStructured:
         match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text)
         if not match or not 0 < int(match[1]) < int(match[2]):
             raise SparseSSMError(
-                f'mask_structure must be "N:M" with whole numbers 0 < N < M, '
-                f"got {shown(repr(text))}"
+                f'mask_structure must be "N:M" with whole numbers 0 < N < M, got {shown(text)}'
             )
         return cls(int(match[1]), int(match[2]))
 
