@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import time
-import warnings
+import traceback
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from functools import wraps
 from pathlib import Path
@@ -17,7 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from sparsessm_plugin.backends.allocator import keep_freed_memory
-from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.errors import SparseSSMError, cut, shown
+from sparsessm_plugin.processes import end_with_parent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +41,8 @@ app = typer.Typer(
 out = Console(width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True)
 
+_MOST = 2**31 - 1  # of what is counted
+_LONGEST = 2000  # characters of a message
 _INTERRUPTED = 130
 _EXIT_CODES = {"interrupted": _INTERRUPTED, "terminated": 143}
 
@@ -49,19 +52,21 @@ ModelArgument = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's code run.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Show libraries' logs and warnings, and tracebacks.")
+]
 Result = Annotated[
     Path, typer.Option(help="Folder for the result; only an earlier result is replaced.")
 ]
 _REPORT = typer.Option(help="Write a report to this new .json file.")
 _CALIBRATION = typer.Option(help="Text file, JSON lines with `text`, or name[:config[:split]].")
-NumSamples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
-Seed = Annotated[int, typer.Option(help="Of the draw of calibration windows.")]
+NumSamples = Annotated[int, typer.Option(min=1, max=_MOST, help="Calibration windows.")]
+Seed = Annotated[int, typer.Option(max=2**63 - 1, help="Of the draw of calibration windows.")]
 _PIPELINES = ("independent", "sequential", "basic", "datafree")
 Pipeline = Annotated[str, typer.Option(help="independent, sequential, basic or datafree.")]
 TextField = Annotated[str, typer.Option(help="Key of the text in JSON lines.")]
-SeqLength = Annotated[int, typer.Option(min=2, help="Tokens a window.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Windows a forward pass.")]
+SeqLength = Annotated[int, typer.Option(min=2, max=_MOST, help="Tokens a window.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=_MOST, help="Windows a forward pass.")]
 Tasks = Annotated[
     list[str] | None,
     typer.Option(
@@ -72,8 +77,10 @@ Tasks = Annotated[
 TasksData = Annotated[
     Path | None, typer.Option(help="Folder that the *_local tasks read; docs/evaluation.md.")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Documents a task at most.")]
-TasksBatchSize = Annotated[int, typer.Option(min=1, help="Sequences a forward pass, for tasks.")]
+Limit = Annotated[int | None, typer.Option(min=1, max=_MOST, help="Documents a task at most.")]
+TasksBatchSize = Annotated[
+    int, typer.Option(min=1, max=_MOST, help="Sequences a forward pass, for tasks.")
+]
 
 
 def _on_ranks(command: "Callable[..., None]") -> "Callable[..., None]":
@@ -122,7 +129,7 @@ def prune(
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show LLM Compressor's log.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Prune a model with a recipe and save it; under torchrun, on several ranks together."""
     _choice("--pipeline", pipeline, _PIPELINES)
@@ -137,7 +144,7 @@ def prune(
         output_directory,
         write_json,
     )
-    from sparsessm_plugin.progress import shown
+    from sparsessm_plugin.progress import shown as bars_shown
     from sparsessm_plugin.pruning import prune as run_recipe
     from sparsessm_plugin.pruning import versions
     from sparsessm_plugin.recipes import load_recipe
@@ -156,9 +163,10 @@ def prune(
     if calibration is not None:
         samples = _windows(calibration, tokenizer, max_seq_length, vocab_size, text_field)
         if len(samples) < num_samples:
-            err.print(
-                f"[yellow]{escape(calibration)} gives {len(samples)} windows of "
-                f"{max_seq_length} tokens, fewer than the {num_samples} asked for; using them all"
+            _show(
+                "warning",
+                f"{calibration} gives {len(samples)} windows of {max_seq_length} tokens, fewer "
+                f"than the {num_samples} asked for; using them all",
             )
         loader = calibration_loader(samples, num_samples, batch_size, seed, (rank, ranks))
         calibration_report = {
@@ -183,7 +191,7 @@ def prune(
             result = _evaluate(dense, text_samples, batch_size, "dense ")
             perplexity = {"text": text, "before": result.to_dict()}
         # several bars at once garble each other
-        with nullcontext() if verbose else shown(err):
+        with nullcontext() if verbose else bars_shown(err):
             pruned = run_recipe(dense, checked, loader, tokenizer, pipeline, source.load)
         inventory = take_inventory(pruned.model)
         if text_samples is not None:
@@ -231,7 +239,7 @@ def evaluate(
     output: Annotated[Path | None, _REPORT] = None,
     max_seq_length: SeqLength = 2048,
     num_samples: Annotated[
-        int | None, typer.Option(min=1, help="Windows to evaluate; default all.")
+        int | None, typer.Option(min=1, max=_MOST, help="Windows to evaluate; default all.")
     ] = None,
     batch_size: BatchSize = 4,
     tasks_batch_size: TasksBatchSize = 64,
@@ -292,6 +300,7 @@ def evaluate(
         report["seconds"]["tasks"] = round(time.perf_counter() - started, 3)
         _print_tasks(report)
     if output is not None:
+        _say_replaced(output)
         inventory = take_inventory(loaded).to_dict() if _has_mixers(loaded) else None
         write_json(output, {**report, "inventory": inventory, "versions": versions()})
 
@@ -319,7 +328,8 @@ def compare(
     num_samples: NumSamples = 64,
     max_seq_length: SeqLength = 2048,
     eval_samples: Annotated[
-        int | None, typer.Option(min=1, help="Windows of a text to evaluate; default all.")
+        int | None,
+        typer.Option(min=1, max=_MOST, help="Windows of a text to evaluate; default all."),
     ] = None,
     batch_size: BatchSize = 4,
     tasks_batch_size: TasksBatchSize = 64,
@@ -475,9 +485,11 @@ def bench(
         str | None, typer.Option(help="Compare with this model, in turns with it.")
     ] = None,
     batch_sizes: Annotated[str, typer.Option(help="Sequences at once, with commas.")] = "1,8",
-    prompt_length: Annotated[int, typer.Option(min=1, help="Tokens a prompt.")] = 64,
-    decode_steps: Annotated[int, typer.Option(min=1, help="Tokens to produce.")] = 8,
-    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement.")] = 5,
+    prompt_length: Annotated[int, typer.Option(min=1, max=_MOST, help="Tokens a prompt.")] = 64,
+    decode_steps: Annotated[int, typer.Option(min=1, max=_MOST, help="Tokens to produce.")] = 8,
+    repeats: Annotated[
+        int, typer.Option(min=1, max=_MOST, help="Repeats of each measurement.")
+    ] = 5,
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="Also decode from a CUDA graph.")
     ] = False,
@@ -537,8 +549,10 @@ def bench(
             **latency.to_dict(),
             "versions": versions(),
         }
+        _say_replaced(output)
         write_json(output, report)
     if plot is not None:
+        _say_replaced(plot)
         plot_latency(latency, plot)
     _print_latency(latency)
 
@@ -566,7 +580,9 @@ def sensitivity(
         Path | None, typer.Option(help="Draw heat maps into this new .png file.")
     ] = None,
     num_samples: NumSamples = 32,
-    eval_samples: Annotated[int, typer.Option(min=1, help="Windows to measure on, at most.")] = 16,
+    eval_samples: Annotated[
+        int, typer.Option(min=1, max=_MOST, help="Windows to measure on, at most.")
+    ] = 16,
     max_seq_length: SeqLength = 512,
     batch_size: BatchSize = 4,
     text_field: TextField = "text",
@@ -623,8 +639,10 @@ def sensitivity(
         **result.to_dict(),
         "versions": versions(),
     }
+    _say_replaced(output)
     write_json(output, report)
     if plot is not None:
+        _say_replaced(plot)
         plot_sensitivity(result, plot)
     _print_sensitivity(result)
 
@@ -685,18 +703,43 @@ def demo(
     run_demo(out, num_samples, max_seq_length)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from sparsessm_plugin import __version__
+
+        out.print(f"sparsessm {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _of_every_command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass  # its help is the app's
+
+
 def main() -> None:
-    """Entry point: mistakes become one line and exit code 1, an interrupt 130."""
+    """Entry point: mistakes become one line and exit code 1 or 2, an interrupt 130."""
     # a terminated run tidies up like an interrupted one
     _signals.clear()
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored
         signal.signal(signal.SIGINT, _stop)
     keep_freed_memory()
+    arguments = sys.argv[1:]
     try:
-        app(_repeated(sys.argv[1:]))
+        end_with_parent()
+        # typer shows the help itself; else it would frame what is wrong over several lines
+        code = app(_repeated(arguments), standalone_mode=not arguments)
+        if code == _INTERRUPTED:  # typer has turned the KeyboardInterrupt into this
+            _fail_stopped("interrupted")
     except SystemExit as end:
-        if end.code == _INTERRUPTED:  # typer has turned the KeyboardInterrupt into this
+        if end.code == _INTERRUPTED:
             _fail_stopped("interrupted")
         raise
     except _Terminated:
@@ -706,11 +749,16 @@ def main() -> None:
     except Exception as error:
         if _signals:
             _fail_stopped("terminated" if signal.SIGTERM in _signals else "interrupted")
+        if "--verbose" in arguments:
+            traceback.print_exc()
+        if hasattr(error, "format_message"):  # typer's own, of some argument
+            _fail(error.format_message(), 2)
         if isinstance(error, OSError):
             _fail(str(error), 1)
         cause = _our_error(error) or _memory_error(error)
-        if cause is None:
-            raise
+        if cause is None:  # a defect, which its line alone does not explain
+            said = cut(" ".join(str(error).split()), 400)
+            cause = f"{type(error).__name__}: {said} (--verbose shows where)"
         _fail(str(cause), 1)
 
 
@@ -780,25 +828,33 @@ def _fail_stopped(how: str) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}", soft_wrap=True)
+    _show("error", message)
     sys.exit(code)
+
+
+def _show(level: str, message: str) -> None:
+    """One line on stderr; of what it quotes, no more than anybody reads."""
+    text = cut(" ".join(cut(word) for word in message.split()), _LONGEST)
+    text = text.encode("utf-8", "backslashreplace").decode()  # names of files may be any bytes
+    color = {"error": "bold red", "critical": "bold red", "warning": "yellow"}.get(level, "dim")
+    err.print(f"[{color}]{level}:[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
 def _quiet(verbose: bool) -> None:
     """Keep the libraries' logs and, where nobody watches, their progress bars off the screen."""
+    from sparsessm_plugin.messages import show_messages
+
+    show_messages(_show, verbose)
     if verbose:
         return
-    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-    warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
 
 
 def _choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise SparseSSMError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+        raise SparseSSMError(f"{option} must be one of {', '.join(allowed)}, got {shown(value)}")
 
 
 def _shares(text: str) -> list[float]:
@@ -806,7 +862,7 @@ def _shares(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise SparseSSMError(
-            f"--sparsities must be numbers between 0 and 1 with commas, got {text!r}"
+            f"--sparsities must be numbers between 0 and 1 with commas, got {shown(text)}"
         ) from error
 
 
@@ -830,6 +886,7 @@ def _not_the_model(output: Path, model: str) -> None:
 def _source(name: str, trust_remote_code: bool, dtype: str, device: str) -> Any:
     _choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     _choice("--device", device, ("auto", "cpu", "cuda"))
+    _regular_files(name)
     from sparsessm_plugin.pruning import ModelSource
 
     if device == "cuda":
@@ -838,6 +895,20 @@ def _source(name: str, trust_remote_code: bool, dtype: str, device: str) -> Any:
         if not torch.cuda.is_available():
             raise SparseSSMError("--device cuda: no CUDA device is available")
     return ModelSource(name, trust_remote_code, dtype, device)
+
+
+def _regular_files(model: str) -> None:
+    """Refuse a folder with a pipe or a device in it: whoever reads that may wait for ever."""
+    if os.path.isdir(model):
+        for file in Path(model).iterdir():
+            if file.exists() and not file.is_file() and not file.is_dir():
+                raise SparseSSMError(f"model {model}: {file.name} is no regular file")
+
+
+def _say_replaced(path: Path) -> None:
+    """There was nothing when the command began."""
+    if os.path.lexists(path):
+        _show("warning", f"{path} was written by another process meanwhile; it is replaced")
 
 
 def _vocab_size(skeleton: Any) -> int:
@@ -858,9 +929,10 @@ def _windows(
 
 @contextmanager
 def _progress(label: str, total: int) -> "Iterator[Callable[[int], None]]":
-    from sparsessm_plugin.progress import Stage, shown
+    from sparsessm_plugin.progress import Stage
+    from sparsessm_plugin.progress import shown as bars_shown
 
-    with shown(err), Stage(escape(label), total) as stage:
+    with bars_shown(err), Stage(escape(label), total) as stage:
         yield stage.advance
 
 
@@ -869,10 +941,10 @@ def _named(sources: list[str], option: str = "--text") -> dict[str, str]:
     named: dict[str, str] = {}
     for source in sources:
         name, separator, where = source.partition("=")
-        if not separator or Path(source).exists():
+        if not separator or os.path.exists(source):
             name = where = source
         if not name or not where:
-            raise SparseSSMError(f"{option} must be SOURCE or NAME=SOURCE, got {source!r}")
+            raise SparseSSMError(f"{option} must be SOURCE or NAME=SOURCE, got {shown(source)}")
         if name in named:
             raise SparseSSMError(f"{option}: two are called {name!r}; give NAME=SOURCE")
         named[name] = where
@@ -881,9 +953,11 @@ def _named(sources: list[str], option: str = "--text") -> dict[str, str]:
 
 def _numbers(option: str, text: str, least: int = 0) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) >= least for part in parts):
+    digits = all(part.isascii() and part.isdecimal() and len(part) <= 10 for part in parts)
+    if not digits or not all(least <= int(part) <= _MOST for part in parts):
         raise SparseSSMError(
-            f"{option} must be whole numbers from {least} on with commas between them, got {text!r}"
+            f"{option} must be whole numbers from {least} to {_MOST} with commas between them, "
+            f"got {shown(text)}"
         )
     return list(dict.fromkeys(int(part) for part in parts))
 
@@ -892,7 +966,7 @@ def _split_names(option: str, values: list[str] | None) -> list[str]:
     """An option that may be repeated and may hold commas, as one list without repeats."""
     names = [name.strip() for value in values or [] for name in value.split(",")]
     if not all(names):
-        raise SparseSSMError(f"{option} holds an empty name, got {','.join(values or [])!r}")
+        raise SparseSSMError(f"{option} holds an empty name, got {shown(','.join(values or []))}")
     return list(dict.fromkeys(names))
 
 

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store
 
-from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning
 
 T = TypeVar("T")
 
@@ -322,6 +322,7 @@ def _check_data(who: str, each: list[dict[str, Any]]) -> None:
                 "another rank as well. Give each rank a dataset of its own, with "
                 "llmcompressor.datasets.get_rank_partition for example: of one that all ranks "
                 "load, LLM Compressor 0.14 lets every rank read the first samples",
+                SparseSSMWarning,
                 stacklevel=2,
             )
             break

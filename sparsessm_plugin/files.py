@@ -158,7 +158,7 @@ def output_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         except OSError as error:
             raise SparseSSMError(f"cannot write {target}: {error.strerror or error}") from error
         stack.callback(shutil.rmtree, partial, ignore_errors=True)
-        for other in _partials(target):
+        for other in partials(target):
             if other != partial and _lock_state(other) == "held":
                 raise SparseSSMError(
                     f"another process is writing to {target}, in {other.name} beside it; wait for "
@@ -238,7 +238,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 def _remove_left_over(target: Path) -> None:
     """Remove what processes of this machine were writing to a target when they were killed."""
-    for left_over in _partials(target):
+    for left_over in partials(target):
         if _lock_state(left_over) != "free":
             continue
         if left_over.suffix == _OLD and not os.path.lexists(target):
@@ -249,7 +249,7 @@ def _remove_left_over(target: Path) -> None:
             left_over.unlink(missing_ok=True)
 
 
-def _partials(target: Path) -> list[Path]:
+def partials(target: Path) -> list[Path]:
     """What processes of this machine write, or wrote, to a target."""
     name = re.compile(
         rf"\.{re.escape(target.name)}"

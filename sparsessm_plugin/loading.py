@@ -8,9 +8,10 @@ cannot be divided.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from importlib import import_module
+from threading import RLock
 from typing import Any
 
 # module of transformers -> class whose _init_weights reads mixer.out_proj.weight
@@ -20,22 +21,53 @@ _INITIALISERS = {
     "transformers.models.mamba2.modeling_mamba2": "Mamba2PreTrainedModel",
 }
 
+_switching = RLock()
+
 
 def enable_compressed_loading() -> None:
-    """Let ``from_pretrained`` of this process load packed Mamba, Mamba2 and FalconMamba.
+    """Let ``from_pretrained`` of this process load packed Mamba, Mamba2 and FalconMamba for good.
 
-    For code that calls transformers itself; :func:`load` and importing the modifiers do it.
-    The initialisers are shown an out_proj that needs nothing where transformers would fail on
-    it; everywhere else they do what they did. Calling it again changes nothing.
+    For code that calls transformers itself and cannot call :func:`load`, which does the same for
+    the time of its own call. The initialisers are shown an out_proj that needs nothing where
+    transformers would fail on it; everywhere else they do what they did. Calling it again
+    changes nothing.
     """
+    with _switching:
+        for cls in _initialised_classes():
+            if not hasattr(cls._init_weights, "_tolerates_compressed"):
+                cls._init_weights = _tolerating_compressed(cls._init_weights)
+            cls._init_weights._for_a_time = None  # nobody takes it back
+
+
+@contextmanager
+def _compressed_loading() -> Iterator[None]:
+    """:func:`enable_compressed_loading` for a time; all as before once nobody needs it any more."""
+    with _switching:
+        classes = _initialised_classes()
+        for cls in classes:
+            if not hasattr(cls._init_weights, "_tolerates_compressed"):
+                cls._init_weights = _tolerating_compressed(cls._init_weights)
+            if cls._init_weights._for_a_time is not None:
+                cls._init_weights._for_a_time += 1
+    try:
+        yield
+    finally:
+        with _switching:
+            for cls in classes:
+                ours = cls._init_weights
+                if getattr(ours, "_for_a_time", None) is not None:
+                    ours._for_a_time -= 1
+                    if not ours._for_a_time:
+                        cls._init_weights = ours.__wrapped__
+
+
+def _initialised_classes() -> list[Any]:
+    """transformers' classes whose initialiser cannot run; one without a family lacks its class."""
+    classes = []
     for module, name in _INITIALISERS.items():
-        try:
-            cls = getattr(import_module(module), name)
-        except (ImportError, AttributeError):
-            continue  # a transformers without this family has nothing to mend
-        initialise = cls._init_weights
-        if not hasattr(initialise, "_tolerates_compressed"):
-            cls._init_weights = _tolerating_compressed(initialise)
+        with suppress(ImportError, AttributeError):
+            classes.append(getattr(import_module(module), name))
+    return classes
 
 
 def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -54,7 +86,6 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    enable_compressed_loading()
     hub = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
     config = kwargs.pop("config", None)
     if config is None:
@@ -63,7 +94,8 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     if rescales:
         config.rescale_prenorm_residual = False  # what is loaded was scaled when it was made
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
+        with _compressed_loading():
+            loaded = AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
     finally:
         if rescales:
             config.rescale_prenorm_residual = True
@@ -80,6 +112,7 @@ def _tolerating_compressed(initialise: Any) -> Any:
             initialise(self, module)
 
     _init_weights._tolerates_compressed = True  # type: ignore[attr-defined]
+    _init_weights._for_a_time = 0  # type: ignore[attr-defined]
     return _init_weights
 
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from sparsessm_plugin import distributed
 from sparsessm_plugin.config_levels import language_field
 from sparsessm_plugin.cost import halved, has_room, peak_memory_bytes, reset_peak_memory, shortage
-from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning
 from sparsessm_plugin.loading import load
 from sparsessm_plugin.recipes import CheckedRecipe
 
@@ -171,7 +171,8 @@ def prune(
     else:
         return _result(model, modifiers, loader, started)
     # out here, where the error no longer holds what was on the GPU
-    warnings.warn(f"{short}; trying once more with half of each batch", stacklevel=2)
+    text = f"{short}; trying once more with half of each batch"
+    warnings.warn(text, SparseSSMWarning, stacklevel=2)
     active_session().reset()
     for module in model.modules():  # and not to("meta"): compressed-tensors would copy from there
         module._parameters, module._buffers = {}, {}

@@ -25,7 +25,7 @@ FACTORY_MODULE = "llmcompressor.modifiers.factory"
 RECIPE_MODULE = "llmcompressor.recipe.recipe"
 
 _loaded: set[tuple[str, str]] = set()
-_warned: set[str] = set()
+warned: set[str] = set()
 
 
 def install() -> None:
@@ -226,9 +226,9 @@ def _our_modifiers() -> set[str]:
 
 def _warn(message: str) -> None:
     """Warn once a process; never raise, not even where warnings are errors."""
-    if message in _warned:
+    if message in warned:
         return
-    _warned.add(message)
+    warned.add(message)
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
     except RuntimeWarning:

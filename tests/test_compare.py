@@ -13,8 +13,8 @@ from conftest import DEMO, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsessm_plugin import cli
-from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin import cli, files, processes
+from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning
 from sparsessm_plugin.evaluation import comparison
 from sparsessm_plugin.evaluation.comparison import Spread, markdown, summarize
 
@@ -254,6 +254,138 @@ def test_an_interrupt_while_a_process_starts(number, tmp_path, monkeypatch):
     finally:
         signal.signal(number, before)
     assert started[0].poll() is not None
+
+
+def test_a_child_is_told_whose_end_it_must_not_outlive(tmp_path, monkeypatch):
+    told = []
+
+    class Told(subprocess.Popen):
+        def __init__(self, *args, env, **kwargs):
+            told.append(env[processes.PARENT])
+            super().__init__([sys.executable, "-c", ""], env=env, **kwargs)
+
+    monkeypatch.setattr(comparison.subprocess, "Popen", Told)
+    comparison._command(["prune"], tmp_path, "run")
+    assert told == [str(os.getpid())]
+
+
+CHILD = """
+import signal, sys, time
+from sparsessm_plugin.processes import end_with_parent
+time.sleep(float(sys.argv[1]))
+end_with_parent()
+print("ready", flush=True)
+time.sleep(600)
+"""
+PARENT = """
+import os, subprocess, sys
+from sparsessm_plugin.processes import PARENT
+env = {**os.environ, PARENT: str(os.getpid())}
+child = subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], env=env)
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_run_ends_with_its_comparison(delay):
+    """However that ends; also if it ends before the run has asked to be told."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, CHILD, str(delay)], stdout=subprocess.PIPE, text=True
+    )
+    child = int(parent.stdout.readline())
+    if not delay:
+        assert parent.stdout.readline() == "ready\n"
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    while _runs(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _runs(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_warnings_of_a_run_are_shown(tmp_path, monkeypatch):
+    code = "print('loading'); print('warning: few tokens'); print('Warning: theirs')"
+
+    class Warns(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__([sys.executable, "-c", code], **kwargs)
+
+    monkeypatch.setattr(comparison.subprocess, "Popen", Warns)
+    with pytest.warns(SparseSSMWarning, match="mag, seed 0: few tokens") as caught:
+        comparison._command(["prune"], tmp_path, "mag, seed 0")
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: "",
+        lambda state: "[" * 100_000,
+        lambda state: json.dumps({**state, "runs": {"a": 5}}),
+        lambda state: json.dumps({**state, "runs": {"a": {"recipe": "a"}}}),
+        lambda state: json.dumps({**state, "dense": {"measures": {}}}),
+        lambda state: json.dumps({**state, "dense": {**state["dense"], "parameters": 0}}),
+        lambda state: json.dumps({**state, "recipes": []}),
+        lambda state: json.dumps({**state, "model": "x"}),
+        lambda state: json.dumps({**state, "settings": None}),
+    ],
+)
+def test_a_damaged_comparison_is_refused(tmp_path, damage):
+    plan = comparison.Plan("m", "id", {}, [], {}, [], [], tmp_path)
+    state = comparison.check_folder(plan)
+    state["dense"] = run("dense", 9.0)
+    path = tmp_path / comparison.COMPARISON
+    path.write_text(json.dumps(state))
+    assert comparison.check_folder(plan)["dense"] == state["dense"]
+    path.write_text(damage(state))
+    with pytest.raises(SparseSSMError, match="is not readable as a comparison") as error:
+        comparison.check_folder(plan)
+    assert "\n" not in str(error.value)
+
+
+def test_a_measure_that_is_not_finite_is_no_damage(tmp_path):
+    plan = comparison.Plan("m", "id", {}, [], {}, [], [], tmp_path)
+    state = comparison.check_folder(plan)
+    state["dense"] = run("dense", 9.0)
+    state["runs"]["a, seed 0"] = run("a", 9.0)
+    state["runs"]["a, seed 0"]["measures"]["a, perplexity"]["value"] = None  # as JSON has it
+    (tmp_path / comparison.COMPARISON).write_text(json.dumps(state))
+    found = comparison.check_folder(plan)
+    assert "nan" in markdown(summarize(found["dense"], found["runs"].values()))
+
+
+@pytest.mark.parametrize("missing", ["after", "seconds", "peak_memory_bytes", "recipe"])
+def test_a_damaged_report_is_made_again(tmp_path, missing):
+    report = {
+        "recipe": {"yaml": "r"},
+        "after": {"parameters": 1, "zeros": 1},
+        "seconds": {"oneshot": 1.0},
+        "peak_memory_bytes": 1,
+    }
+    path = tmp_path / "sparsessm_report.json"
+    path.write_text(json.dumps(report))
+    assert comparison._report(tmp_path, "r") == report
+    path.write_text(json.dumps({k: v for k, v in report.items() if k != missing}))
+    assert comparison._report(tmp_path, "r") is None
+
+
+def test_a_folder_that_was_only_begun_is_taken(tmp_path):
+    plan = comparison.Plan("m", "id", {}, [], {}, [], [], tmp_path)
+    left = f".{comparison.COMPARISON}.{files._host()}.{files._boot()}.abc.partial"
+    (tmp_path / left).write_text("{")
+    assert comparison.check_folder(plan)["runs"] == {}
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(SparseSSMError, match="holds no comparison"):
+        comparison.check_folder(plan)
 
 
 def _commands(folder):

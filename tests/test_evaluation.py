@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -49,6 +50,34 @@ def test_texts_that_cannot_be_read(tmp_path, name, content, message):
     with pytest.raises(SparseSSMError, match=message) as error:
         read_texts(tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+def test_only_regular_files_are_read(tmp_path):
+    """Others may never end."""
+    os.mkfifo(tmp_path / "fifo.txt")
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    for path in ("/dev/zero", tmp_path / "fifo.txt", tmp_path / "fifo.jsonl"):
+        with pytest.raises(SparseSSMError, match="is no regular file"):
+            read_texts(path)
+    with pytest.raises(SparseSSMError, match="does not exist") as error:
+        read_texts("n" * 5000 + ".txt")
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        "[" * 100_000,
+        '{"text": "a", "number": ' + "9" * 5000 + "}",
+    ],
+    ids=["deep", "open", "long"],
+)
+def test_json_that_python_does_not_take(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + line)
+    with pytest.raises(SparseSSMError, match=r"a\.jsonl, line 2 is not JSON") as error:
+        read_texts(tmp_path / "a.jsonl")
+    assert len(str(error.value)) < 500
 
 
 def test_sources_that_are_not_there(tmp_path):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaPreTrainedModel
 
 import sparsessm_plugin
-from sparsessm_plugin import SparseGPTQModifier
+from sparsessm_plugin import SparseGPTQModifier, loading
 from sparsessm_plugin.loading import enable_compressed_loading
 from sparsessm_plugin.mixers import find_mixers
 
@@ -147,13 +147,32 @@ def test_bytes_need_more_room_than_packed_int4(saved):
     assert size("mamba-int4") < size("mamba-int4-but-out_proj") < size("mamba-int4-in-bytes")
 
 
-def test_a_process_that_has_our_modifiers_loads_packed_checkpoints(saved):
-    model = AutoModelForCausalLM.from_pretrained(saved / "mamba-int4")
-    expected = torch.load(saved / "mamba-int4" / "expected.pt")
-    with torch.no_grad():
-        assert torch.equal(model(expected["input_ids"]).logits, expected["logits"])
+def test_loading_leaves_transformers_as_it_was(saved):
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2PreTrainedModel
+
+    classes = (MambaPreTrainedModel, Mamba2PreTrainedModel)
+    before = [cls._init_weights for cls in classes]
+    assert not any(hasattr(initialise, "_tolerates_compressed") for initialise in before)
+    model = sparsessm_plugin.load(saved / "mamba-int4")
     # nothing of the stand-in is left
     assert all("weight" not in vars(mixer.out_proj) for mixer in _mixers(model))
+    with pytest.raises(OSError, match="nowhere"):
+        sparsessm_plugin.load(DEMO / "nowhere")
+    assert [cls._init_weights for cls in classes] == before
+
+
+def test_a_process_may_ask_for_packed_checkpoints_for_good(saved):
+    script = """
+import json, sys, torch, sparsessm_plugin
+from transformers import AutoModelForCausalLM
+sparsessm_plugin.enable_compressed_loading()
+sparsessm_plugin.load(sys.argv[1])  # takes nothing back
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+expected = torch.load(sys.argv[1] + "/expected.pt")
+with torch.no_grad():
+    print(json.dumps(torch.equal(model(expected["input_ids"]).logits, expected["logits"])))
+"""
+    assert fresh_process(script, saved / "mamba-int4") is True
 
 
 def _mixers(model):
@@ -192,9 +211,12 @@ def test_load_passes_arguments_on():
 
 
 def test_new_models_are_initialised_as_before(monkeypatch):
+    stock = MambaPreTrainedModel._init_weights
+    for cls in loading._initialised_classes():  # put back afterwards
+        monkeypatch.setattr(cls, "_init_weights", cls._init_weights)
     enable_compressed_loading()
     enable_compressed_loading()
-    stock = MambaPreTrainedModel._init_weights.__wrapped__
+    assert MambaPreTrainedModel._init_weights.__wrapped__ is stock
     assert not hasattr(stock, "_tolerates_compressed")  # wrapped only once
     config = MambaConfig(
         vocab_size=32, hidden_size=16, num_hidden_layers=2, rescale_prenorm_residual=True

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsessm_plugin.errors import SparseSSMWarning
+
 # One module a device type, with kernels for single channels and, where there are devices of the
 # type that it cannot use, ``check``. Devices that are not named here use plain torch.
 BACKENDS = {"cpu": "sparsessm_plugin.backends.cpu", "cuda": "sparsessm_plugin.backends.gpu"}
@@ -52,6 +54,6 @@ def _warn_once(device_type: str, reason: str) -> None:
         _warned.add(device_type)
         warnings.warn(
             f"scans on {device_type} run in plain torch, which is much slower: {reason}",
-            RuntimeWarning,
+            SparseSSMWarning,
             stacklevel=4,
         )

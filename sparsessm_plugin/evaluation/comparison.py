@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -16,8 +17,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,13 +26,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.files import REPORT_NAME, write_bytes, write_json
+from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning, cut, shown
+from sparsessm_plugin.files import REPORT_NAME, partials, read_json, write_bytes, write_json
+from sparsessm_plugin.processes import PARENT
 
 COMPARISON, TABLE, PLOT = "comparison.json", "comparison.md", "comparison.png"
 DENSE = "dense"
 
 _FINGERPRINTED = (".safetensors", ".json", ".model")
+WARNING = "warning: "  # how a line begins that a run should show
 _PATIENCE = 30.0  # seconds that a run has to tidy up after it was told to stop
 
 
@@ -127,36 +130,43 @@ def check_folder(plan: Plan) -> dict[str, Any]:
     }
     path = folder / COMPARISON
     if not path.exists():
-        if folder.is_dir() and any(folder.iterdir()):
+        begun = set(partials(path))  # by one that was killed before it had written anything
+        if folder.is_dir() and set(folder.iterdir()) - begun:
             raise SparseSSMError(
                 f"output directory {folder} exists and holds no {COMPARISON}; choose another"
             )
         return fresh
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = read_json(path)
         found = {key: state[key] for key in fresh}
         runs = {key: dict(run) for key, run in found["runs"].items()}
         same_model = found["model"]["identity"] == plan.identity
+        model = cut(str(found["model"]["name"]))
         differing = [
             key
             for key in {**found["settings"], **fresh["settings"]}
             if found["settings"].get(key) != fresh["settings"].get(key)
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SparseSSMError(f"{path} is not readable as a comparison: {error!r}") from error
+        known = {key: str(text) for key, text in found["recipes"].items()}
+        complete = [run for run in runs.values() if "error" not in run]
+        if found[DENSE] is not None:
+            summarize(found[DENSE], complete)  # whether all is there that the table needs
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise SparseSSMError(
+            f"{path} is not readable as a comparison: {shown(error)}; nothing in it was changed, "
+            "choose another --output"
+        ) from error
     advice = "nothing in it was changed; choose another --output"
     if not same_model:
-        raise SparseSSMError(
-            f"{folder} compares recipes on another model, {found['model']['name']}; {advice}"
-        )
+        raise SparseSSMError(f"{folder} compares recipes on another model, {model}; {advice}")
     if differing:
         key = differing[0]
         raise SparseSSMError(
-            f"{folder} was made with {key} {found['settings'].get(key)!r}, not "
-            f"{fresh['settings'].get(key)!r}; {advice}"
+            f"{folder} was made with {key} {shown(found['settings'].get(key))}, not "
+            f"{shown(fresh['settings'].get(key))}; {advice}"
         )
     for label, (_, text) in plan.recipes.items():
-        if found["recipes"].get(label, text) != text:
+        if known.get(label, text) != text:
             raise SparseSSMError(f"{folder} knows another recipe called {label}; {advice}")
     return {**found, "runs": runs}
 
@@ -216,23 +226,28 @@ def _run(plan: Plan, label: str, seed: int) -> dict[str, Any]:
 def _report(checkpoint: Path, recipe: str) -> dict[str, Any] | None:
     """The report of a checkpoint that this very recipe made, if it is there."""
     try:
-        report = json.loads((checkpoint / REPORT_NAME).read_text(encoding="utf-8"))
+        report = read_json(checkpoint / REPORT_NAME)
+        report["after"]["parameters"], report["after"]["zeros"]
+        report["seconds"]["oneshot"], report["peak_memory_bytes"]
         return report if report["recipe"]["yaml"] == recipe else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _evaluate(plan: Plan, model: str, name: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="sparsessm-") as folder:
-        report = Path(folder) / "evaluation.json"
-        command = ["evaluate", model, *plan.evaluate_options, "--output", str(report)]
-        try:
-            _command(command, plan.output, name)
-        except _RunFailed as error:
-            if name == DENSE:  # then no other run would do better
-                raise SparseSSMError(f"{model}: {error}") from error
-            raise
-        found = json.loads(report.read_text(encoding="utf-8"))
+    # in the folder of the comparison, where the next run finds what a killed one left
+    report = plan.output / f".{_slug(name)}.evaluation.json"
+    report.unlink(missing_ok=True)
+    command = ["evaluate", model, *plan.evaluate_options, "--output", str(report)]
+    try:
+        _command(command, plan.output, name)
+        found = read_json(report)
+    except _RunFailed as error:
+        if name == DENSE:  # then no other run would do better
+            raise SparseSSMError(f"{model}: {error}") from error
+        raise
+    finally:
+        report.unlink(missing_ok=True)
     return {
         "parameters": found["inventory"]["parameters"],
         "zeros": found["inventory"]["zeros"],
@@ -284,6 +299,7 @@ def _command(arguments: Sequence[str], folder: Path, name: str) -> None:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
+            env={**os.environ, PARENT: str(os.getpid())},
         )
         try:
             held.deliver()
@@ -298,6 +314,10 @@ def _command(arguments: Sequence[str], folder: Path, name: str) -> None:
         if code < 0:
             reason = f"killed by signal {-code}"
         raise _RunFailed(f"{reason} (see {log})")
+    for line in lines:
+        if line.startswith(WARNING):
+            text = f"{name}: {line.removeprefix(WARNING)}"
+            warnings.warn(text, SparseSSMWarning, stacklevel=2)
     log.unlink()
     if not any(log.parent.iterdir()):
         log.parent.rmdir()
@@ -426,13 +446,19 @@ def summarize(dense: Mapping[str, Any], runs: Iterable[Mapping[str, Any]]) -> li
     return rows + [_row(label, same, dense) for label, same in by_label.items()]
 
 
+def _number(value: float | None) -> float:
+    """JSON holds null in the place of a number that is not finite."""
+    return math.nan if value is None else value
+
+
 def _row(label: str, runs: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> Row:
     def spread(numbers: Iterable[float]) -> Spread:
         return Spread.of(list(numbers))
 
     first, total = runs[0], dense["parameters"]
     measured = {
-        name: spread(run["measures"][name]["value"] for run in runs) for name in first["measures"]
+        name: spread(_number(run["measures"][name]["value"]) for run in runs)
+        for name in first["measures"]
     }
     pruned = label != DENSE
     return Row(
@@ -448,7 +474,7 @@ def _row(label: str, runs: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]
             if len(runs) == 1 and number["stderr"] is not None
         },
         ratio={
-            name: value.mean / dense["measures"][name]["value"]
+            name: value.mean / _number(dense["measures"][name]["value"])
             for name, value in measured.items()
             if pruned and not dense["measures"][name]["higher_is_better"]
         },

@@ -1,6 +1,5 @@
 """Text from files or data sets, cut into windows of tokens."""
 
-import json
 import os
 import random
 from collections.abc import Iterator
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.errors import SparseSSMError, cut, shown
+from sparsessm_plugin.files import parse_json
 
 JSON_LINES = (".jsonl", ".json")
 
@@ -26,13 +26,15 @@ def read_texts(source: str | os.PathLike[str], text_field: str = "text") -> list
     :raises SparseSSMError: the source cannot be read or holds no text
     """
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise SparseSSMError(f"{path} is a folder; give a text or JSON-lines file")
-    if not path.exists():
+    if not os.path.exists(path):
         if Path(str(source).split(":")[0]).suffix or len(path.parts) > 2:
-            raise SparseSSMError(f"{path} does not exist")
+            raise SparseSSMError(f"{cut(str(path))} does not exist")
         texts = _read_dataset(str(source), text_field)
     else:
+        if not path.is_file():  # a device or a pipe may never end
+            raise SparseSSMError(f"{path} is no regular file; give a text or JSON-lines file")
         try:
             if path.suffix in JSON_LINES:
                 texts = list(_read_json_lines(path, text_field))
@@ -57,12 +59,15 @@ def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise SparseSSMError(f"{path}, line {number} is not JSON: {error.msg}") from error
+                record = parse_json(line)
+            except ValueError as error:
+                reason = cut(getattr(error, "msg", str(error)))
+                raise SparseSSMError(f"{path}, line {number} is not JSON: {reason}") from error
             text = record.get(text_field) if isinstance(record, dict) else None
             if not isinstance(text, str):
-                raise SparseSSMError(f"{path}, line {number} has no text in field {text_field!r}")
+                raise SparseSSMError(
+                    f"{path}, line {number} has no text in field {shown(text_field)}"
+                )
             yield text
 
 
@@ -75,7 +80,7 @@ def _read_dataset(name: str, text_field: str) -> list[str]:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise SparseSSMError(
-            f"{name} is no file, and no data set of that name: {reason}"
+            f"{cut(name)} is no file, and no data set of that name: {cut(reason)}"
         ) from error
     if text_field not in rows.column_names:
         raise SparseSSMError(f"data set {name} has no column {text_field!r}: {rows.column_names}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.files import read_json
 
 Answer = Literal["yes", "no", "unknown"]
 
@@ -322,7 +323,7 @@ def _bits(group: Mapping[str, Any]) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise SparseSSMError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):

@@ -6,7 +6,6 @@ which read JSON lines from a folder and need no network. lm-eval is an optional 
 
 import difflib
 import io
-import json
 import logging
 import math
 import os
@@ -21,7 +20,8 @@ from weakref import WeakKeyDictionary
 
 import yaml
 
-from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.errors import SparseSSMError, cut, shown
+from sparsessm_plugin.files import parse_json
 from sparsessm_plugin.mixers.fast_forward import fast_forward
 
 _CONFIGS = Path(__file__).parent / "task_configs"
@@ -185,6 +185,8 @@ def read_local(files: Path, fields: list[str], **_: Any) -> dict[str, list[dict[
     from datasets import Dataset
 
     rows = []
+    if not files.is_file():  # a device or a pipe may never end
+        raise SparseSSMError(f"{files} is no regular file")
     try:
         with files.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
@@ -199,9 +201,10 @@ def read_local(files: Path, fields: list[str], **_: Any) -> dict[str, list[dict[
 
 def _document(line: str, fields: list[str], where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise SparseSSMError(f"{where} is not JSON: {error.msg}") from error
+        row = parse_json(line)
+    except ValueError as error:
+        reason = cut(getattr(error, "msg", str(error)))
+        raise SparseSSMError(f"{where} is not JSON: {reason}") from error
     if not isinstance(row, dict):
         raise SparseSSMError(f"{where} is no mapping")
     for key in fields:
@@ -213,7 +216,7 @@ def _document(line: str, fields: list[str], where: str) -> dict[str, Any]:
         else:
             good = _is_text(value)
         if not good:
-            raise SparseSSMError(f"{where}: {key!r} is missing or wrong, got {value!r}")
+            raise SparseSSMError(f"{where}: {key!r} is missing or wrong, got {shown(value)}")
     return {key: row[key] for key in fields}
 
 

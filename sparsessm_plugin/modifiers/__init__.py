@@ -1,6 +1,5 @@
 """LLM Compressor modifiers: lifecycle only, the mathematics is elsewhere."""
 
-from sparsessm_plugin.loading import enable_compressed_loading
 from sparsessm_plugin.modifiers.channel_removal import ChannelRemovalModifier
 from sparsessm_plugin.modifiers.gradient_magnitude import GradientMagnitudeModifier
 from sparsessm_plugin.modifiers.sensitivity import SensitivitySparseGPTModifier
@@ -16,6 +15,3 @@ __all__ = [
     "SparseSSMModifier",
     "StateRemovalModifier",
 ]
-
-# what a recipe has quantized loads again in the same process
-enable_compressed_loading()

@@ -1,6 +1,5 @@
 """The part of the LLM Compressor lifecycle that every modifier of mixers shares."""
 
-import json
 import math
 import sys
 import weakref
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from sparsessm_plugin import distributed
 from sparsessm_plugin.cost import Cost
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.files import write_json
+from sparsessm_plugin.files import read_json, write_json
 from sparsessm_plugin.mixers import (
     MixerAdapter,
     check_not_quantized,
@@ -376,7 +375,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _is_report(path: Path) -> bool:
     try:
-        return "modifier" in json.loads(path.read_text(encoding="utf-8"))
+        return path.is_file() and "modifier" in read_json(path)
     except (OSError, ValueError, TypeError):
         return False
 

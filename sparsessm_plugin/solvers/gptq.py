@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsessm_plugin.errors import SparseSSMWarning
+
 # fake quantization: values, scale and zero point, all (rows, n) or broadcastable -> (rows, n)
 Quantize = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 # new scale and zero point, (rows, 1) each, for a group of columns (rows, width)
@@ -163,7 +165,7 @@ def _inverse_factor(H: Tensor, dampening: float) -> tuple[Tensor, float]:
         warnings.warn(
             f"the Hessian could not be factorised; dampening raised from {dampening:g} to {used:g} "
             "of its mean diagonal",
-            RuntimeWarning,
+            SparseSSMWarning,
             stacklevel=3,
         )
     return factor, used

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm_plugin.backends.precision import Factor, tf32
-from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning
 from sparsessm_plugin.solvers.kernels import lagged_products, summing_dtype
 
 DAMPENING = 0.01  # of the mean diagonal entry, as SparseGPT and GPTQ have it
@@ -220,7 +220,7 @@ def damped_inverse_cholesky(hessian: Tensor, dampening_frac: float = DAMPENING) 
         warnings.warn(
             f"a Hessian could not be inverted; dampening was raised from {dampening_frac:g} to "
             f"{float(fracs.max()):g} of its mean diagonal entry. More calibration data may help",
-            RuntimeWarning,
+            SparseSSMWarning,
             stacklevel=2,
         )
     return InverseCholesky(factor, H, dead, fracs)
