@@ -342,6 +342,8 @@ def judge(ran: Ran, expected: str, place: Path, before: dict[str, str]) -> tuple
         return {"time": "hang", "memory": "memory"}[ran.ended], f"after {ran.seconds:.0f} s {line}"
     if "Traceback (most recent call last)" in ran.stderr + ran.stdout:
         return "traceback", line
+    if "(--verbose shows where)" in ran.stderr:  # an error that nobody has foreseen
+        return "traceback in one line", line
     if ran.code < 0:
         return f"died of signal {-ran.code}", line
     if ran.children:

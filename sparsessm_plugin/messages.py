@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from loguru import logger
@@ -46,7 +47,14 @@ def show_messages(show: Callable[[str, str], Any], verbose: bool) -> None:
         logger.add(write, level=0, filter=wanted, format="{message}", catch=False)
 
     def instead_of_stdout(module: Any) -> None:
-        attach(lambda: _without_console(module))
+        configure = getattr(module.configure_logger, "__wrapped__", module.configure_logger)
+
+        @wraps(configure)
+        def configure_logger(*args: Any, **kwargs: Any) -> None:  # again, on several ranks
+            attach(lambda: _without_console(configure, *args, **kwargs))
+
+        module.configure_logger = configure_logger
+        configure_logger()
 
     def show_warning(
         message: Any,
@@ -79,15 +87,14 @@ def _level() -> int:
         return int(logger.level("INFO").no)
 
 
-def _without_console(module: Any) -> None:
+def _without_console(configure: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Set up LLM Compressor's log as it does, with the files asked for but nothing on stdout."""
     level = os.environ.get(_LEVEL)
     os.environ[_LEVEL] = ""
     try:
-        module.configure_logger()
+        configure(*args, **kwargs)
     finally:
         if level is None:
             del os.environ[_LEVEL]
         else:
             os.environ[_LEVEL] = level
-    module.LOGGER_CONFIG.console_log_level = None  # it may be set up again

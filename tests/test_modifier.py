@@ -1,11 +1,14 @@
 """SparseSSMModifier through llmcompressor's own oneshot()."""
 
+import gc
 import json
+import sys
 
 import pytest
 import torch
 from conftest import DEMO, Loader, batches, check_reload, tiny_model
 from llmcompressor import oneshot
+from llmcompressor.core import State
 from pydantic import ValidationError
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -16,6 +19,7 @@ from sparsessm_plugin.criteria import SALIENCIES, SaliencyInputs, Unstructured, 
 from sparsessm_plugin.criteria.values import PRUNED_VALUES
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import find_mixers
+from sparsessm_plugin.modifiers.calibration import outputs_not_collected
 from sparsessm_plugin.recurrence import ScanStatistics, StatisticsRequest, scan
 
 COMBINATIONS = [
@@ -47,7 +51,35 @@ def nothing_left_behind(model):
         assert not adapter.mixer._forward_pre_hooks
         forward = getattr(vars(adapter.mixer).get("forward"), "__func__", None)
         assert "sparsessm" not in type(forward).__module__
+    for file in {type(module).__module__ for module in model.modules()}:
+        assert "output_hidden_states" not in vars(sys.modules[file])
     return True
+
+
+def test_transformers_has_a_name_more_only_as_long_as_somebody_needs_it(monkeypatch):
+    model = tiny_model("mamba")
+    names = vars(sys.modules[type(model).__module__])
+    first, second = outputs_not_collected(model), outputs_not_collected(model)
+    for undo in (first, first):  # the second time it does nothing
+        undo()
+        assert names["output_hidden_states"] is False
+    second()
+    assert nothing_left_behind(model)
+    monkeypatch.setitem(names, "output_hidden_states", True)  # transformers' own
+    outputs_not_collected(model)()
+    assert names["output_hidden_states"] is True
+
+
+def test_a_modifier_that_is_dropped_takes_the_name_back():
+    """LLM Compressor tells its modifiers nothing when a run fails before calibration."""
+    model = tiny_model("mamba")
+    names = vars(sys.modules[type(model).__module__])
+    modifier = SparseSSMModifier(sparsity=0.5, saliency="magnitude")
+    modifier.initialize(State(model=model))
+    assert names["output_hidden_states"] is False
+    del modifier
+    gc.collect()
+    assert nothing_left_behind(model)
 
 
 @pytest.mark.parametrize(("saliency", "aggregation", "pruned_value"), COMBINATIONS)
