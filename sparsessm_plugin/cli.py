@@ -1025,6 +1025,8 @@ _UNITS = {
 
 
 def _print_pruned(report: dict[str, Any], output: Path) -> None:
+    from sparsessm_plugin.modifiers.saving import NOTE_NAME
+
     before, after = report["before"], report["after"]
     table = Table("", "before", "after", box=None)
     table.add_row("parameters", f"{before['parameters']:,}", f"{after['parameters']:,}")
@@ -1045,11 +1047,21 @@ def _print_pruned(report: dict[str, Any], output: Path) -> None:
         )
         if "zeros" in total:  # quantized: what was pruned before stayed so
             done = "kept zero"
+        layers = modifier.get("layers")
+        stay = ""
+        if unit is not None and layers:  # the same in every mixer
+            stay = f"; {layers[0]['after']} of {layers[0]['before']} stay in each mixer"
         out.print(
             f"{modifier['modifier']}: {done} {total['pruned']:,} of {total['entries']:,} {things} "
-            f"({total['sparsity']:.2%}) in {total['seconds']:.1f} s"
+            f"({total['sparsity']:.2%}) in {total['seconds']:.1f} s{stay}"
         )
     out.print(f"saved to {escape(str(output))}", soft_wrap=True)
+    if NOTE_NAME in report["files"]:
+        out.print(
+            "plain transformers fails on out_proj of this checkpoint or rescales it; load it with "
+            f"sparsessm_plugin.load, see {NOTE_NAME} there",
+            soft_wrap=True,
+        )
 
 
 def _print_runtimes(runtimes: "Iterable[RuntimeSupport]") -> None:

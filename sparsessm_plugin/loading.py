@@ -70,6 +70,18 @@ def _initialised_classes() -> list[Any]:
     return classes
 
 
+def needs_load(model: Any) -> bool:
+    """Whether stock transformers fails on what the model saves, or rescales it.
+
+    :param model: as it was saved, with what is packed in it
+    """
+    families = set(_INITIALISERS.values())
+    if not any(cls.__name__ in families for cls in type(model).__mro__):
+        return False
+    packed = (name.endswith("out_proj.weight_packed") for name, _ in model.named_parameters())
+    return any(packed) or bool(getattr(model.config, "rescale_prenorm_residual", False))
+
+
 def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     """Load a causal language model that this package, or anyone, has saved.
 

@@ -199,6 +199,8 @@ def _run(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from llmcompressor import active_session, oneshot
 
+    from sparsessm_plugin.modifiers.saving import change_config
+
     try:
         oneshot(
             model=model,
@@ -215,6 +217,7 @@ def _run(
             if hasattr(modifier, "release"):
                 modifier.release()
         raise
+    change_config(model, {})  # also where none of the modifiers is ours
     return active_session().lifecycle.recipe.modifiers
 
 

@@ -165,6 +165,27 @@ _CONFIGS = {
 }
 
 
+# experts in the families that have them; granitemoehybrid has some in every layer
+EXPERTS = {
+    "granitemoehybrid": {},
+    "jamba": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 0,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 48,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+}
+
+
 def state(model):
     """Weights and buffers by name, on the CPU, wherever oneshot() has left the model."""
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}

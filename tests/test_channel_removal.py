@@ -4,6 +4,8 @@ import pytest
 import torch
 from conftest import FAMILIES, MAMBA1, MAMBA2, Loader, batches, tiny_model
 from llmcompressor import oneshot
+from llmcompressor.core import State
+from loguru import logger
 from test_modifier import tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -209,7 +211,9 @@ def test_bad_settings(fields, message):
         ("mamba", {"keep": 64}, "removes none or all"),
         ("mamba", {"sparsity": 0.9}, "removes none or all"),
         ("mamba", {"keep": 30, "multiple_of": 4}, "no multiple of 4"),
-        ("nemotron_h", {"axis": "heads", "keep": 3}, "3 heads do not divide"),
+        ("nemotron_h", {"axis": "heads", "keep": 3}, "3 heads do not divide; keep 2 or 4"),
+        ("mamba2", {"axis": "heads", "keep": 6}, "must be a multiple of 32; keep 4$"),
+        ("jamba", {"keep": 20}, "20 is no multiple of 32; keep 32$"),
         ("nemotron_h", {"axis": "heads", "keep": 4, "compensate": "x_proj"}, "has no x_proj"),
         ("mamba", {"keep": 32, "ignore": "re:.*0.*"}, "all must shrink to one size"),
     ],
@@ -218,3 +222,18 @@ def test_settings_that_do_not_fit_the_model(family, fields, message):
     with pytest.raises(SparseSSMError, match=message) as error:
         ChannelRemovalModifier(**fields).matching_mixers(tiny_model(family))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("sparsity", "said"), [(0.4, True), (0.5, False)])
+def test_it_says_the_number_that_stays_where_a_sparsity_is_rounded(sparsity, said):
+    lines = []
+    handle = logger.add(lines.append, level="WARNING", format="{message}")
+    modifier = ChannelRemovalModifier(
+        axis="heads", sparsity=sparsity, saliency="magnitude", compensate="none"
+    )
+    try:
+        modifier.prepare(State(model=tiny_model("nemotron_h")))
+    finally:
+        logger.remove(handle)
+    found = any("4 of 8 heads stay in every mixer, which is 50.0% removed" in s for s in lines)
+    assert found == said

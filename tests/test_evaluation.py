@@ -205,8 +205,21 @@ def test_inventory_counts_every_parameter_once(family):
     assert set(projections) <= set(inventory.components)
     for kind in projections:
         expected = sum(
-            p.numel() for n, p in model.named_parameters() if f".{kind}." in n and ".mlp." not in n
+            p.numel()
+            for n, p in model.named_parameters()
+            if n.endswith(f".{kind}.weight") and ".mlp." not in n
         )
         assert inventory.components[kind].parameters == expected
         assert sum(layer[kind].parameters for layer in inventory.layers.values()) == expected
     assert sum(c["share"] for c in reported.values()) == pytest.approx(1)
+
+
+def test_a_bias_is_no_part_of_a_pruned_weight():
+    model = tiny_model("mamba2", use_bias=True)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("in_proj.weight"):
+                weight.view(weight.shape[0], -1, 4)[..., :2] = 0
+    inventory = take_inventory(model)
+    for found in (inventory.components, *inventory.layers.values()):
+        assert found["in_proj"].zeros == found["in_proj"].parameters / 2

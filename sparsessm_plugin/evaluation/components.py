@@ -42,7 +42,8 @@ class Inventory:
     """All parameters of a model, each counted once.
 
     :param mixers: the state-space mixers
-    :param components: A_log, each projection, the rest of the mixers, everything else
+    :param components: A_log, the weight of each projection, the rest of the mixers (biases,
+        scales and norms among it), everything else
     :param layers: the same, one mixer at a time
     """
 
@@ -98,8 +99,10 @@ def take_inventory(model: nn.Module) -> Inventory:
             if name.endswith("weight_shape"):  # of a packed weight, which is counted unpacked
                 continue
             parameter = _unpacked(adapter.mixer, name, parameter)
-            first = name.split(".")[0]
-            kind = first if first in adapter.projections or first == "A_log" else "other in mixer"
+            first, _, tensor = name.partition(".")
+            # a bias or a scale is no part of what is pruned
+            weight = first in adapter.projections and tensor in ("weight", "weight_packed")
+            kind = first if weight or first == "A_log" else "other in mixer"
             for component in (
                 inventory.components[kind],
                 layer.setdefault(kind, Component()),

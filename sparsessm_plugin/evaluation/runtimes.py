@@ -21,6 +21,9 @@ _MAMBA2 = ("mamba2", "bamba", "zamba2", "granitemoehybrid", "falcon_h1", "nemotr
 _READS_OUT_PROJ = ("mamba", "mamba2", "falcon_mamba")
 # fields of the state size, in the order in which a config is asked for them
 _STATE_FIELDS = ("state_size", "mamba_d_state", "ssm_state_size")
+# families whose experts transformers merges from tensors of single experts
+_SINGLE_EXPERTS = ("jamba", "nemotron_h")
+_MERGED_EXPERTS = (*_SINGLE_EXPERTS, "granitemoehybrid")
 # compressed-tensors wrote these up to 0.14 and reads them no longer
 _GONE_FORMATS = ("marlin-24", "sparse-bitmask", "sparse-24-bitmask")
 _MAX_STATE_SIZE = 256  # of the scan kernels of mamba_ssm and vLLM
@@ -123,6 +126,18 @@ class _Checkpoint:
             return None
         return (int(conv["shape"][0]) - int(norm["shape"][0])) // (2 * int(groups))
 
+    @cached_property
+    def single_experts(self) -> list[str]:
+        """Tensors of single experts."""
+        return [name for name in self.tensors if re.search(r"\.experts\.\d+\.", name)]
+
+    @property
+    def experts_scheme(self) -> Mapping[str, Any]:
+        """The config group that transformers takes for experts; empty in a dense checkpoint."""
+        groups = _groups(self.quantization or {})
+        named = [g for g in groups if any("experts" in t for t in _targets(g, pattern=True))]
+        return next(iter([*named, *(g for g in groups if _targets(g, pattern=False)), *groups]), {})
+
     @property
     def config_state_size(self) -> Any:
         return next(
@@ -198,7 +213,7 @@ def _transformers(checkpoint: _Checkpoint) -> RuntimeSupport:
     if checkpoint.is_mamba_ssm:
         return RuntimeSupport(name, "no", ("this is mamba_ssm's layout, with other tensor names",))
     problems = _common_problems(checkpoint)
-    problems += _loose_experts(checkpoint)
+    problems += _lost_experts(checkpoint)
     if checkpoint.model_type in _READS_OUT_PROJ:
         if packed := checkpoint.packed_out_proj:
             problems.append(
@@ -219,20 +234,40 @@ def _with_plugin(checkpoint: _Checkpoint) -> RuntimeSupport:
         return RuntimeSupport(
             name, "no", ("this is mamba_ssm's layout; load_mamba_ssm loads it into mamba_ssm",)
         )
-    problems = _common_problems(checkpoint) + _loose_experts(checkpoint)
+    problems = _common_problems(checkpoint) + _lost_experts(checkpoint)
     return _answer(name, problems, _doubts(checkpoint), _needs(checkpoint))
 
 
-def _loose_experts(checkpoint: _Checkpoint) -> list[str]:
-    """Experts of an architecture that reads them as one tensor, stored one by one."""
-    if checkpoint.model_type != "granitemoehybrid":
+def _lost_experts(checkpoint: _Checkpoint) -> list[str]:
+    """Experts that transformers leaves at random values, or loads with others than were saved."""
+    experts, family = checkpoint.single_experts, checkpoint.model_type
+    if not experts or family not in _MERGED_EXPERTS:
         return []
-    loose = (name for name in checkpoint.tensors if re.search(r"\.experts\.\d+\.", name))
-    return [
-        f"{name} stands alone, but {checkpoint.model_type} reads all experts as one tensor; save "
-        "again with the experts in ignore"
-        for name in list(loose)[:1]
-    ]
+    again = 'quantize again with "re:.*[.]experts[.]" in ignore'
+    if family not in _SINGLE_EXPERTS:
+        return [f"{experts[0]} stands alone, but {family} reads all experts as one tensor; {again}"]
+    scheme = checkpoint.experts_scheme
+    weights = scheme.get("weights") or {}
+    scaled = [name for name in experts if not name.endswith(".weight")]
+    if not scheme:
+        return []
+    if weights.get("type") == "float" and weights.get("num_bits") == 8:
+        reason = "is FP8, but transformers loads experts dense, and quantizes nothing before them"
+        return [f"{scaled[0].rpartition('.')[0]} {reason}; {again}"] if scaled else []
+    plain = next((name for name in experts if name.endswith(".weight")), None)
+    if plain is not None:
+        return [
+            f"{plain} is not packed, but in a checkpoint with such a quantization transformers "
+            f"looks for packed experts alone, and leaves these at random values; {again}"
+        ]
+    beside = (".weight_zero_point", ".weight_g_idx", ".weight_global_scale", ".input_scale")
+    unread = next((name for name in experts if name.endswith(beside)), None)
+    if unread is not None:
+        return [f"transformers does not read {unread}; {again}"]
+    if scheme.get("input_activations") or scheme.get("output_activations"):
+        name = experts[0].rpartition(".")[0]
+        return [f"transformers does not quantize what enters {name}; {again}"]
+    return []
 
 
 def _needs(checkpoint: _Checkpoint) -> tuple[str, ...]:
@@ -252,6 +287,9 @@ def _vllm(checkpoint: _Checkpoint) -> RuntimeSupport:
     if (most := max(checkpoint.state_sizes.values(), default=0)) > _MAX_STATE_SIZE:
         problems.append(f"{most} states; its scan takes at most {_MAX_STATE_SIZE}")
     doubts = _doubts(checkpoint)
+    merged = (name for name in checkpoint.tensors if re.search(r"\.experts\.\w+$", name))
+    if checkpoint.model_type in _SINGLE_EXPERTS and (whole := next(merged, None)) is not None:
+        doubts.append(f"{whole} holds all experts, which vLLM may want one by one")
     four_bits = [g for g in _groups(checkpoint.quantization or {}) if _bits(g) == 4]
     if any(group.get("format") == "int-quantized" for group in four_bits):
         doubts.append("4-bit weights stored as int-quantized, which vLLM may want pack-quantized")
@@ -314,6 +352,12 @@ def _groups(quantization: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     groups = quantization.get("config_groups")
     found = groups.values() if isinstance(groups, dict) else ()
     return [group for group in found if isinstance(group, dict)]
+
+
+def _targets(group: Mapping[str, Any], pattern: bool) -> list[str]:
+    targets = group.get("targets")
+    found = targets if isinstance(targets, list) else ()
+    return [t for t in found if isinstance(t, str) and t.startswith("re:") is pattern]
 
 
 def _bits(group: Mapping[str, Any]) -> Any:

@@ -31,7 +31,9 @@ from sparsessm_plugin.mixers import (
 )
 from sparsessm_plugin.mixers.fast_forward import fast_forward
 from sparsessm_plugin.modifiers.contexts import of_quantization
+from sparsessm_plugin.modifiers.experts import check_experts_of_session
 from sparsessm_plugin.modifiers.fields import MEANINGLESS, check_computed, check_given
+from sparsessm_plugin.modifiers.saving import change_config
 from sparsessm_plugin.patterns import check_pattern, check_patterns
 from sparsessm_plugin.progress import Stage
 from sparsessm_plugin.vocabulary import check_token_ids
@@ -188,6 +190,7 @@ class MixerModifier(Modifier):
             weakref.finalize(self, self._no_outputs)
             with distributed.together(f"{who} before calibration"):
                 check_patterns([*self.targets, *self.ignore], state.model, who)
+                check_experts_of_session(state.model)
                 self.prepare(state)
             settings = self.model_dump(exclude={*Modifier.model_fields, "report_path"})
             data = state.data.calib if self.requires_calibration_data else None
@@ -262,6 +265,7 @@ class MixerModifier(Modifier):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         self.release()
+        change_config(state.model, {})  # experts are then saved as they load
         if self.report_path is not None and distributed.rank() == 0:
             write_json(self.report_path, self.report())
         return True

@@ -1,8 +1,11 @@
 """Remove whole channels (Mamba-1), heads or channels of every head (Mamba-2)."""
 
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+from llmcompressor.core import State
+from loguru import logger
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
@@ -14,6 +17,7 @@ from sparsessm_plugin.modifiers.removal import (
     RemovalModifier,
     dense_outputs,
     fit_out_proj,
+    nearest,
     relative_error,
     remove,
 )
@@ -134,14 +138,37 @@ class ChannelRemovalModifier(RemovalModifier):
         if axis == "heads" and keep % adapter.sizes.n_groups:
             raise SparseSSMError(
                 f"{who}: {adapter.name} shares B and C in {adapter.sizes.n_groups} groups of "
-                f"heads, which must stay equal; {keep} heads do not divide"
+                f"heads, which must stay equal; {keep} heads do not divide; "
+                f"{nearest(partial(self._fits, adapter), keep, length)}"
             )
         try:
             adapter.size_fields(axis, keep)
         except SparseSSMError as error:
-            raise SparseSSMError(f"{who}: {error}") from error
+            advice = nearest(partial(self._fits, adapter), keep, length)
+            raise SparseSSMError(f"{who}: {error}; {advice}") from error
         if "x_proj" in (self.compensate or ()) and "x_proj" not in adapter.projections:
             raise SparseSSMError(f"{who}: {adapter.name} ({adapter.family}) has no x_proj")
+
+    def _fits(self, adapter: MixerAdapter, keep: int) -> bool:
+        """Whether a mixer can be made this size."""
+        axis = self.axis_of(adapter)
+        try:
+            adapter.size_fields(axis, keep)
+        except SparseSSMError:
+            return False
+        groups = adapter.sizes.n_groups if axis == "heads" else 1
+        return keep % groups == 0 and keep % (self.multiple_of or 1) == 0
+
+    def prepare(self, state: State) -> None:
+        super().prepare(state)
+        adapter = next(iter(self._pending.values()))
+        length, keep = adapter.axis_length(self.axis_of(adapter)), self.kept(adapter)
+        if self.sparsity is not None and keep != round(length * (1 - self.sparsity)):
+            logger.warning(
+                f"{type(self).__name__}: a sparsity of {self.sparsity:g} is rounded: {keep} of "
+                f"{length} {self.axis_of(adapter)} stay in every mixer, which is "
+                f"{1 - keep / length:.1%} removed; give keep, or another multiple_of"
+            )
 
     # -- one mixer -------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """What the modifiers that remove parts of mixers share."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -335,6 +335,14 @@ def _new_quantization_parameters(mixer: nn.Module) -> Iterator[None]:
             status = module.quantization_status
             initialize_module_for_quantization(module)
             module.quantization_status = status
+
+
+def nearest(fits: Callable[[int], bool], keep: int, size: int) -> str:
+    """Advice to keep the next smaller or the next larger number that fits, out of a size."""
+    below = next((n for n in range(keep - 1, 0, -1) if fits(n)), None)
+    above = next((n for n in range(keep + 1, size) if fits(n)), None)
+    numbers = [str(number) for number in (below, above) if number is not None]
+    return f"keep {' or '.join(numbers)}" if numbers else f"no number below {size} fits"
 
 
 # -- steps that both modifiers take ------------------------------------------------------

@@ -1,8 +1,8 @@
 """Let what LLM Compressor writes load again in stock transformers.
 
 Its ``save_pretrained`` puts the config file of the original checkpoint in the place of the
-one that transformers has written, which brings the old sizes back. And it writes experts one
-by one, as ``oneshot()`` takes them apart, where some architectures read them packed.
+one that transformers has written, which brings the old sizes back. What it does to experts is
+told in :mod:`sparsessm_plugin.modifiers.experts`.
 """
 
 import json
@@ -12,14 +12,36 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from llmcompressor.modeling.moe.linearize import get_linearized_moes, repack_moe
 from llmcompressor.transformers.compression.compressed_tensors_utils import (
     modify_save_pretrained,
 )
+from loguru import logger
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.dependency_graph import apply_config_fields, write_config_fields
-from sparsessm_plugin.files import write_config
+from sparsessm_plugin.files import write_bytes, write_config
+from sparsessm_plugin.loading import needs_load
+from sparsessm_plugin.modifiers.experts import loadable_experts
+
+NOTE_NAME = "LOADING.md"
+_NOTE = """\
+# Loading this checkpoint
+
+When transformers loads this family, it reads out_proj.weight and may rescale it. Where that is
+packed or was scaled already, a plain `from_pretrained` fails or gives other values. The package
+sparsessm-plugin loads what was saved:
+
+```python
+import sparsessm_plugin
+
+model = sparsessm_plugin.load("path/to/this/folder")
+```
+
+or call `sparsessm_plugin.enable_compressed_loading()` once, and `from_pretrained` as ever.
+"""
+
+# of LLM Compressor's save_pretrained, which may be given by position
+_OPTIONS = ("quantization_format", "save_compressed")
 
 
 def change_config(model: Any, fields: Mapping[str, Any]) -> None:
@@ -39,14 +61,17 @@ def change_config(model: Any, fields: Mapping[str, Any]) -> None:
 
     @wraps(inner)
     def save_pretrained(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        _pack_experts(model)
-        result = inner(save_directory, *args, **kwargs)
+        options = {**dict(zip(_OPTIONS, args, strict=False)), **kwargs}
+        with loadable_experts(model, **options):
+            result = inner(save_directory, *args, **kwargs)
         path = Path(save_directory) / "config.json"
         if distributed.rank() == 0 and path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
             if kept:
                 write_config_fields(content, kept, model.config)
             write_config(path, content)
+        if distributed.rank() == 0:
+            _write_note(Path(save_directory), needs_load(model))
         return result
 
     # what LLM Compressor asks before it wraps a second time
@@ -55,8 +80,14 @@ def change_config(model: Any, fields: Mapping[str, Any]) -> None:
     model.save_pretrained = save_pretrained
 
 
-def _pack_experts(model: Any) -> None:
-    """Give the model its own expert modules back, unless a quantization needs them apart."""
-    parts = (part for _, experts in get_linearized_moes(model) for part in experts.modules())
-    if not any(getattr(part, "quantization_scheme", None) is not None for part in parts):
-        repack_moe(model)
+def _write_note(folder: Path, needed: bool) -> None:
+    """Leave a note on how to load, or take away the one that an earlier model has left."""
+    note = folder / NOTE_NAME
+    if needed:
+        logger.info(
+            f"{folder} loads with sparsessm_plugin.load; plain transformers fails or rescales"
+        )
+        if not note.exists():  # a file of somebody else's stays
+            write_bytes(note, _NOTE.encode())
+    elif note.is_file() and note.read_bytes() == _NOTE.encode():
+        note.unlink()

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from sparsessm_plugin import distributed
 from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.mixers import check_not_quantized, is_mixer, iter_mixers
+from sparsessm_plugin.modifiers.experts import check_experts_of_session
 from sparsessm_plugin.modifiers.fields import MEANINGLESS, check_computed, check_given
 from sparsessm_plugin.modifiers.saving import change_config
 from sparsessm_plugin.patterns import check_patterns
@@ -106,6 +107,7 @@ class SparseGPTQModifier(GPTQModifier):
         who = type(self).__name__
         with distributed.together(f"{who} before calibration"):
             self.check_model(state.model)
+            check_experts_of_session(state.model)
         data = state.data.calib if state.data is not None else None
         distributed.check_ranks(who, state.model, data, self._settings())
         return super().on_initialize(state, **kwargs)

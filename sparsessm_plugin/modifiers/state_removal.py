@@ -25,6 +25,7 @@ from sparsessm_plugin.modifiers.removal import (
     dense_outputs,
     fit_out_proj,
     masked_error,
+    nearest,
     relative_error,
     remove,
 )
@@ -170,12 +171,17 @@ class StateRemovalModifier(RemovalModifier):
                 f"removes none or all; keep 1 to {sizes.state_size - 1}"
             )
         if not adapter.has_state_transitions:
-            fixed = sizes.intermediate_size
-            if fixed % 8 == 0 and (fixed + 2 * sizes.n_groups * keep) % 8:
+            fixed, G = sizes.intermediate_size, sizes.n_groups
+
+            def fits(states: int) -> bool:
+                return (fixed + 2 * G * states) % 8 == 0
+
+            if fixed % 8 == 0 and not fits(keep):
                 raise SparseSSMError(
-                    f"{who}: keeping {keep} states in {sizes.n_groups} groups of {adapter.name} "
-                    "gives its convolution a number of channels that 8 does not divide, which "
-                    "causal-conv1d and mamba-ssm refuse"
+                    f"{who}: keeping {keep} of {sizes.state_size} states in {G} groups of "
+                    f"{adapter.name} gives its convolution a number of channels that 8 does not "
+                    "divide, which causal-conv1d and mamba-ssm refuse; "
+                    f"{nearest(fits, keep, sizes.state_size)}"
                 )
         given = self.compensate or ()
         if "B" in given and "C" not in given:

@@ -30,6 +30,7 @@ from sparsessm_plugin.modifiers import (
     StateRemovalModifier,
 )
 from sparsessm_plugin.modifiers.distillation import mixer_parameters
+from sparsessm_plugin.modifiers.experts import check_experts
 from sparsessm_plugin.modifiers.sparse_gptq import check_quantized, never_called, quantized_weights
 from sparsessm_plugin.selection.masks import check_structure
 
@@ -77,6 +78,7 @@ def check_modifiers(modifiers: Sequence[Any], model: nn.Module) -> None:
             _check_structure(modifier, model)
         elif isinstance(modifier, QuantizationMixin) and not hasattr(modifier, "check_model"):
             check_quantized(modifier, model)  # those of this package check themselves
+    check_experts(modifiers, model)
     for first, second in combinations(modifiers, 2):
         if undone := _undone(first, second, model):
             raise SparseSSMError(_message(first, second, min(undone)))
