@@ -265,7 +265,8 @@ class MixerModifier(Modifier):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         self.release()
-        change_config(state.model, {})  # experts are then saved as they load
+        if hasattr(state.model, "save_pretrained"):
+            change_config(state.model, {})  # experts are then saved as they load
         if self.report_path is not None and distributed.rank() == 0:
             write_json(self.report_path, self.report())
         return True

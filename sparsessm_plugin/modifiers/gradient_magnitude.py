@@ -33,7 +33,6 @@ from sparsessm_plugin.modifiers.contexts import (
     quantization_disabled,
 )
 from sparsessm_plugin.modifiers.distillation import Distillation
-from sparsessm_plugin.modifiers.saving import change_config
 from sparsessm_plugin.training import (
     LossFunction,
     NonFiniteGradients,
@@ -410,12 +409,6 @@ class GradientMagnitudeModifier(MixerModifier):
                 "seconds": round(self._seconds, 3),
             },
         }
-
-    def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        if hasattr(state.model, "save_pretrained"):
-            # packs experts, which oneshot() takes apart, as their architecture reads them
-            change_config(state.model, {})
-        return super().on_finalize(state, **kwargs)
 
 
 def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

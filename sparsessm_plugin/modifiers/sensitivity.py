@@ -41,7 +41,6 @@ from sparsessm_plugin.modifiers.calibration import (
 from sparsessm_plugin.modifiers.contexts import hooks_disabled, quantization_disabled
 from sparsessm_plugin.modifiers.probe import Probe
 from sparsessm_plugin.modifiers.removal import CalibrationInputs
-from sparsessm_plugin.modifiers.saving import change_config
 from sparsessm_plugin.progress import Stage
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
 from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure, parse_structure
@@ -827,8 +826,6 @@ class SensitivitySparseGPTModifier(MixerModifier):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         self._forget()
-        # also packs experts, which oneshot() takes apart, as their architecture reads them
-        change_config(state.model, {})
         return super().on_finalize(state, **kwargs)
 
     def release(self) -> None:

@@ -249,8 +249,7 @@ class SparseGPTQModifier(GPTQModifier):
         )
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        # also packs experts that are not quantized, as their architecture reads them
-        change_config(state.model, {})
+        change_config(state.model, {})  # experts are then saved as they load
         return super().on_finalize(state, **kwargs)
 
     def report(self) -> dict[str, Any]:
