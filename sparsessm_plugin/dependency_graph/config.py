@@ -36,6 +36,8 @@ def apply_config_fields(config: Any, fields: Mapping[str, Any]) -> None:
     :param fields: field name -> value, as :attr:`AxisGroup.config_fields` holds them
     :raises SparseSSMError: a field that the config lacks, or values that it refuses
     """
+    if not fields:
+        return
     changes = _changes(config, fields, _deciding_level(config, fields))
     before = [(level, name, get_field(level, name)) for level, name, _ in changes]
     try:
