@@ -243,7 +243,7 @@ FLOAT = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}
     [
         ("granitemoehybrid", [GROUP], ["weight_packed"], "no", "reads all experts as one tensor"),
         ("jamba", [{**GROUP, "weights": INT8}], ["weight", "weight_scale"], "no", "is not packed"),
-        ("nemotron_h", [GROUP], ["weight"], "no", "is not packed"),
+        ("nemotron_h", [GROUP], ["weight"], "no", "which saves them as one tensor"),
         ("nemotron_h", [GROUP], ["weight_packed", "weight_scale"], "yes", "compressed-tensors"),
         ("nemotron_h", [GROUP], ["weight_packed", "weight_zero_point"], "no", "weight_zero_point"),
         (

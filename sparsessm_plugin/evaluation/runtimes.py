@@ -256,6 +256,8 @@ def _lost_experts(checkpoint: _Checkpoint) -> list[str]:
         return [f"{scaled[0].rpartition('.')[0]} {reason}; {again}"] if scaled else []
     plain = next((name for name in experts if name.endswith(".weight")), None)
     if plain is not None:
+        if not scaled:  # dense, so ignored already
+            again = "make it again by `sparsessm prune`, which saves them as one tensor"
         return [
             f"{plain} is not packed, but in a checkpoint with such a quantization transformers "
             f"looks for packed experts alone, and leaves these at random values; {again}"
