@@ -28,14 +28,16 @@ from transformers import (
     MambaConfig,
     NemotronHConfig,
     Zamba2Config,
+    ZambaConfig,
 )
 
 import sparsessm_plugin
+from sparsessm_plugin.mixers import find_mixers
 
 VOCAB = 96
 # Where transformers' own forward runs: with CUDA kernels installed it refuses tensors on the CPU.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MAMBA1 = ("mamba", "falcon_mamba", "jamba")
+MAMBA1 = ("mamba", "falcon_mamba", "jamba", "zamba")
 MAMBA2 = ("mamba2", "bamba", "zamba2", "granitemoehybrid", "falcon_h1", "nemotron_h")
 FAMILIES = MAMBA1 + MAMBA2
 DEMO = Path(sparsessm_plugin.__file__).parent / "assets" / "mamba-demo-0.7m"
@@ -76,6 +78,24 @@ _CONFIGS = {
             "attn_layer_period": 3,
             "attn_layer_offset": 1,
             "num_experts": 1,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "zamba": (
+        ZambaConfig,
+        {
+            **_HIDDEN,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            # transformers takes a shared block for granted
+            "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+            "n_mamba_heads": 2,
+            "mamba_d_state": 8,
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "mamba_dt_rank": 4,
             "use_mamba_kernels": False,
         },
     ),
@@ -198,8 +218,10 @@ def tiny_model(family: str, seed: int = 0, **changes):
     model = AutoModelForCausalLM.from_config(config(**{**settings, **changes}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("A_log", ".D", "dt_proj.bias", "dt_bias", "norm.weight")):
+            if name.endswith(("A_log", ".D", "dt_proj.bias", "_bias", "norm.weight")):
                 parameter += 0.3 * torch.randn_like(parameter)
+            elif name.endswith("x_proj_weight"):  # made so small that states would hardly count
+                parameter.normal_().div_(parameter.shape[-1] ** 0.5)
             elif parameter.ndim > 1:
                 parameter += 0.2 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
         for name, parameter in model.named_parameters():
@@ -211,6 +233,37 @@ def tiny_model(family: str, seed: int = 0, **changes):
     model.config.save_pretrained(folder)
     model.config._name_or_path = model.name_or_path = folder
     return model.eval()
+
+
+def projections(model):
+    """Every projection of the mixers by the name that reports give it; each has a ``weight``."""
+    return {
+        f"{adapter.name}.{projection.path}": projection
+        for adapter in find_mixers(model)
+        for projection in map(adapter.projection, adapter.projections)
+    }
+
+
+def x_projs(mixer):
+    """What makes dt, B and C in the Mamba-1 layout: (R + 2 N, channels) for each head."""
+    stacked = getattr(mixer, "x_proj_weight", None)
+    return [mixer.x_proj.weight] if stacked is None else list(stacked)
+
+
+def silence_states(adapter, states):
+    """Let states of the Mamba-1 layout add nothing."""
+    R, N = adapter.sizes.time_step_rank, adapter.sizes.state_size
+    for i in states:
+        x_projs(adapter.mixer)[i // N][[R + i % N, R + N + i % N]] = 0
+
+
+def silence_channels(adapter, channels):
+    """Let channels of the Mamba-1 layout add nothing."""
+    of_heads = x_projs(adapter.mixer)
+    for i in channels:
+        width = of_heads[0].shape[1]
+        of_heads[i // width][:, i % width] = 0
+        adapter.mixer.out_proj.weight[:, i] = 0
 
 
 def batches(count: int = 3, batch: int = 2, length: int = 24, seed: int = 1, padded: bool = False):

@@ -8,7 +8,15 @@ import pytest
 import torch
 import torch_pruning
 from compressed_tensors.offload import offload_module
-from conftest import DEVICE, FAMILIES, MAMBA1, batches, tiny_model
+from conftest import (
+    DEVICE,
+    FAMILIES,
+    MAMBA1,
+    batches,
+    silence_channels,
+    silence_states,
+    tiny_model,
+)
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -29,6 +37,11 @@ _BAMBA = (
     {"mamba_n_groups": 4, "mamba_proj_bias": True, "mamba_conv_bias": False},
 )
 VARIANTS = {
+    "zamba": (
+        {},
+        {"n_mamba_heads": 1, "mamba_d_state": 5},
+        {"n_mamba_heads": 4, "mamba_proj_bias": True, "mamba_conv_bias": False},
+    ),
     "mamba": (
         {},
         {"use_bias": True},
@@ -104,7 +117,7 @@ def hidden_states(adapter, length=9):
 def some_indices(adapter, axis):
     """The smallest removal that the family's loader can follow."""
     length, remove = adapter.axis_length(axis), removable(adapter, axis)[0]
-    groups = adapter.sizes.n_groups if axis in ("state", "heads") else 1
+    groups = adapter.groups_of(axis)
     per_group = length // groups
     return [g * per_group + i for g in range(groups) for i in range(remove // groups)]
 
@@ -112,7 +125,7 @@ def some_indices(adapter, axis):
 def removable(adapter, axis):
     """How many indices of an axis can go so that the loader makes what remains."""
     counts = []
-    groups = adapter.sizes.n_groups if axis in ("state", "heads") else 1
+    groups = adapter.groups_of(axis)
     for count in range(groups, adapter.axis_length(axis), groups):
         size = adapter.axis_length(axis) - count
         try:
@@ -155,14 +168,10 @@ def expected_output(adapter, axis, removed, x):
     mixer, sizes = adapter.mixer, adapter.sizes
     D, N, R = sizes.intermediate_size, sizes.state_size, sizes.time_step_rank
     kept = [i for i in range(adapter.axis_length(axis)) if i not in removed]
-    if axis == "channels" or (axis, adapter.family) == ("state", "mamba"):
+    if axis == "channels" or (axis == "state" and adapter.family in ("mamba", "zamba")):
         dense = fresh(adapter)
         with torch.no_grad():
-            if axis == "state":
-                dense.mixer.x_proj.weight[[R + n for n in removed]] = 0
-            else:
-                dense.mixer.x_proj.weight[:, removed] = 0
-                dense.mixer.out_proj.weight[:, removed] = 0
+            (silence_states if axis == "state" else silence_channels)(dense, removed)
         return run(dense, x)
     if axis == "state" and sizes.time_step_rank:
         with torch.no_grad():
@@ -229,7 +238,7 @@ def test_smaller_mixer_computes_what_remains(family, axis, data):
     dense = dense_adapter(family, data.draw(st.integers(0, len(VARIANTS[family]) - 1)))
     pruned = fresh(dense)
     graph = MixerDependencyGraph(pruned)
-    groups = dense.sizes.n_groups if axis in ("state", "heads") else 1
+    groups = dense.groups_of(axis)
     per_group = dense.axis_length(axis) // groups
     count = data.draw(st.sampled_from(removable(dense, axis))) // groups
     removed = [
@@ -250,8 +259,9 @@ def test_smaller_mixer_computes_what_remains(family, axis, data):
         expected = list(shape)
         for change in group.changes:
             if change.tensor == name:
-                assert change.old_size == expected[change.dim]
-                expected[change.dim] = change.new_size
+                slices = shape[0] if name in dense.stacked else 1
+                assert change.old_size == slices * expected[change.dim]
+                expected[change.dim] = change.new_size // slices
         assert list(get_tensor(pruned.mixer, name).shape) == expected
     # transformers' norm of FalconH1 drops the time dimension of a single step
     x = hidden_states(dense, length=data.draw(st.integers(2, 12)))
@@ -264,7 +274,14 @@ def test_unconnected_rows_stay(family):
     D, N, R, G = sizes.intermediate_size, sizes.state_size, sizes.time_step_rank, sizes.n_groups
     every = range(adapter.axis_length("state"))
     changed = ranges(graph.get_axis_group("state", every).changes)
-    if family in MAMBA1:
+    if family == "zamba":
+        rows = {h * (R + 2 * N) + i for h in range(G) for i in range(R, R + 2 * N)}
+        assert changed == {("A_log", 2): set(range(G * N)), ("x_proj_weight", 1): rows}
+        channels = ranges(graph.get_axis_group("channels", [0, D // G]).changes)
+        assert channels[("in_proj.weight", 0)] == {0, 1, 2 * (D // G), 2 * (D // G) + 1}
+        assert ("x_proj_weight", 1) not in channels
+        assert ("A_log", 2) not in channels
+    elif family in MAMBA1:
         assert changed[("x_proj.weight", 0)] == set(range(R, R + 2 * N))  # not dt
         assert ("in_proj.weight", 0) not in changed
         assert ("dt_proj.weight", 0) not in changed
@@ -362,6 +379,7 @@ def snapshot(adapter):
         ("mamba", "state", [0.5], "whole numbers"),
         ("bamba", "state", [0, 1], "2 groups must lose equally many of state, not 2, 0"),
         ("bamba", "heads", [0, 4, 5], "2 groups must lose equally many of heads, not 1, 2"),
+        ("zamba", "channels", [0, 1], "2 groups must lose equally many of channels, not 2, 0"),
     ],
 )
 def test_indices_are_checked(family, axis, indices, message):
@@ -388,7 +406,12 @@ def test_removing_everything_is_refused(family):
 
 @pytest.mark.parametrize(
     ("family", "axis", "indices"),
-    [("jamba", "channels", [0]), ("mamba2", "heads", [0, 4]), ("zamba2", "head_dim", [3])],
+    [
+        ("jamba", "channels", [0]),
+        ("zamba", "channels", [0, 32]),
+        ("mamba2", "heads", [0, 4]),
+        ("zamba2", "head_dim", [3]),
+    ],
 )
 def test_what_no_loader_makes_is_refused(family, axis, indices):
     adapter, graph = dense_adapter(family), dense_graph(family)

@@ -207,7 +207,7 @@ def test_inventory_counts_every_parameter_once(family):
         expected = sum(
             p.numel()
             for n, p in model.named_parameters()
-            if n.endswith(f".{kind}.weight") and ".mlp." not in n
+            if n.endswith((f".{kind}.weight", f".{kind}_weight")) and ".mlp." not in n
         )
         assert inventory.components[kind].parameters == expected
         assert sum(layer[kind].parameters for layer in inventory.layers.values()) == expected

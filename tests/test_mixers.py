@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, MAMBA1, MAMBA2, tiny_model
+from conftest import DEVICE, MAMBA1, MAMBA2, silence_channels, silence_states, tiny_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -63,6 +63,9 @@ CHANGES = [
     ("mamba", {"hidden_act": "gelu"}),
     ("falcon_mamba", {"use_bias": True, "use_conv_bias": False}),
     ("jamba", {"mamba_proj_bias": True, "mamba_conv_bias": False}),
+    *(("zamba", {"n_mamba_heads": heads}) for heads in (1, 4)),
+    ("zamba", {"mamba_proj_bias": True, "mamba_conv_bias": False, "mamba_dt_rank": 3}),
+    ("zamba", {"hidden_mamba_act": "gelu", "mamba_d_conv": 2, "mamba_d_state": 5}),
     *(("mamba2", c) for c in ({"use_bias": True}, {"use_conv_bias": False}, CLAMPED)),
     ("mamba2", {**ODD, "num_heads": 3, "head_dim": 16, "n_groups": 3}),
     ("mamba2", {"hidden_act": "gelu"}),
@@ -94,7 +97,7 @@ CHANGES = [
 @pytest.mark.parametrize(("family", "changes"), CHANGES, ids=str)
 def test_adapter_follows_the_config(family, changes):
     """Biases, groups, norms, clamped steps, odd sizes; gelu only where the convolution ends."""
-    if DEVICE == "cuda" and changes.get("hidden_act") == "gelu":
+    if DEVICE == "cuda" and "gelu" in changes.values():
         pytest.skip("the CUDA convolution knows silu only")
     adapter = find_mixers(tiny_model(family, **changes))[0]
     hidden_states = torch.randn(2, 19, adapter.sizes.hidden_size)
@@ -140,7 +143,24 @@ def test_quantities_are_what_they_are_called(family):
     projected = mixer.in_proj(q.inputs["in_proj"])
     convolved = mixer.conv1d(q.inputs["conv1d"].transpose(1, 2))[..., :11]
     convolved = mixer.act(convolved).transpose(1, 2)
-    if family in MAMBA1:
+    if family == "zamba":
+        assert adapter.has_state_transitions
+        assert q.A.shape == (D, N)
+        assert q.B.shape == q.C.shape == (2, 11, G, N)
+        assert q.inputs["dt_proj"].shape == (2, 11, G, R)
+        torch.testing.assert_close(projected[..., 0::2], q.inputs["conv1d"])
+        torch.testing.assert_close(projected[..., 1::2], q.z)
+        torch.testing.assert_close(convolved, q.inputs["x_proj"].flatten(-2))
+        parts = []
+        for g in range(G):
+            made = q.inputs["x_proj"][:, :, g] @ mixer.x_proj_weight[g].T
+            expected = (q.inputs["dt_proj"][:, :, g], q.B[:, :, g], q.C[:, :, g])
+            for part, wanted in zip(made.split([R, N, N], dim=-1), expected, strict=True):
+                torch.testing.assert_close(part, wanted)
+            dt = q.inputs["dt_proj"][:, :, g] @ mixer.dt_proj_weight[g].T
+            parts.append(F.softplus(dt + mixer.dt_proj_bias[g]))
+        dt = torch.cat(parts, dim=-1)
+    elif family in MAMBA1:
         assert adapter.has_state_transitions
         assert q.A.shape == (D, N)
         assert q.B.shape == q.C.shape == (2, 11, N)
@@ -231,8 +251,13 @@ def narrow(adapter, axis, keep):
         owner, _, name = tensor.rpartition(".")
         module = adapter.mixer.get_submodule(owner)
         value = getattr(module, name)
-        index = torch.tensor([i for i in range(value.shape[dim]) if i not in gone])
-        narrowed = value.detach().index_select(dim, index)
+        if tensor in adapter.stacked:  # heads come first, and positions count on over them
+            flat = value.detach().movedim(dim, 1).flatten(0, 1)
+            flat = flat[[i for i in range(len(flat)) if i not in gone]]
+            narrowed = flat.unflatten(0, (len(value), -1)).movedim(1, dim)
+        else:
+            index = torch.tensor([i for i in range(value.shape[dim]) if i not in gone])
+            narrowed = value.detach().index_select(dim, index)
         setattr(module, name, nn.Parameter(narrowed) if name != "mup_vector" else narrowed)
 
 
@@ -241,13 +266,7 @@ def silence(adapter, axis, drop):
     mixer, sizes = adapter.mixer, adapter.sizes
     D, P = sizes.intermediate_size, sizes.head_dim
     if adapter.family in MAMBA1:
-        if axis == "state":  # B and C of these states
-            first = sizes.time_step_rank
-            for start in (first, first + sizes.state_size):
-                mixer.x_proj.weight[[start + n for n in drop]] = 0
-        else:
-            mixer.out_proj.weight[:, drop] = 0
-            mixer.x_proj.weight[:, drop] = 0
+        (silence_states if axis == "state" else silence_channels)(adapter, drop)
         return
     if axis == "state":  # B of these states
         channels = [D + n for n in drop]
@@ -291,7 +310,8 @@ NARROWED = [
 def test_axes_name_everything_that_shrinks(family, axis, changes, tmp_path):
     """Narrowing the named ranges is as good as silencing them, and the result loads again."""
     silent, small = (tiny_model(family, 3, **changes) for _ in range(2))
-    keep = STAY[axis]["mamba1" if family in MAMBA1 else "mamba2"]
+    in_groups = family not in MAMBA1 or (family, axis) == ("zamba", "state")
+    keep = STAY[axis]["mamba2" if in_groups else "mamba1"]
     for big, little in zip(find_mixers(silent), find_mixers(small), strict=True):
         length = little.axis_length(axis)
         size = len(keep) // little.sizes.n_groups if axis == "state" else len(keep)
@@ -321,6 +341,8 @@ def test_axes_name_everything_that_shrinks(family, axis, changes, tmp_path):
         ("falcon_mamba", "channels", 32, {"intermediate_size": 32}),
         ("jamba", "channels", 32, {"mamba_expand": 1}),
         ("jamba", "state", 4, {"mamba_d_state": 4}),
+        ("zamba", "channels", 32, {"mamba_expand": 1}),
+        ("zamba", "state", 4, {"mamba_d_state": 4}),
         ("mamba2", "heads", 4, {"num_heads": 4, "head_dim": 8, "expand": 1}),
         ("zamba2", "head_dim", 4, {"n_mamba_heads": 8, "mamba_headdim": 4, "mamba_expand": 1}),
         ("nemotron_h", "heads", 3, {"mamba_num_heads": 3, "mamba_head_dim": 8}),
@@ -375,6 +397,7 @@ def test_unknown_axis():
         ("bamba", ["layers.0.mamba", "layers.2.mamba"]),
         ("granitemoehybrid", ["layers.0.mamba", "layers.2.mamba"]),
         ("zamba2", ["layers.0.mamba", "layers.1.mamba_decoder.mamba", "layers.2.mamba"]),
+        ("zamba", ["layers.0.mamba", *(f"layers.{i}.mamba_decoder.mamba" for i in (1, 2))]),
         ("falcon_h1", ["layers.0.mamba", "layers.1.mamba"]),
         # its attention and MLP layers have a `mixer`, too
         ("nemotron_h", ["layers.0.mixer", "layers.2.mixer"]),
@@ -395,7 +418,7 @@ def test_unknown_mixer_lists_the_known_ones():
         find_mixers(nn.Sequential(MadeUpMixer()))
     message = str(error.value)
     assert "module '0' is a MadeUpMixer, which is not a known state-space mixer" in message
-    assert len(known_mixers()) == 9
+    assert len(known_mixers()) == 10
     assert all(name in message for name in known_mixers())
     assert "\n" not in message
 

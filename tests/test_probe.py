@@ -26,18 +26,20 @@ def test_divergences_are_those_of_the_changed_model(family):
 
     with fast_forward(model):
         probe = Probe(model, batch)
-        names = [
-            f"{adapter.name}.{kind}"
-            for adapter in find_mixers(model)
-            for kind in adapter.projections
-        ]
-        weights = {name: model.get_submodule(name).weight.clone() for name in names}
+        stored = dict(model.named_parameters())  # a shared one once, by its first name
+        mixers = [adapter.name for adapter in find_mixers(model)]
+        projections = ("_proj.weight", "conv1d.weight", "_proj_weight")
+        names = [n for n in stored if n.endswith(projections) and n.startswith(tuple(mixers))]
+        shared = [n for n in stored if ".shared_transf.self_attn.q_proj" in n]
+        names += shared
+        assert bool(shared) == (family == "zamba")
+        weights = {name: stored[name].clone() for name in names}
         tried = []
-        found = probe.divergences(names, lambda name: 0.5 * weights[name], tried.append)
+        found = probe.divergences(names, lambda name: 0.5 * weights[name], tried.append, shared)
         assert tried == names
         reference = predictions()
         for name in names:
-            weight = model.get_submodule(name).weight
+            weight = stored[name]
             assert torch.equal(weight, weights[name])  # put back
             weight.mul_(0.5)
             each = (reference.exp() * (reference - predictions())).sum(-1)
@@ -61,5 +63,5 @@ def test_a_weight_comes_back_after_an_error():
 
         model.get_submodule(name).register_forward_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
-            probe.divergences([name], lambda _: torch.zeros_like(before))
+            probe.divergences([f"{name}.weight"], lambda _: torch.zeros_like(before))
     assert torch.equal(weight, before)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import batches, check_reload, state, tiny_model
+from conftest import batches, check_reload, projections, state, tiny_model
 from llmcompressor import oneshot
 from pydantic import ValidationError
 from test_modifier import nothing_left_behind, run
@@ -20,14 +20,6 @@ UNIFORM = {"sparsity": 0.5, "solver": "sparsegpt", "allocation": "uniform", "tar
 
 def modifier(**changes):
     return SensitivitySparseGPTModifier(**{**UNIFORM, **changes})
-
-
-def projections(model):
-    return {
-        f"{a.name}.{kind}": a.mixer.get_submodule(kind)
-        for a in find_mixers(model)
-        for kind in a.projections
-    }
 
 
 def weights(model):
@@ -55,7 +47,7 @@ def record(monkeypatch, solver="sparsegpt"):
 def test_every_family(family):
     """Two passes, unequal sparsities, padding: the sum is exact, and all else is as it was."""
     model = tiny_model(family)
-    names = {f"{name}.weight" for name in projections(model)}
+    names = {name if "_weight" in name else f"{name}.weight" for name in projections(model)}
     others = {
         k: v
         for k, v in state(model).items()
@@ -406,12 +398,84 @@ def test_settings_that_do_not_fit_the_model(family, settings, message):
     assert all(torch.equal(dense[name], w) for name, w in weights(model).items())
 
 
-def test_weights_that_are_shared():
+TWICE = {"layers_block_type": ["hybrid", "linear_attention", "hybrid"]}
+
+
+@pytest.mark.parametrize("pipeline", ["independent", "sequential", "basic"])
+@pytest.mark.parametrize("family", ["zamba", "zamba2"])
+def test_weights_of_shared_blocks(monkeypatch, family, pipeline):
+    """Pruned once, after their last use, by the sum of the Hessians of all uses."""
+    calls, model = record(monkeypatch), tiny_model(family, **TWICE)
+    ready = batches(padded=True)
+    # of Zamba2 each use reads the block's weight through a layer object of its own, too
+    names = [n for n, _ in model.named_modules(remove_duplicate=False) if n.endswith("q_proj")]
+    assert len(names) == 2
+    expected = 0
+    for name in names:
+        for x, batch in zip(hooked(model, name, ready), ready, strict=True):
+            real = x[batch["attention_mask"].bool()]
+            expected = expected + real.T @ real
+    chosen = modifier(targets="re:.*q_proj$")
+    run(model, chosen, ready, pipeline=pipeline)
+    ((_, hessian, _),) = calls
+    torch.testing.assert_close(hessian, expected, rtol=1e-3, atol=1e-3)
+    weights = [model.get_submodule(name).weight for name in names]
+    assert torch.equal(*weights)
+    assert int((weights[0] == 0).sum()) == weights[0].numel() // 2
+    (layer,) = chosen.report()["layers"]
+    assert [layer["name"], *layer["shared_with"]] == names
+    assert layer["tokens"] == 2 * sum(int(b["attention_mask"].sum()) for b in ready)
+    assert nothing_left_behind(model)
+
+
+@pytest.mark.parametrize("family", ["zamba", "zamba2"])
+def test_shared_blocks_in_the_allocation(family):
+    """Each shared weight counts once; the model saved has all zeros that were asked for."""
+    model = tiny_model(family, **TWICE)
+    chosen = modifier(targets=["Linear", "conv1d"], ignore="lm_head", allocation="optimal")
+    run(model, chosen, batches(padded=True))
+    pruned = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if any(layer["name"] + ".weight" == name for layer in chosen.report()["layers"])
+    }
+    total = sum(parameter.numel() for parameter in pruned.values())
+    assert len(pruned) == len(chosen.report()["layers"])
+    assert sum(int((p == 0).sum()) for p in pruned.values()) == round(0.5 * total)
+    assert any("shared_with" in layer for layer in chosen.report()["layers"])
+
+
+def test_ignoring_one_use_ignores_the_weight():
+    model = tiny_model("zamba", **TWICE)
+    names = [n for n, _ in model.named_modules() if n.endswith("q_proj")]
+    for targets in (names[0], names[1], names):
+        (found,) = modifier(targets=targets).matching_projections(model)
+        assert list(found.uses) == names
+    for ignored in names:
+        (found,) = modifier(targets="re:.*[qv]_proj", ignore=ignored).matching_projections(model)
+        assert found.name.endswith("v_proj")
+
+
+@pytest.mark.parametrize("pipeline", ["sequential", "basic"])
+def test_one_layer_under_two_names(monkeypatch, pipeline):
+    """As where a module itself, not its weights, is shared by several depths."""
+    calls, model, ready = record(monkeypatch), tiny_model("zamba", **TWICE), batches()
+    first, second = (model.model.layers[i] for i in (0, 2))
+    second.shared_transf = first.shared_transf
+    name = "model.layers.0.shared_transf.self_attn.q_proj"
+    x = torch.cat([x.flatten(0, 1) for x in hooked(model, name, ready)])
+    assert len(x) == 2 * sum(batch["input_ids"].numel() for batch in ready)
+    run(model, modifier(targets=name), ready, pipeline=pipeline)
+    ((_, hessian, _),) = calls
+    torch.testing.assert_close(hessian, x.T @ x, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_shared_with_something_else():
     model = tiny_model("jamba")
     first = model.model.layers[1].self_attn
-    first.k_proj.weight = first.v_proj.weight
-    with pytest.raises(SparseSSMError, match=r"v_proj shares its weight with .*k_proj"):
-        run(model, modifier(targets="re:.*self_attn.v_proj"))
+    first.k_proj.weight = model.model.layers[0].mamba.out_proj.weight
+    with pytest.raises(SparseSSMError, match=r"k_proj shares its weight with .*out_proj"):
+        modifier(targets="re:.*self_attn.k_proj").matching_projections(model)
 
 
 def test_no_data_and_nothing_but_padding():

@@ -1,7 +1,7 @@
 """What each state adds to a mixer's output: the sums from which states are chosen.
 
-Shapes: T sampled steps, D channels, N states, G groups (1 in the Mamba-1 layout); h (T, D, N),
-C (T, G, N), u (T, D), weight (T, D).
+Shapes: T sampled steps, D channels, N states, G groups (1 in the Mamba-1 layout, but for Zamba);
+h (T, D, N), C (T, G, N), u (T, D), weight (T, D).
 
 A removed state n takes ``gain_t[d] C_{t,n} h_t[d,n]`` out of the input of out_proj. With v the
 square of ``gain * norm(W_out[:, d])``, removing a set S costs ``1_S^T gram 1_S``: the squared
@@ -68,16 +68,16 @@ class StateStatistics:
     def add_products(
         self, products: tuple[Tensor, Tensor, Tensor], C: Tensor, u: Tensor, weight: Tensor
     ) -> None:
-        """Add sampled steps of one group without their states, and nothing for mixing.
+        """Add sampled steps without their states, and nothing for mixing.
 
         :param products: what :func:`sparsessm_plugin.recurrence.scan_products` returned; the other
             parameters as in :meth:`add`
         """
         gram, skip, state_energy = products
         self._add_inputs(C, u, weight)
-        self.gram = _plus(self.gram, gram[None])
+        self.gram = _plus(self.gram, gram)
         self.skip = _plus(self.skip, skip)
-        self.state_energy = _plus(self.state_energy, state_energy[None])
+        self.state_energy = _plus(self.state_energy, state_energy)
 
     def _add_inputs(self, C: Tensor, u: Tensor, weight: Tensor) -> None:
         self.samples += len(C)

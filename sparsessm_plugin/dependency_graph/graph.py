@@ -159,7 +159,7 @@ class MixerDependencyGraph(torch_pruning.DependencyGraph):
         collected, self._recorder.positions = self._recorder.positions, {}
         with disable_onloading():
             return tuple(
-                TensorChange(tensor, dim, tuple(sorted(positions)), self._shape(tensor)[dim])
+                self._change(tensor, dim, positions)
                 for (tensor, dim), positions in sorted(collected.items())
             )
 
@@ -192,6 +192,11 @@ class MixerDependencyGraph(torch_pruning.DependencyGraph):
                 replace(adapter.mixer, name, tensor)
         return adapter.set_size(axis, new_size)
 
+    def _change(self, tensor: str, dim: int, positions: Iterable[int]) -> TensorChange:
+        shape = self._shape(tensor)
+        slices = shape[0] if tensor in self.adapter.stacked else 1
+        return TensorChange(tensor, dim, tuple(sorted(positions)), slices * shape[dim], slices)
+
     def _tensor(self, name: str) -> Tensor:
         tensor = get_tensor(self.adapter.mixer, name)
         assert tensor is not None
@@ -216,8 +221,8 @@ class MixerDependencyGraph(torch_pruning.DependencyGraph):
         twice = [index for index, count in Counter(checked).items() if count > 1]
         if twice:
             raise SparseSSMError(f"{name}: index {twice[0]} of {axis} is given more than once")
-        groups = self.adapter.sizes.n_groups
-        if axis in ("state", "heads"):
+        groups = self.adapter.groups_of(axis)
+        if groups > 1:
             counts = Counter(index // (length // groups) for index in checked)
             per_group = [counts[group] for group in range(groups)]
             if len(set(per_group)) > 1:

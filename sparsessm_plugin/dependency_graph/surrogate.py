@@ -18,6 +18,7 @@ from sparsessm_plugin.dependency_graph.views import (
     Boundary,
     Convolution,
     Dims,
+    HeadProjection,
     Layout,
     Parameter,
     Projection,
@@ -28,6 +29,7 @@ from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import MixerAdapter
 from sparsessm_plugin.mixers.mamba1 import Mamba1Adapter
 from sparsessm_plugin.mixers.mamba2 import Mamba2Adapter
+from sparsessm_plugin.mixers.zamba import ZambaAdapter
 
 # long enough for the recurrence and the convolution to show
 TRACE_LENGTH = 4
@@ -208,9 +210,12 @@ class Mamba1Surrogate(Surrogate):
         x = self.rms_norm(x, tuple(x.dims), epsilon)
         return self.view(name, x) if name in self.views else x
 
+    def enter(self, hidden_states: Quantity) -> tuple[Quantity, Quantity]:
+        """What in_proj makes: the input of the convolution, and the gate."""
+        return self.view("in_proj_x", hidden_states), self.view("in_proj_z", hidden_states)
+
     def compute(self, hidden_states: Quantity) -> Quantity:
-        x = self.view("in_proj_x", hidden_states)
-        z = self.view("in_proj_z", hidden_states)
+        x, z = self.enter(hidden_states)
         u = self.apply_to(self.view("conv1d", x), self.adapter.mixer.act)
         low_rank_dt = self.normalize("dt_layernorm", self.view("x_proj_dt", u))
         B = self.normalize("b_layernorm", self.view("x_proj_B", u))
@@ -219,6 +224,46 @@ class Mamba1Surrogate(Surrogate):
         A = self.apply_to(self.view("A_log"), lambda a: -torch.exp(a))
         y = self.add(self.scan(dt, A, B, C, u), self.multiply(u, self.view("D")))
         return self.view("out_proj", self.multiply(y, self.apply_to(z, F.silu)))
+
+
+class ZambaSurrogate(Mamba1Surrogate):
+    """Zamba: m (hidden_size), g (heads), p (channels of a head), s (x and z), r, n (N)."""
+
+    axis_dims: ClassVar[dict[str, Dims]] = {"state": ("g", "n"), "channels": ("g", "p")}
+    roots: ClassVar[dict[str, str]] = {"state": "x_proj_B", "channels": "in_proj"}
+
+    @staticmethod
+    def sizes(adapter: MixerAdapter) -> dict[str, int]:
+        sizes = adapter.sizes
+        return {
+            "m": sizes.hidden_size,
+            "g": sizes.n_groups,
+            "p": sizes.intermediate_size // sizes.n_groups,
+            "s": 2,
+            "r": sizes.time_step_rank,
+            "n": sizes.state_size,
+        }
+
+    def make_views(self, layout: Layout) -> dict[str, View]:
+        m, d, r, n = ("m",), ("g", "p"), ("g", "r"), ("g", "n")
+        before_B, before_C = (("r",),), (("r",), ("n",))
+        return {
+            "in_proj": Projection(layout, "in_proj", ("g", "p", "s"), m),
+            "conv1d": Convolution(layout, "conv1d", d),
+            "x_proj_dt": HeadProjection(layout, "x_proj_weight", r, d),
+            "x_proj_B": HeadProjection(layout, "x_proj_weight", n, d, before=before_B),
+            "x_proj_C": HeadProjection(layout, "x_proj_weight", n, d, before=before_C),
+            "dt_proj": HeadProjection(layout, "dt_proj_weight", d, r, bias="dt_proj_bias"),
+            "A_log": Parameter(layout, "A_log", d, n),
+            "D": Parameter(layout, "D", d),
+            "out_proj": Projection(layout, "out_proj", m, d),
+        }
+
+    def enter(self, hidden_states: Quantity) -> tuple[Quantity, Quantity]:
+        both = self.view("in_proj", hidden_states)  # row 2 i of in_proj makes x, row 2 i + 1 z
+        at = 1 + list(self.layout.sizes()).index("s")
+        x, z = (both.data.select(at, k).unsqueeze(at) for k in (0, 1))
+        return Quantity(x, both.dims - {"s"}), Quantity(z, both.dims - {"s"})
 
 
 class Mamba2Surrogate(Surrogate):
@@ -306,6 +351,8 @@ def make_surrogate(adapter: MixerAdapter, axis: str) -> Surrogate:
 
     :raises SparseSSMError: no surrogate for the layout of the adapter
     """
+    if isinstance(adapter, ZambaAdapter):
+        return ZambaSurrogate(adapter, axis)
     if isinstance(adapter, Mamba1Adapter):
         return Mamba1Surrogate(adapter, axis)
     if isinstance(adapter, Mamba2Adapter):

@@ -17,12 +17,15 @@ class TensorChange:
     :param dim: dimension of the tensor
     :param positions: entries that go, ascending
     :param old_size: entries before
+    :param slices: over how many slices along the first dimension positions count on, slice after
+        slice, each of which loses equally many; 1 where they count along ``dim`` alone
     """
 
     tensor: str
     dim: int
     positions: tuple[int, ...]
     old_size: int
+    slices: int = 1
 
     @property
     def new_size(self) -> int:
@@ -56,8 +59,8 @@ def without(tensor: Tensor, changes: Iterable[TensorChange]) -> Tensor:
         kept = torch.ones(change.old_size, dtype=torch.bool)
         kept[list(change.positions)] = False
         index = kept.nonzero().flatten().to(value.device)
-        value = value.index_select(change.dim, index)
-        grad = None if grad is None else grad.index_select(change.dim, index)
+        value = _select(value, change, index)
+        grad = None if grad is None else _select(grad, change, index)
     value = value.contiguous()
     if isinstance(tensor, nn.Parameter):
         value = nn.Parameter(value, requires_grad=tensor.requires_grad)
@@ -65,6 +68,13 @@ def without(tensor: Tensor, changes: Iterable[TensorChange]) -> Tensor:
     # marks such as `_no_weight_decay` on A_log
     value.__dict__.update(tensor.__dict__)
     return value
+
+
+def _select(tensor: Tensor, change: TensorChange, index: Tensor) -> Tensor:
+    if change.slices == 1:
+        return tensor.index_select(change.dim, index)
+    flat = tensor.movedim(change.dim, 1).flatten(0, 1).index_select(0, index)
+    return flat.unflatten(0, (change.slices, -1)).movedim(1, change.dim)
 
 
 def replace(module: nn.Module, name: str, tensor: Tensor) -> None:

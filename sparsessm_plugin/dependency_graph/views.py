@@ -74,6 +74,9 @@ class Layout:
 class Section:
     """A part of one dimension of a tensor.
 
+    Of a tensor that the adapter calls stacked, ``dims`` begins with the dimension of the stack,
+    ``before`` does not, and positions count on from one slice to the next.
+
     :param tensor: dotted name inside the mixer
     :param dim: dimension of the tensor
     :param dims: named dimensions that the part unfolds into, slowest first
@@ -90,7 +93,11 @@ class Section:
 
     def take(self, layout: Layout, tensor: Tensor) -> Tensor:
         """The part of the tensor that is this section's."""
-        return tensor.narrow(self.dim, self.start(layout), layout.size(self.dims))
+        dims = self.dims[1:] if self.is_stacked(layout) else self.dims
+        return tensor.narrow(self.dim, self.start(layout), layout.size(dims))
+
+    def is_stacked(self, layout: Layout) -> bool:
+        return self.tensor in layout.adapter.stacked
 
     def positions(self, layout: Layout, units: Iterable[int]) -> list[int]:
         """The entries of the tensor's dimension that the units of the axis stand for."""
@@ -98,6 +105,11 @@ class Section:
             return []
         sizes = layout.sizes()
         entries = torch.arange(layout.size(self.dims)).reshape([sizes[dim] for dim in self.dims])
+        if self.is_stacked(layout):
+            tensor = layout.tensor(self.tensor)
+            assert tensor is not None
+            others = tensor.shape[self.dim] - layout.size(self.dims[1:])  # in each slice
+            entries += others * torch.arange(len(entries)).view(-1, *[1] * (entries.ndim - 1))
         rest = [dim for dim in self.dims if dim not in layout.axis_dims]
         order = [self.dims.index(dim) for dim in (*layout.axis_dims, *rest)]
         per_unit = entries.permute(order).reshape(layout.size(layout.axis_dims), -1)
@@ -196,6 +208,40 @@ class Projection(View):
         return self.spread(y, self.dims)
 
 
+class HeadProjection(View):
+    """Some rows of a matrix for each head, stacked in a parameter of the mixer.
+
+    :param weight: name of the parameter (heads, rows, columns)
+    :param rows: dimensions of the rows, the heads first
+    :param columns: dimensions of the columns, the heads first
+    :param before: the parts of a head's rows that precede these
+    :param bias: name of a parameter (heads, rows)
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        weight: str,
+        rows: Dims,
+        columns: Dims,
+        before: tuple[Dims, ...] = (),
+        bias: str | None = None,
+    ):
+        sections = [Section(weight, 1, rows, before)]
+        sections += [Section(bias, 1, rows, before)] if bias is not None else []
+        super().__init__(layout, sections, [Section(weight, 2, columns)])
+
+    def compute(self, x: Tensor) -> Tensor:
+        weight = self.read(x, self.out_sections[0], self.in_sections[0])
+        assert weight is not None
+        y = weight @ x.flatten(1, -2).unflatten(1, (len(weight), -1))  # (b, heads, rows, L)
+        if len(self.out_sections) > 1:
+            bias = self.read(x, self.out_sections[1])
+            assert bias is not None
+            y = y + bias[..., None]
+        return self.spread(y.flatten(1, 2), self.dims)
+
+
 class Convolution(View):
     """Some channels of the depthwise causal convolution; what goes in comes out."""
 
@@ -230,11 +276,12 @@ class Parameter(View):
     """A bare parameter of the mixer as a source of the data flow, one dimension per section."""
 
     def __init__(self, layout: Layout, tensor: str, *dims: Dims):
-        super().__init__(layout, [Section(tensor, k, part) for k, part in enumerate(dims)])
+        first = 1 if tensor in layout.adapter.stacked else 0
+        super().__init__(layout, [Section(tensor, k, part) for k, part in enumerate(dims, first)])
 
     @property
     def dims(self) -> Dims:
-        return tuple(dim for section in self.out_sections for dim in section.dims)
+        return tuple(dict.fromkeys(dim for section in self.out_sections for dim in section.dims))
 
     def compute(self, x: Tensor) -> Tensor:
         value = self.read(x, *self.out_sections)
@@ -323,6 +370,7 @@ def make_pruners(recorder: Recorder) -> dict[type[nn.Module], BasePruningFunc]:
     through = ThroughPruner(recorder)
     return {
         Projection: ViewPruner(recorder),
+        HeadProjection: ViewPruner(recorder),
         Convolution: through,
         Scale: through,
         Parameter: through,

@@ -99,10 +99,8 @@ def take_inventory(model: nn.Module) -> Inventory:
             if name.endswith("weight_shape"):  # of a packed weight, which is counted unpacked
                 continue
             parameter = _unpacked(adapter.mixer, name, parameter)
-            first, _, tensor = name.partition(".")
             # a bias or a scale is no part of what is pruned
-            weight = first in adapter.projections and tensor in ("weight", "weight_packed")
-            kind = first if weight or first == "A_log" else "other in mixer"
+            kind = adapter.kind_of(name) or ("A_log" if name == "A_log" else "other in mixer")
             for component in (
                 inventory.components[kind],
                 layer.setdefault(kind, Component()),

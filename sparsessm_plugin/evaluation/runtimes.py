@@ -15,7 +15,7 @@ from sparsessm_plugin.files import read_json
 
 Answer = Literal["yes", "no", "unknown"]
 
-_MAMBA1 = ("mamba", "falcon_mamba", "jamba")
+_MAMBA1 = ("mamba", "falcon_mamba", "jamba", "zamba")
 _MAMBA2 = ("mamba2", "bamba", "zamba2", "granitemoehybrid", "falcon_h1", "nemotron_h")
 # families whose weight initialiser reads, and may divide, out_proj.weight after loading
 _READS_OUT_PROJ = ("mamba", "mamba2", "falcon_mamba")
@@ -110,8 +110,8 @@ class _Checkpoint:
         sizes = {}
         for mixer in self.mixers:
             A_log = self.tensors[f"{mixer}.A_log"]["shape"]
-            if len(A_log) == 2:
-                sizes[mixer] = int(A_log[1])
+            if len(A_log) > 1:
+                sizes[mixer] = int(A_log[-1])
             elif (size := self._grouped_state_size(mixer)) is not None:
                 sizes[mixer] = size
         return sizes

@@ -312,7 +312,7 @@ def _gather(model: Any, calibration: Iterable[Mapping[str, Tensor]], solver: str
         own = {p.kind: p for p in projections if p.adapter.name == adapter.name}
         for p in (own[kind] for kind in adapter.projections):
             solve = partial(_prune_projection, p, hessians[p.name], solver)
-            parts.append(_Part(p.kind, adapter.name, p.module, "weight", solve))
+            parts.append(_Part(p.kind, adapter.name, p.module, p.attribute, solve))
     return parts
 
 
@@ -341,7 +341,8 @@ def _prune_A_log(
     )
     score = SALIENCIES[_SALIENCY].score(inputs)
     pruned = Unstructured(sparsity).lowest(score[None])[0]
-    return torch.where(pruned, A_log.new_tensor(PRUNED_VALUES["zero"]), A_log), None
+    kept = torch.where(pruned, A_log.new_tensor(PRUNED_VALUES["zero"]), A_log)
+    return kept.view_as(adapter.mixer.A_log), None
 
 
 def _groups(

@@ -9,10 +9,12 @@ from sparsessm_plugin.mixers import (
     mamba,
     mamba2,
     nemotron_h,
+    zamba,
     zamba2,
 )
 from sparsessm_plugin.mixers.base import (
     MixerAdapter,
+    MixerProjection,
     MixerSizes,
     TensorAxis,
     check_not_quantized,
@@ -28,6 +30,7 @@ from sparsessm_plugin.mixers.base import (
 
 __all__ = [
     "MixerAdapter",
+    "MixerProjection",
     "MixerSizes",
     "TensorAxis",
     "bamba",
@@ -47,5 +50,6 @@ __all__ = [
     "nemotron_h",
     "read_out",
     "register_adapter",
+    "zamba",
     "zamba2",
 ]

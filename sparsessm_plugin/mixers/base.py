@@ -7,6 +7,7 @@ R rank of dt (``time_step_rank``), K width of the convolution; in the Mamba-2 la
 H heads of P channels (``head_dim``) and G groups of heads that share B and C.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from sparsessm_plugin.backends.choice import backend_for, kernels_for
 from sparsessm_plugin.backends.products import project
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.recurrence import implementation, scan
-from sparsessm_plugin.recurrence.quantities import MixerQuantities
+from sparsessm_plugin.recurrence import by_group, implementation, scan
+from sparsessm_plugin.recurrence.quantities import GroupedQuantities, MixerQuantities
 from sparsessm_plugin.recurrence.statistics import ScanStatistics
 
 
@@ -41,6 +42,27 @@ class MixerSizes:
 
 
 @dataclass(frozen=True)
+class MixerProjection:
+    """A weight of a mixer that a solver may prune, and where it stands.
+
+    :param kind: one of the adapter's ``projections``
+    :param path: dotted name in the mixer, of the layer or of a parameter that stands alone
+    :param module: what holds the parameter
+    :param attribute: the parameter's name there
+    """
+
+    kind: str
+    path: str
+    module: Any
+    attribute: str = "weight"
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """(out, in); of conv1d (D, 1, K), with a matrix for each head (heads, out, in)."""
+        return getattr(self.module, self.attribute)
+
+
+@dataclass(frozen=True)
 class TensorAxis:
     """Where an axis of the mixer runs along one dimension of one tensor.
 
@@ -53,6 +75,8 @@ class TensorAxis:
     :param block: neighbouring entries an index stands for, e.g. the channels of a head
     :param repeat: how often the axis comes again, e.g. head_dim once a head
     :param stride: distance between two repeats
+    :param period: indices after which ``gap`` entries of something else follow; 0 if never
+    :param gap: see ``period``
     """
 
     tensor: str
@@ -61,12 +85,21 @@ class TensorAxis:
     block: int = 1
     repeat: int = 1
     stride: int = 0
+    period: int = 0
+    gap: int = 0
 
     def positions(self, indices: Iterable[int]) -> list[int]:
-        """Entries along ``dim`` that belong to the given indices of the axis, ascending."""
+        """Entries along ``dim`` that belong to the given indices of the axis, ascending.
+
+        Of a tensor that its adapter calls stacked, entries count on from one slice to the next.
+        """
         indices = list(indices)  # they are walked through once a repeat
         return sorted(
-            self.start + r * self.stride + i * self.block + j
+            self.start
+            + r * self.stride
+            + i * self.block
+            + (i // self.period * self.gap if self.period else 0)
+            + j
             for r in range(self.repeat)
             for i in indices
             for j in range(self.block)
@@ -84,6 +117,8 @@ class MixerAdapter(ABC):
     mixer_class: ClassVar[str]
     projections: ClassVar[tuple[str, ...]]
     axis_names: ClassVar[tuple[str, ...]]
+    # tensors whose first dimension is the head: positions along another one count head after head
+    stacked: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, mixer: nn.Module, name: str = "mixer"):
         # Any: nn.Module types every attribute as Tensor | Module
@@ -99,9 +134,38 @@ class MixerAdapter(ABC):
         """Sizes of the mixer as its tensors have them."""
 
     @property
-    def A_log(self) -> nn.Parameter:
-        """Parameter with A = -exp(A_log): (D, N), in the Mamba-2 layout (H,)."""
+    def A_log(self) -> Tensor:
+        """The parameter with A = -exp(A_log), or a view: (D, N), in the Mamba-2 layout (H,)."""
         return self.mixer.A_log
+
+    @property
+    def D(self) -> Tensor:
+        """The skip connection, or a view: (D,), in the Mamba-2 layout (H,)."""
+        return self.mixer.D
+
+    def projection(self, kind: str) -> MixerProjection:
+        """Where the weight of one of ``projections`` stands."""
+        return MixerProjection(kind, kind, self.mixer.get_submodule(kind))
+
+    def kind_of(self, name: str) -> str | None:
+        """The projection whose weight a parameter is, packed or not; or None.
+
+        :param name: dotted, inside the mixer
+        """
+        first, _, tensor = name.partition(".")
+        weight = first in self.projections and tensor in ("weight", "weight_packed")
+        return first if weight else None
+
+    def entries_along(self, where: TensorAxis) -> Tensor:
+        """A tensor of the mixer with a row for each position that ``where`` counts.
+
+        :return: (positions, all other entries)
+        """
+        tensor = get_tensor(self.mixer, where.tensor)
+        assert tensor is not None
+        if where.tensor in self.stacked:
+            return tensor.detach().movedim(where.dim, 1).flatten(0, 1).flatten(1)
+        return tensor.detach().movedim(where.dim, 0).flatten(1)
 
     @property
     def has_state_transitions(self) -> bool:
@@ -196,6 +260,10 @@ class MixerAdapter(ABC):
         :raises SparseSSMError: the family has no such axis
         """
 
+    def groups_of(self, axis: str) -> int:
+        """Equal parts of an axis that must lose equally many indices."""
+        return self.sizes.n_groups if axis in ("state", "heads") else 1
+
     @abstractmethod
     def axes(self, axis: str) -> list[TensorAxis]:
         """Every tensor range that shrinks when the axis does.
@@ -231,6 +299,12 @@ class MixerAdapter(ABC):
         return False
 
     @property
+    def between_C(self) -> str:
+        """Why C cannot be mixed, as the end of a sentence; see :attr:`mixes_C`."""
+        what = "a norm" if self.norms_state else "a convolution and SiLU"
+        return f"{what} stands between the rows of C and C"
+
+    @property
     def norms_state(self) -> bool:
         """Whether a norm runs over the states of B and C."""
         return False
@@ -247,7 +321,10 @@ class MixerAdapter(ABC):
                 continue
             shape = [1] * parameter.ndim
             shape[axis.dim] = -1
-            mask = torch.zeros(parameter.shape[axis.dim], dtype=torch.bool, device=parameter.device)
+            if axis.tensor in self.stacked:
+                shape[0] = len(parameter)
+            length = math.prod(parameter.shape[d] for d, n in enumerate(shape) if n != 1)
+            mask = torch.zeros(length, dtype=torch.bool, device=parameter.device)
             mask[axis.positions(range(self.axis_length("state")))] = True
             mask = mask.view(shape)
             masks[axis.tensor] = masks[axis.tensor] | mask if axis.tensor in masks else mask
@@ -389,9 +466,11 @@ def read_out(
     name = backend_for(quantities.u.device)
     on_cpu = name == "cpu" and not torch.is_grad_enabled()
     if adapter.has_state_transitions and (on_cpu or (dtype.itemsize == 2 and name == "cuda")):
-        x: Tensor = implementation(name, quantities.u.device).scan(
-            quantities, statistics, gated=dtype
-        )
+        run = implementation(name, quantities.u.device).scan
+        if isinstance(quantities, GroupedQuantities):
+            parts = [run(q, part, gated=dtype) for q, part in by_group(quantities, statistics)]
+            return torch.cat(parts, dim=-1)
+        x: Tensor = run(quantities, statistics, gated=dtype)
         return x
     return adapter.out_input(quantities, scan(quantities, statistics))
 

@@ -135,7 +135,7 @@ class ChannelRemovalModifier(RemovalModifier):
                 f"{who}: keeping {keep} of the {length} {axis} of {adapter.name} removes none or "
                 "all; give another sparsity, keep or multiple_of"
             )
-        if axis == "heads" and keep % adapter.sizes.n_groups:
+        if axis == "heads" and keep % adapter.groups_of(axis):
             raise SparseSSMError(
                 f"{who}: {adapter.name} shares B and C in {adapter.sizes.n_groups} groups of "
                 f"heads, which must stay equal; {keep} heads do not divide; "
@@ -186,7 +186,7 @@ class ChannelRemovalModifier(RemovalModifier):
         terms: dict[str, LinearTerm] = {}
         if self.requires_calibration_data:
             terms = gather(adapter, inputs)
-        groups = adapter.sizes.n_groups if axis == "heads" else 1
+        groups = adapter.groups_of(axis)
         if self.saliency == "output_energy":
 
             def choose() -> list[Tensor]:
@@ -206,8 +206,9 @@ class ChannelRemovalModifier(RemovalModifier):
         entry: dict[str, Any] = {"error_removed": relative_error(small, inputs, targets)}
         if "x_proj" in steps:
             kept = _complement(blocks, removed)
-            gram, weight = terms["x_proj"].gram, adapter.mixer.x_proj.weight
-            small.mixer.x_proj.weight.copy_(refit(gram, weight, kept, _X_PROJ_RIDGE))
+            gram, weight = terms["x_proj"].gram, adapter.projection("x_proj").weight
+            fitted = small.projection("x_proj").weight
+            fitted.copy_(_refit_by_head(gram, weight, kept).view_as(fitted))
         if "out_proj" in steps:
             fit_out_proj(small, inputs, targets)
         entry["error_left"] = relative_error(small, inputs, targets)
@@ -227,6 +228,24 @@ def _complement(blocks: Tensor, removed: list[int]) -> Tensor:
     return (~gone).nonzero().flatten()
 
 
+def _refit_by_head(gram: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
+    """:func:`refit` of x_proj; where it has a matrix for each head, of each on its channels.
+
+    :param gram: (D, D)
+    :param weight: (out, D), or (heads, out, D / heads)
+    :param kept: (K,) channels, as many in each head
+    :return: (out, K), or (heads, out, K / heads)
+    """
+    if weight.ndim == 2:
+        return refit(gram, weight, kept, _X_PROJ_RIDGE)
+    size = weight.shape[-1]
+    parts = []
+    for h, (own, left) in enumerate(zip(weight, kept.view(len(weight), -1), strict=True)):
+        channels = slice(h * size, (h + 1) * size)
+        parts.append(refit(gram[channels, channels], own, left - h * size, _X_PROJ_RIDGE))
+    return torch.stack(parts)
+
+
 def block_magnitude(adapter: MixerAdapter, axis: str, whole: bool) -> Tensor:
     """(indices,) root of the sum of squares of the weights that an index owns.
 
@@ -236,12 +255,12 @@ def block_magnitude(adapter: MixerAdapter, axis: str, whole: bool) -> Tensor:
     total = torch.zeros(length, dtype=torch.float64, device=adapter.A_log.device)
     for where in adapter.axes(axis):
         tensor = get_tensor(adapter.mixer, where.tensor)
-        if tensor is None or tensor.ndim < 2 or where.tensor in ("A_log", "mup_vector"):
+        vector = 2 if where.tensor in adapter.stacked else 1  # dimensions of one
+        if tensor is None or tensor.ndim <= vector or where.tensor in ("A_log", "mup_vector"):
             continue
         if not whole and where.tensor != "out_proj.weight":
             continue
-        others = [d for d in range(tensor.ndim) if d != where.dim]
-        squares = tensor.detach().double().square().sum(others)
+        squares = adapter.entries_along(where).double().square().sum(1)
         total += torch.stack([squares[where.positions([i])].sum() for i in range(length)])
     return total.sqrt()
 
@@ -271,11 +290,14 @@ def gather(adapter: MixerAdapter, inputs: CalibrationInputs) -> dict[str, Linear
             raise SparseSSMError(
                 f"{adapter.name}: NaN or infinite values during calibration; nothing was removed"
             )
-        weight = adapter.mixer.get_parameter(f"{name}.weight").double()
+        weight = adapter.projection(name).weight.double()
+        if weight.ndim == 3:  # each head reads its own channels
+            weight = torch.block_diag(*weight)
         energy = ((weight @ gram) * weight).sum(1)  # (out,) of every row's output
         if name == "x_proj":
             R, N = adapter.sizes.time_step_rank, adapter.sizes.state_size
-            energy = torch.cat([e.sum().expand(len(e)) for e in energy.split([R, N, N])])
+            parts = [R, N, N] * (len(energy) // (R + 2 * N))
+            energy = torch.cat([e.sum().expand(len(e)) for e in energy.split(parts)])
         else:
             energy = energy.sum().expand(len(energy))
         terms[name] = LinearTerm(gram, weight / energy.clamp(min=1e-30).sqrt()[:, None])

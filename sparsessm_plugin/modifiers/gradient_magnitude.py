@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import match_named_modules
-from compressed_tensors.utils.match import match_named_parameters
+from compressed_tensors.utils.match import match_name, match_named_parameters
 from llmcompressor.core import Event, EventType, State
 from llmcompressor.modifiers import Modifier
 from loguru import logger
@@ -209,7 +209,10 @@ class GradientMagnitudeModifier(MixerModifier):
             return {
                 name
                 for name, w in known.items()
-                if name in tensors or pattern == w.kind or {w.module_name, w.mixer} & modules
+                if name in tensors
+                or pattern == w.kind
+                or {w.module_name, w.mixer} & modules
+                or (w.mixer and match_name(f"{w.mixer}.{w.kind}", pattern))
             }
 
         names = set() if self.targets else set(known)
@@ -428,11 +431,8 @@ def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _prunable(model: nn.Module) -> dict[str, _Weight]:
     """Every weight that may be pruned, by name, in model order; a shared one once."""
     adapters = {a.name: a for a in find_mixers(model)}
-    projections = {
-        id(a.mixer.get_submodule(kind)): (kind, a.name)
-        for a in adapters.values()
-        for kind in a.projections
-    }
+    own = {a.name: [a.projection(kind) for kind in a.projections] for a in adapters.values()}
+    projections = {id(p.module): (p.kind, name) for name, ps in own.items() for p in ps}
     seen = _vocabulary_weights(model)
     found: dict[str, _Weight] = {}
 
@@ -449,6 +449,9 @@ def _prunable(model: nn.Module) -> dict[str, _Weight]:
         if name in adapters:
             for kind in _OF_MIXER:
                 add(_Weight(prefix + kind, kind, name, module, kind, name))
+            for p in own[name]:
+                if p.module is module:  # a parameter without a layer
+                    add(_Weight(prefix + p.path, p.kind, name, module, p.attribute, name))
         elif id(module) in projections:
             kind, mixer = projections[id(module)]
             add(_Weight(f"{prefix}weight", kind, name, module, "weight", mixer))

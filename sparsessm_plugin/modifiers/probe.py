@@ -1,6 +1,6 @@
 """What changes of single weights do to a model's predictions."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -42,19 +42,25 @@ class Probe:
         names: list[str],
         changed: Callable[[str], Tensor],
         done: Callable[[str], None] = lambda name: None,
+        everywhere: Container[str] = (),
     ) -> dict[str, float]:
-        """How far predictions move when one weight is replaced, in nats a token, by its module.
+        """How far predictions move when one weight is replaced, in nats a token, by its name.
 
         Each weight is put back. Those of one layer are tried out side by side: what the layers
         after it make of each is a matter of more rows.
 
-        :param names: of modules, in the order of the model
+        :param names: of weights, in the order of the model
         :param changed: gives the weight to try out
-        :param done: called with the name of each module whose weight has been tried
+        :param done: called with the name of each weight that has been tried
+        :param everywhere: names of weights that several layers share
         """
         found: dict[str, float] = {}
+
+        def layer_of(name: str) -> str | None:
+            return None if name in everywhere else self._replay.layer(name)
+
         with undisturbed(self._model):
-            for layer, members in groupby(names, self._replay.layer):
+            for layer, members in groupby(names, layer_of):
                 for together in _parts(list(members), _TOGETHER if layer else 1):
                     logits = self._logits(layer, together, changed)
                     for name, each in zip(together, logits, strict=True):
@@ -92,13 +98,14 @@ class Probe:
 
     @contextmanager
     def _replaced(self, name: str, weight: Tensor) -> Iterator[None]:
-        module = self._model.get_submodule(name)
-        before = module.weight.detach().clone()
+        owner, _, attribute = name.rpartition(".")
+        module = self._model.get_submodule(owner)
+        before = getattr(module, attribute).detach().clone()
         try:
-            update_offload_parameter(module, "weight", weight)
+            update_offload_parameter(module, attribute, weight)
             yield
         finally:
-            update_offload_parameter(module, "weight", before)
+            update_offload_parameter(module, attribute, before)
 
 
 def _little(batch: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Prune the projections of state-space mixers, each as much as it can bear."""
 
+import math
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -8,9 +10,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from compressed_tensors.distributed import greedy_bin_packing
-from compressed_tensors.offload import get_execution_device, update_offload_parameter
+from compressed_tensors.offload import (
+    disable_onloading,
+    get_execution_device,
+    update_offload_parameter,
+)
 from compressed_tensors.offload.cache import CPUCache, DiskCache
 from compressed_tensors.utils import match_named_modules
+from compressed_tensors.utils.match import match_name
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.pytorch.utils.helpers import tensors_to_device
@@ -75,21 +82,40 @@ _MOST_HESSIANS = 8 * 2**30
 
 @dataclass(frozen=True)
 class _Projection:
-    """A weight to prune, and the mixer it belongs to if it does."""
+    """A weight to prune, and the mixer it belongs to if it does.
+
+    :param name: of the layer, or of a parameter that stands alone in its mixer
+    :param kind: a projection's name in its mixer, or ``linear``
+    :param module: what holds the weight
+    :param attribute: the weight's name there
+    :param others: further layers that hold this very weight, as blocks at several depths do
+    """
 
     name: str
     kind: str
     module: Any
     adapter: MixerAdapter | None = None
+    attribute: str = "weight"
+    others: tuple[tuple[str, Any], ...] = ()
 
     @property
     def weight(self) -> Tensor:
-        """(out, in), of a conv1d (D, 1, K)."""
-        return self.module.weight.detach()
+        """(out, in), of a conv1d (D, 1, K); with a matrix for each head (heads, out, in)."""
+        return getattr(self.module, self.attribute).detach()
+
+    @property
+    def tensor(self) -> str:
+        """The weight's name in the model."""
+        return f"{self.name}.weight" if self.attribute == "weight" else self.name
 
     @property
     def entries(self) -> int:
-        return self.module.weight.numel()
+        return self.weight.numel()
+
+    @property
+    def uses(self) -> dict[str, Any]:
+        """Every layer that multiplies by the weight, by name."""
+        return {self.name: self.module, **dict(self.others)}
 
 
 class SensitivitySparseGPTModifier(MixerModifier):
@@ -135,8 +161,10 @@ class SensitivitySparseGPTModifier(MixerModifier):
         tokens x hidden_size numbers. Linear layers elsewhere have ``own``
     :param targets: mixers, their projections, or Linear layers elsewhere, by name, class name,
         ``re:`` pattern, or the projection's bare name such as ``in_proj``; a mixer stands for all
-        its projections. Default all projections of all mixers
-    :param ignore: what to leave alone, likewise
+        its projections. Default all projections of all mixers. A weight that several layers
+        share, as the attention blocks of Zamba do, is pruned once, after its last use, by the
+        sum of their Hessians
+    :param ignore: what to leave alone, likewise; of layers that share a weight, all with one
     :param block_size: columns whose mask SparseGPT chooses together
     :param dampening_frac: added to each Hessian's diagonal, of its mean
     :param offload_hessians: keep all Hessians in main memory between batches: slower. By default
@@ -160,6 +188,8 @@ class SensitivitySparseGPTModifier(MixerModifier):
 
     _projections: dict[str, _Projection] = PrivateAttr(default_factory=dict)
     _linears: dict[str, _Projection] = PrivateAttr(default_factory=dict)
+    _done: set[int] = PrivateAttr(default_factory=set)
+    _called_again: set[int] = PrivateAttr(default_factory=set)
     _zeros: dict[str, int] = PrivateAttr(default_factory=dict)
     _zeros_before: dict[str, int] = PrivateAttr(default_factory=dict)
     _hessians: dict[str, Tensor] = PrivateAttr(default_factory=dict)
@@ -266,12 +296,14 @@ class SensitivitySparseGPTModifier(MixerModifier):
         who = type(self).__name__
         adapters = find_mixers(model)
         known = _prunable(model, adapters)
+        shared = {other: name for name, p in known.items() for other, _ in p.others}
         by_mixer = {a.name: {n for n, p in known.items() if p.adapter is a} for a in adapters}
 
         def named(pattern: str) -> tuple[set[str], set[str]]:
             """Names of projections that a pattern stands for, and of all that it matches."""
             matched = {name for name, _ in match_named_modules(model, [pattern])}
-            found = {name for name in matched if name in known}
+            found = {shared.get(name, name) for name in matched if name in known or name in shared}
+            found |= {n for n, p in known.items() if _stands_alone(p, pattern)}
             for name in matched & by_mixer.keys():
                 found |= by_mixer[name]
             bare = {n for n, p in known.items() if p.adapter and p.kind == pattern}
@@ -310,17 +342,13 @@ class SensitivitySparseGPTModifier(MixerModifier):
 
     def _check_projections(self, model: nn.Module, projections: list[_Projection]) -> None:
         who = type(self).__name__
-        owners: dict[int, str] = {}
-        for name, module in model.named_modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, nn.Parameter):
-                owners.setdefault(id(weight), name)
+        holders = weight_holders(model)
         for projection in projections:
-            owner = owners[id(projection.module.weight)]
-            if owner != projection.name:
+            others = set(holders.get(projection.name, ())) - projection.uses.keys()
+            if others:
                 raise SparseSSMError(
-                    f"{who}: {projection.name} shares its weight with {owner}; add "
-                    f"{projection.name!r} to ignore"
+                    f"{who}: {projection.name} shares its weight with {min(others)}, which is no "
+                    f"Linear layer that is pruned; add {projection.name!r} to ignore"
                 )
             assert self.sparsity is not None
             try:
@@ -334,6 +362,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         super().prepare(state)
         self._projections = {p.name: p for p in self.matching_projections(state.model)}
         self._linears = {n: p for n, p in self._projections.items() if p.adapter is None}
+        self._called_again = _of_several_names(state.model)
         for name, projection in self._linears.items():
             if not torch.isfinite(projection.weight).all():
                 raise SparseSSMError(f"{name}.weight holds NaN or infinite values")
@@ -356,7 +385,8 @@ class SensitivitySparseGPTModifier(MixerModifier):
                     self._masks = _attention_masks(state.data.calib)
                 for projection in self._linears.values():
                     hook = partial(self._linear_hook, projection)
-                    self.register_hook(projection.module, hook, "forward_pre")
+                    for module in projection.uses.values():
+                        self.register_hook(module, hook, "forward_pre")
             if self._needs_first_pass:
                 self._study_dense_model(state)
             with self._cost.stage("allocate"):
@@ -419,8 +449,9 @@ class SensitivitySparseGPTModifier(MixerModifier):
             for adapter in (self._pending.values() if keep else adapters)
         }
         handles |= {
-            self.register_hook(p.module, partial(self._linear_hook, p), "forward_pre")
+            self.register_hook(module, partial(self._linear_hook, p), "forward_pre")
             for p in linears
+            for module in p.uses.values()
         }
         model: Any = state.model
         device = get_execution_device(model)
@@ -469,7 +500,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
             for projection in members:
                 x = input_of(projection.kind, quantities, out_input)
                 gram = gram_of(projection, x, x, quantities.mask)
-                self._add_hessian(projection, gram, _count(x, quantities.mask))
+                self._add_hessian(projection, gram, _count(projection, x, quantities.mask))
         if last:
             raise _Seen
         offer(adapter.mixer, hidden_states, attention_mask, out_input)
@@ -483,7 +514,8 @@ class SensitivitySparseGPTModifier(MixerModifier):
             x = args[0]
             check_finite_input(projection.name, x)
             mask = _mask_for(x, self._masks[self._state.current_batch_idx])
-            self._add_hessian(projection, gram_of(projection, x, x, mask), _count(x, mask))
+            products = gram_of(projection, x, x, mask)
+            self._add_hessian(projection, products, _count(projection, x, mask))
 
     def _add_hessian(self, projection: _Projection, gram: Tensor, tokens: int) -> None:
         name = projection.name
@@ -522,8 +554,15 @@ class SensitivitySparseGPTModifier(MixerModifier):
         self, state: State, event: Event, modules: list[nn.Module] | None = None, **kwargs: Any
     ) -> None:
         super().on_sequential_epoch_end(state, event, modules=modules, **kwargs)
-        done = {id(module) for module in modules or ()}
-        self._compress_linears([p for p in self._linears.values() if id(p.module) in done])
+        # a layer that several places share under one name may be called again later
+        once = {id(m) for m in modules or () if id(m) not in self._called_again}
+        self._done |= once
+        ready = [
+            p
+            for p in self._linears.values()
+            if all(id(module) in self._done for module in p.uses.values())
+        ]
+        self._compress_linears(ready)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self._compress_linears(list(self._linears.values()))
@@ -625,18 +664,25 @@ class SensitivitySparseGPTModifier(MixerModifier):
             batch = next(iter(self._state.data.calib))
             self._probe = Probe(self._state.model, batch)
         by_name = {p.name: p for p in projections}
+        by_tensor = {p.tensor: p for p in projections}
+        everywhere = {
+            p.tensor for p in projections if p.others or id(p.module) in self._called_again
+        }
         errors: dict[str, float] = {}
 
-        def pruned(name: str) -> Tensor:
-            weight = by_name[name].weight
-            hessian = hessians[name].to(weight.device)
+        def pruned(tensor: str) -> Tensor:
+            projection = by_tensor[tensor]
+            weight = projection.weight
+            hessian = hessians[projection.name].to(weight.device)
             solved = SOLVERS["wanda"](weight, hessian, _PROBE_SPARSITY)
-            errors[name] = solved.error
+            errors[projection.name] = solved.error
             return solved.weight
 
         losses = {}
         with Stage(f"{type(self).__name__}: what a loss does", len(projections)) as stage:
-            moved = self._probe.divergences(list(by_name), pruned, lambda name: stage.advance())
+            moved = self._probe.divergences(
+                list(by_tensor), pruned, lambda name: stage.advance(), everywhere
+            )
         with Stage(f"{type(self).__name__}: sparsities", len(projections)) as stage:
             for name, projection in by_name.items():
                 stage.at(name)
@@ -649,7 +695,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
                     block_size=max(self.block_size, weight.shape[-1] // _CURVE_BLOCKS),
                     dampening_frac=self.dampening_frac,
                 )
-                harm = max(moved[name], _LEAST_DIVERGENCE) / max(errors[name], 1e-30)
+                harm = max(moved[projection.tensor], _LEAST_DIVERGENCE) / max(errors[name], 1e-30)
                 losses[name] = [harm * loss for loss in curve.tolist()]
                 stage.advance()
         return losses
@@ -700,7 +746,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
             for projection in members:
                 self._tokens[projection.name] = inputs.tokens
             for projection, weight in self._solve_all(members, owners, hessians, crosses):
-                pruned.mixer.get_submodule(projection.kind).weight.copy_(weight)
+                pruned.projection(projection.kind).weight.copy_(weight)
         logger.info(f"{adapter.name}: pruned {', '.join(p.kind for p in own)}")
 
     def _compress_linears(self, projections: list[_Projection]) -> None:
@@ -742,7 +788,8 @@ class SensitivitySparseGPTModifier(MixerModifier):
             (weight,) = distributed.share(
                 f"weight of {p.name}", partial(list, own), owners[p.name], p.weight.device
             )
-            update_offload_parameter(p.module, "weight", weight)
+            for module in p.uses.values():
+                update_offload_parameter(module, p.attribute, weight)
             self._layers.append({**entries[p.name], "tokens": self._tokens.pop(p.name, 0)})
             weights.append((p, weight))
         return weights
@@ -782,6 +829,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         return stored, {
             "name": name,
             "kind": projection.kind,
+            **({"shared_with": [n for n, _ in projection.others]} if projection.others else {}),
             "shape": list(weight.shape),
             "entries": projection.entries,
             "pruned": pruned,
@@ -833,6 +881,8 @@ class SensitivitySparseGPTModifier(MixerModifier):
         self._forget()
 
     def _forget(self) -> None:
+        self._done.clear()
+        self._called_again.clear()
         self._inputs.clear()
         self._dense_inputs.clear()
         self._dense_outs.clear()
@@ -881,18 +931,57 @@ def _of_all_ranks(what: str, own: dict[str, Any]) -> dict[str, Any]:
 
 def _prunable(model: nn.Module, adapters: list[MixerAdapter]) -> dict[str, _Projection]:
     """Every projection of a mixer, and every Linear layer elsewhere, in model order."""
-    inside = {
-        id(adapter.mixer.get_submodule(kind)): (kind, adapter)
-        for adapter in adapters
-        for kind in adapter.projections
-    }
-    found = {}
+    inside: dict[int, list[_Projection]] = {}
+    for adapter in adapters:
+        for kind in adapter.projections:
+            p = adapter.projection(kind)
+            name = f"{adapter.name}.{p.path}" if adapter.name else p.path
+            own = _Projection(name, kind, p.module, adapter, p.attribute)
+            inside.setdefault(id(p.module), []).append(own)
+    found: dict[str, _Projection] = {}
+    holders = weight_holders(model)
     for name, module in model.named_modules():
-        if id(module) in inside:
-            found[name] = _Projection(name, inside[id(module)][0], module, inside[id(module)][1])
-        elif isinstance(module, nn.Linear):
-            found[name] = _Projection(name, _LINEAR, module)
+        for own in inside.get(id(module), ()):
+            found[own.name] = own
+        if isinstance(module, nn.Linear) and id(module) not in inside:
+            uses = {n: model.get_submodule(n) for n in holders.get(name, [name])}
+            if any(not isinstance(m, nn.Linear) or id(m) in inside for m in uses.values()):
+                uses = {name: module}  # of something else, too: refused if it is to be pruned
+            if next(iter(uses)) == name:
+                others = tuple((n, m) for n, m in uses.items() if n != name)
+                found[name] = _Projection(name, _LINEAR, module, others=others)
     return found
+
+
+def weight_holders(model: nn.Module) -> dict[str, list[str]]:
+    """By name of a layer, the names of all that hold the same weight, in model order.
+
+    Of layers that share a weight with no other there is no entry.
+    """
+    holders: dict[int, list[str]] = {}
+    with disable_onloading():  # the parameters themselves, wherever they are
+        for name, module in model.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, nn.Parameter):
+                holders.setdefault(id(weight), []).append(name)
+    return {name: names for names in holders.values() if len(names) > 1 for name in names}
+
+
+def _of_several_names(model: nn.Module) -> set[int]:
+    """Identities of modules that stand in several places of the model."""
+    counts = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    return {identity for identity, count in counts.items() if count > 1}
+
+
+def _stands_alone(projection: _Projection, pattern: str) -> bool:
+    """Whether a pattern names a projection that is a parameter and no module.
+
+    Such as x_proj_weight of Zamba, which patterns for x_proj of other families name, too.
+    """
+    if projection.adapter is None or projection.attribute == "weight":
+        return False
+    names = (projection.name, f"{projection.adapter.name}.{projection.kind}")
+    return any(match_name(name, pattern) for name in names)
 
 
 def _vocabulary_modules(model: Any) -> set[str]:
@@ -939,7 +1028,8 @@ def gram_of(projection: _Projection, left: Tensor, right: Tensor, mask: Tensor |
     :param left: (b, L, in); (tokens, in) outside of mixers
     :param right: likewise
     :param mask: bool, of their leading dimensions, or None
-    :return: (in, in) float32; of a conv1d (D, K, K), over the K inputs that each output reads
+    :return: (in, in) float32; of a conv1d (D, K, K), over the K inputs that each output reads;
+        of a matrix for each head (heads, in, in), for left (b, L, heads, in)
     """
     alike = right is left
     # tensor cores multiply what the weight multiplies, and add in float32
@@ -949,14 +1039,17 @@ def gram_of(projection: _Projection, left: Tensor, right: Tensor, mask: Tensor |
     if projection.kind == "conv1d":
         return window_gram(left, right, projection.weight.shape[-1], mask)
     if mask is not None:
-        left = left * mask[..., None]
+        left = left * mask.view(*mask.shape, *[1] * (left.ndim - mask.ndim))
+    if projection.weight.ndim == 3:
+        heads = zip(left.unbind(-2), right.unbind(-2), strict=True)
+        return torch.stack([gram(x.flatten(0, -2), y.flatten(0, -2)) for x, y in heads])
     return gram(left.flatten(0, -2), right.flatten(0, -2))
 
 
 def _hessian_shape(projection: _Projection) -> torch.Size:
-    """(in, in); of a conv1d (D, K, K)."""
-    rows, size = projection.weight.shape[0], projection.weight.shape[-1]
-    return torch.Size((rows, size, size) if projection.kind == "conv1d" else (size, size))
+    """(in, in); of a conv1d (D, K, K), of a matrix for each head (heads, in, in)."""
+    *problems, _, size = projection.weight.shape
+    return torch.Size((*problems, size, size))
 
 
 def _stage_statistics(
@@ -1013,8 +1106,11 @@ def _stage_statistics(
     return hessians, crosses
 
 
-def _count(x: Tensor, mask: Tensor | None) -> int:
-    return x[..., 0].numel() if mask is None else int(mask.sum())
+def _count(projection: _Projection, x: Tensor, mask: Tensor | None) -> int:
+    """Tokens in what a projection multiplies."""
+    if mask is not None:
+        return int(mask.sum())
+    return math.prod(x.shape[:2] if projection.adapter else x.shape[:-1])
 
 
 def _attention_masks(dataloader: Any) -> list[Tensor | None]:

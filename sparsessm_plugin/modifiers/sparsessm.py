@@ -35,7 +35,8 @@ _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 class SparseSSMModifier(MixerModifier):
     """Prunes the entries of A_log that matter least for the mixer's output.
 
-    For mixers with an entry of A_log for every channel and state: Mamba, FalconMamba, Jamba.
+    For mixers with an entry of A_log for every channel and state: Mamba, FalconMamba, Jamba,
+    Zamba.
     A = -exp(A_log) is shared by all time steps, so an entry is judged by what it does over
     a whole sequence. One-shot, without training; layers are pruned one after the other, each
     with what the pruned layers before it produce (sequential pipeline), or all at once
@@ -187,9 +188,8 @@ class SparseSSMModifier(MixerModifier):
             device=A_log.device,
         )
         value = torch.tensor(PRUNED_VALUES[self.pruned_value], dtype=A_log.dtype)
-        update_offload_parameter(
-            adapter.mixer, "A_log", torch.where(pruned, value.to(A_log.device), A_log)
-        )
+        kept = torch.where(pruned, value.to(A_log.device), A_log)
+        update_offload_parameter(adapter.mixer, "A_log", kept.view_as(adapter.mixer.A_log))
         seconds = self._seconds.pop(adapter.name, 0.0) + time.perf_counter() - started
         self._record(adapter, was_zero, pruned, score, statistics, seconds)
 

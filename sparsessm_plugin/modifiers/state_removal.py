@@ -18,7 +18,7 @@ from sparsessm_plugin.criteria.states import (
     lowest,
 )
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import MixerAdapter, get_tensor
+from sparsessm_plugin.mixers import MixerAdapter
 from sparsessm_plugin.modifiers.removal import (
     CalibrationInputs,
     RemovalModifier,
@@ -192,10 +192,9 @@ class StateRemovalModifier(RemovalModifier):
                 f"{adapter.name} has {sizes.state_size}"
             )
         if "C" in given and not adapter.mixes_C:
-            reason = "a norm" if adapter.norms_state else "a convolution and SiLU"
             raise SparseSSMError(
                 f"{who}: compensate: C is not possible in {adapter.name} ({adapter.family}), "
-                f"where {reason} stands between the rows of C and C"
+                f"where {adapter.between_C}"
             )
 
     # -- one mixer -------------------------------------------------------------------
@@ -360,7 +359,7 @@ def gather(
             weight = adapter.out_gain(q, q.u) * out_norm  # no norm: the gate, whatever y is
             products = scan_products(q, weight, every)
             if products is not None:
-                statistics.add_products(products, *sampled(q, every, q.C[:, :, None], q.u, weight))
+                statistics.add_products(products, *sampled(q, every, _by_group(q), q.u, weight))
                 continue
         y, h = scan_states(q, every)
         if vote:
@@ -369,13 +368,17 @@ def gather(
                 length = every * h.shape[1]
                 votes = votes * q.mask[:, every - 1 : length : every, None, None]
             statistics.add_steps(votes.sum(0))
-        C = q.C if q.C.ndim == 4 else q.C[:, :, None]
         weight = adapter.out_gain(q, y) * out_norm
-        flat = sampled(q, every, h, C, q.u, weight)
+        flat = sampled(q, every, h, _by_group(q), q.u, weight)
         for samples in zip(*(s.split(_SAMPLES) for s in flat), strict=True):
             statistics.add(*samples)
     distributed.reduce_fields(f"states' sums of {adapter.name}", statistics, to=0)
     return statistics
+
+
+def _by_group(q: MixerQuantities) -> Tensor:
+    """(b, L, G, N) C."""
+    return q.C if q.C.ndim == 4 else q.C[:, :, None]
 
 
 def gather_mixtures(adapter: MixerAdapter, inputs: CalibrationInputs) -> MixtureStatistics:
@@ -410,12 +413,10 @@ def _vote_score(adapter: MixerAdapter, h: Tensor) -> Tensor:
 def row_norms(adapter: MixerAdapter) -> tuple[Tensor, Tensor]:
     """(G, N) norms of the projection rows that make B and C."""
     sizes = adapter.sizes
-    length = adapter.axis_length("state")
+    states = range(adapter.axis_length("state"))
     norms = []
     for axis in adapter.state_rows:
-        weight = get_tensor(adapter.mixer, axis.tensor)
-        assert weight is not None
-        rows = weight.detach()[axis.start : axis.start + length]
+        rows = adapter.entries_along(axis)[axis.positions(states)]
         norms.append(rows.double().norm(dim=1).view(sizes.n_groups, sizes.state_size))
     return norms[0], norms[1]
 
@@ -491,7 +492,7 @@ def write_rows(adapter: MixerAdapter, small: MixerAdapter, *mixtures: Tensor | N
 
 def fit_D(adapter: MixerAdapter, small: MixerAdapter, inputs: CalibrationInputs) -> None:
     """Add to D what of the lost scan output follows the scan input."""
-    entries, weight = len(small.mixer.D), adapter.out_norm
+    entries, weight = len(small.D), adapter.out_norm
     # scale_state() may have put a factor into out_proj, which D goes through as well
     factor = torch.where(weight > 0, small.out_norm / weight, torch.ones_like(weight))
     lost = torch.zeros(entries, dtype=torch.float64, device=weight.device)
@@ -508,7 +509,7 @@ def fit_D(adapter: MixerAdapter, small: MixerAdapter, inputs: CalibrationInputs)
         energy += (gained * q.u.square()).sum((0, 1)).double().view(entries, -1).sum(1)
     sums = distributed.reduce_sum("sums for D", {"lost": lost, "energy": energy})
     lost, energy = sums["lost"], sums["energy"]
-    small.mixer.D.add_(skip_update(lost, energy).to(small.mixer.D.dtype))
+    small.D.add_(skip_update(lost, energy).to(small.D.dtype))
 
 
 def fit_scale(adapter: MixerAdapter, small: MixerAdapter, inputs: CalibrationInputs) -> None:

@@ -31,6 +31,7 @@ from sparsessm_plugin.modifiers import (
 )
 from sparsessm_plugin.modifiers.distillation import mixer_parameters
 from sparsessm_plugin.modifiers.experts import check_experts
+from sparsessm_plugin.modifiers.sensitivity import weight_holders
 from sparsessm_plugin.modifiers.sparse_gptq import check_quantized, never_called, quantized_weights
 from sparsessm_plugin.selection.masks import check_structure
 
@@ -110,9 +111,17 @@ def _pruned(modifier: Any, model: nn.Module) -> set[str]:
     if isinstance(modifier, SparseSSMModifier):
         return _names(modifier.matching_mixers, model)  # A_log is the mixer's own
     if isinstance(modifier, SensitivitySparseGPTModifier):
-        return _names(modifier.matching_projections, model)
+        return {
+            use
+            for name in _names(modifier.matching_projections, model)
+            for use in weight_holders(model).get(name, [name])
+        }
     if isinstance(modifier, GradientMagnitudeModifier):
-        return {w.rpartition(".")[0] for w in _names(modifier.matching_weights, model)}
+        # an A_log and a D are the mixer's own
+        return {
+            w.removesuffix(".weight").removesuffix(".A_log").removesuffix(".D")
+            for w in _names(modifier.matching_weights, model)
+        }
     if not isinstance(modifier, SparsityModifierBase):
         return set()
     targets = [modifier.targets] if isinstance(modifier.targets, str) else modifier.targets
@@ -136,7 +145,7 @@ def _written(modifier: Any, model: nn.Module) -> set[str]:
         if modifier.distill_steps:  # all weights of all mixers
             return {name.rpartition(".")[0] for name in mixer_parameters(model)}
         return {
-            f"{adapter.name}.{kind}"
+            f"{adapter.name}.{adapter.projection(kind).path}"
             for adapter in find_mixers(model)
             for step in _steps(modifier, adapter)
             for kind in _FITTED.get(step, ())

@@ -1,5 +1,6 @@
 """The selective scan that also accumulates statistics: one interface, several backends."""
 
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -9,16 +10,22 @@ from torch import Tensor
 from sparsessm_plugin.backends.choice import REFERENCE, backend_for
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.recurrence import kernels, ssd
-from sparsessm_plugin.recurrence.quantities import HeadQuantities, MixerQuantities
+from sparsessm_plugin.recurrence.quantities import (
+    GroupedQuantities,
+    HeadQuantities,
+    MixerQuantities,
+)
 from sparsessm_plugin.recurrence.statistics import PrunedValue, ScanStatistics, StatisticsRequest
 
 __all__ = [
     "REFERENCE",
+    "GroupedQuantities",
     "HeadQuantities",
     "MixerQuantities",
     "PrunedValue",
     "ScanStatistics",
     "StatisticsRequest",
+    "by_group",
     "implementation",
     "scan",
     "scan_products",
@@ -62,6 +69,9 @@ def scan(
                 "statistics of A_log need one entry a state; Mamba-2 has one a head"
             )
         return ssd.scan(quantities)
+    if isinstance(quantities, GroupedQuantities):
+        ran = [scan(q, part, backend) for q, part in by_group(quantities, statistics)]
+        return torch.cat(ran, dim=-1)
     if statistics is None and backend is None and kernels.available(quantities):
         return kernels.scan(quantities)
     y: Tensor = implementation(backend, quantities.u.device).scan(quantities, statistics)
@@ -82,6 +92,9 @@ def scan_states(
         y, states = ssd.scan_with_states(quantities, chunk=every)
         assert states is not None
         return y, states
+    if isinstance(quantities, GroupedQuantities):
+        ran = [scan_states(q, every, backend) for _, q in quantities.groups()]
+        return torch.cat([y for y, _ in ran], dim=-1), torch.cat([h for _, h in ran], dim=2)
     y, states = implementation(backend, quantities.u.device).scan_states(quantities, every)
     return y, states
 
@@ -98,11 +111,38 @@ def scan_products(
     :param weight: (b, L, D) what the scan output is multiplied with
     :param every: look at every so many steps
     :param backend: to use instead of the device's own
-    :return: float64 sums of phi_n phi_m (N, N), of weight u phi_n by channel (D, N), and of
-        h_n^2 (N,); None for Mamba-2, many states, and where the backend cannot
+    :return: float64 sums of phi_n phi_m (G, N, N) by group, of weight u phi_n by channel (D, N),
+        and of h_n^2 (G, N); None for Mamba-2, many states, and where the backend cannot
     """
     if isinstance(quantities, HeadQuantities) or quantities.A.shape[1] > MOST_PRODUCTS:
         return None
+    if isinstance(quantities, GroupedQuantities):
+        of_groups = []
+        for own, q in quantities.groups():
+            sums = scan_products(q, weight[..., own], every, backend)
+            if sums is None:
+                return None
+            of_groups.append(sums)
+        gram, skip, energy = (torch.cat(each) for each in zip(*of_groups, strict=True))
+        return gram, skip, energy
     module = implementation(backend, quantities.u.device)
     function = getattr(module, "scan_products", None)
-    return None if function is None else function(quantities, weight, every)
+    if function is None:
+        return None
+    gram, skip, energy = function(quantities, weight, every)
+    return gram[None], skip, energy[None]
+
+
+def by_group(
+    quantities: GroupedQuantities, statistics: ScanStatistics | None
+) -> Iterator[tuple[MixerQuantities, ScanStatistics | None]]:
+    """The recurrence of each group alone, with its part of the accumulators.
+
+    :param statistics: is written once all groups have been taken
+    """
+    if statistics is None:
+        yield from ((q, None) for _, q in quantities.groups())
+        return
+    parts = statistics.split(quantities.n_groups)
+    yield from ((q, part) for (_, q), part in zip(quantities.groups(), parts, strict=True))
+    statistics.join(parts)

@@ -21,7 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from sparsessm_plugin.backends.vectors import MATH, as_array, compiled, exp, threads_of_torch
 from sparsessm_plugin.recurrence import cpu, kernels, ssd
 from sparsessm_plugin.recurrence.cpu import BLOCK
-from sparsessm_plugin.recurrence.quantities import HeadQuantities, MixerQuantities
+from sparsessm_plugin.recurrence.quantities import (
+    GroupedQuantities,
+    HeadQuantities,
+    MixerQuantities,
+)
 
 _EVERY = 16  # steps between two states that the CPU keeps; with N = 16 they are as large as u
 _CHUNK = 64  # steps that other devices take together
@@ -36,6 +40,8 @@ def scan(quantities: MixerQuantities) -> Tensor:
     q = quantities
     if isinstance(q, HeadQuantities):
         return ssd.scan(q)
+    if isinstance(q, GroupedQuantities):
+        return torch.cat([scan(group) for _, group in q.groups()], dim=-1)
     if q.u.device.type == "cpu":
         return _CPUScan.apply(q.u, q.dt, q.A, q.B, q.C, q.D)
     if kernels.available(q):

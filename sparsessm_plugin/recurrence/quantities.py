@@ -5,6 +5,7 @@ R rank of dt (``time_step_rank``), K width of the convolution; in the Mamba-2 la
 H heads of P channels (``head_dim``) and G groups of heads that share B and C.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -61,3 +62,30 @@ class HeadQuantities(MixerQuantities):
     :param D: (H,)
     :param inputs: in_proj (b, L, hidden_size), conv1d (b, L, D + 2 G N)
     """
+
+
+@dataclass
+class GroupedQuantities(MixerQuantities):
+    """The same where groups of channels have a B and a C each, as in Zamba.
+
+    The D channels are those of the first group, then those of the second, and so on.
+
+    :param B: (b, L, G, N)
+    :param C: (b, L, G, N)
+    :param inputs: in_proj (b, L, hidden_size), conv1d (b, L, D), x_proj (b, L, G, D / G),
+        dt_proj (b, L, G, R)
+    """
+
+    @property
+    def n_groups(self) -> int:
+        """G."""
+        return self.B.shape[2]
+
+    def groups(self) -> Iterator[tuple[slice, MixerQuantities]]:
+        """The channels of each group, and its recurrence alone."""
+        size = len(self.A) // self.n_groups
+        for g in range(self.n_groups):
+            own = slice(g * size, (g + 1) * size)
+            u, dt, z = (x[..., own] for x in (self.u, self.dt, self.z))
+            B, C = self.B[:, :, g], self.C[:, :, g]
+            yield own, MixerQuantities(u, dt, self.A[own], B, C, self.D[own], z, self.mask)

@@ -10,6 +10,7 @@ from sparsessm_plugin.backends.memory import room
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
 
 PrunedValue = Literal["zero", "memoryless"]
+_ACCUMULATORS = ("state_energy", "transition", "output_error")
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,35 @@ class ScanStatistics:
         if self.request.output_error is not None:
             self.output_error = self._room(self.output_error)
 
+    def split(self, groups: int) -> list["ScanStatistics"]:
+        """Accumulators of as many equal parts of the channels, with what is there already."""
+        size = self.channels // groups
+        parts = []
+        for g in range(groups):
+            part = ScanStatistics(self.request, size, self.state_size, self.device)
+            part.tokens, part.steps = self.tokens, self.steps
+            for name in _ACCUMULATORS:
+                whole = getattr(self, name)
+                if whole is not None:
+                    own = whole[..., g * size : (g + 1) * size, :]
+                    # backends write where channels lie as :meth:`_room` makes them
+                    setattr(part, name, _like_room(own))
+            parts.append(part)
+        return parts
+
+    def join(self, parts: list["ScanStatistics"]) -> None:
+        """Take over what :meth:`split` parts hold once they have seen the same batch."""
+        self.tokens, self.steps = parts[0].tokens, parts[0].steps
+        for name in _ACCUMULATORS:
+            values = [getattr(part, name) for part in parts]
+            if all(value is not None for value in values):
+                setattr(self, name, torch.cat(values, dim=-2))
+
     def is_finite(self) -> bool:
         """Whether every accumulator holds finite numbers only."""
         return all(
             bool(torch.isfinite(t.sum(dtype=torch.float64)))
-            for t in (self.state_energy, self.transition, self.output_error)
+            for t in (getattr(self, name) for name in _ACCUMULATORS)
             if t is not None
         )
 
@@ -103,3 +128,11 @@ class ScanStatistics:
         if accumulator is not None:
             grown[:have] = accumulator
         return grown
+
+
+def _like_room(accumulator: Tensor) -> Tensor:
+    """A copy in which states of a step lie one after the other, channels contiguous in each."""
+    if accumulator.ndim == 2:
+        return accumulator.clone(memory_format=torch.contiguous_format)
+    copy = accumulator.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    return copy.transpose(1, 2)
