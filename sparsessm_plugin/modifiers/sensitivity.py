@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -10,11 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from compressed_tensors.distributed import greedy_bin_packing
-from compressed_tensors.offload import (
-    disable_onloading,
-    get_execution_device,
-    update_offload_parameter,
-)
+from compressed_tensors.offload import get_execution_device, update_offload_parameter
 from compressed_tensors.offload.cache import CPUCache, DiskCache
 from compressed_tensors.utils import match_named_modules
 from compressed_tensors.utils.match import match_name
@@ -48,6 +43,7 @@ from sparsessm_plugin.modifiers.calibration import (
 from sparsessm_plugin.modifiers.contexts import hooks_disabled, quantization_disabled
 from sparsessm_plugin.modifiers.probe import Probe
 from sparsessm_plugin.modifiers.removal import CalibrationInputs
+from sparsessm_plugin.modifiers.shared_weights import of_several_names, weight_holders
 from sparsessm_plugin.progress import Stage
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
 from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure, parse_structure
@@ -362,7 +358,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         super().prepare(state)
         self._projections = {p.name: p for p in self.matching_projections(state.model)}
         self._linears = {n: p for n, p in self._projections.items() if p.adapter is None}
-        self._called_again = _of_several_names(state.model)
+        self._called_again = of_several_names(state.model)
         for name, projection in self._linears.items():
             if not torch.isfinite(projection.weight).all():
                 raise SparseSSMError(f"{name}.weight holds NaN or infinite values")
@@ -951,26 +947,6 @@ def _prunable(model: nn.Module, adapters: list[MixerAdapter]) -> dict[str, _Proj
                 others = tuple((n, m) for n, m in uses.items() if n != name)
                 found[name] = _Projection(name, _LINEAR, module, others=others)
     return found
-
-
-def weight_holders(model: nn.Module) -> dict[str, list[str]]:
-    """By name of a layer, the names of all that hold the same weight, in model order.
-
-    Of layers that share a weight with no other there is no entry.
-    """
-    holders: dict[int, list[str]] = {}
-    with disable_onloading():  # the parameters themselves, wherever they are
-        for name, module in model.named_modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, nn.Parameter):
-                holders.setdefault(id(weight), []).append(name)
-    return {name: names for names in holders.values() if len(names) > 1 for name in names}
-
-
-def _of_several_names(model: nn.Module) -> set[int]:
-    """Identities of modules that stand in several places of the model."""
-    counts = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    return {identity for identity, count in counts.items() if count > 1}
 
 
 def _stands_alone(projection: _Projection, pattern: str) -> bool:

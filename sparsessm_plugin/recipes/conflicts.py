@@ -31,7 +31,7 @@ from sparsessm_plugin.modifiers import (
 )
 from sparsessm_plugin.modifiers.distillation import mixer_parameters
 from sparsessm_plugin.modifiers.experts import check_experts
-from sparsessm_plugin.modifiers.sensitivity import weight_holders
+from sparsessm_plugin.modifiers.shared_weights import weight_holders
 from sparsessm_plugin.modifiers.sparse_gptq import check_quantized, never_called, quantized_weights
 from sparsessm_plugin.selection.masks import check_structure
 
