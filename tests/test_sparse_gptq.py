@@ -1,14 +1,17 @@
 """SparseGPTQModifier through oneshot(): zeros survive, bad targets are refused early."""
 
+from importlib import import_module
+
 import pytest
 import torch
-from conftest import DEMO, Loader, batches, tiny_model
+from conftest import DEMO, Loader, batches, check_reload, tiny_model
 from llmcompressor import active_session, oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch import nn
 from transformers import AutoTokenizer
 
+import sparsessm_plugin
 from sparsessm_plugin import SparseGPTQModifier
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.recipes import parse_recipe
@@ -276,3 +279,77 @@ def test_a_layer_with_infinite_inputs_is_named_and_nothing_stays_hooked():
         run(model, modifier)
     for module in model.modules():
         assert not isinstance(module, nn.Linear) or not module._forward_hooks
+
+
+# -- weights that several layers share -------------------------------------------------------
+
+TWICE = {"layers_block_type": ["hybrid", "linear_attention", "hybrid"]}
+
+
+@pytest.mark.parametrize("pipeline", ["independent", "sequential", "basic"])
+@pytest.mark.parametrize("family", ["zamba", "zamba2"])
+def test_shared_weights_are_quantized_once_by_all_uses(family, pipeline, monkeypatch, tmp_path):
+    """The Hessian that the solver gets is the mean over all uses, and what is saved loads."""
+    name = "sparsessm_plugin.modifiers.sparse_gptq"
+    seen, solve = [], import_module(name).masked_gptq
+
+    def recorded(weight, hessian, *args, **kwargs):
+        seen.append(hessian.clone())
+        return solve(weight, hessian, *args, **kwargs)
+
+    monkeypatch.setattr(f"{name}.masked_gptq", recorded)
+    monkeypatch.setattr(f"{name}._has_zeros", lambda module: True)
+    model, ready = tiny_model(family, **TWICE), batches()
+    names = [n for n, _ in model.named_modules() if n.endswith("q_proj")]
+    inputs = []
+    handles = [
+        model.get_submodule(n).register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+        for n in names
+    ]
+    with torch.no_grad():
+        for batch in ready:
+            model(**batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    expected = sum(2 * x.flatten(0, 1).T @ x.flatten(0, 1) for x in inputs)
+    modifier = SparseGPTQModifier(targets="re:.*q_proj$", scheme="W8A8")
+    run(model, modifier, pipeline=pipeline)
+    (hessian,) = seen
+    torch.testing.assert_close(
+        hessian / hessian.norm(), (expected / expected.norm()).to(hessian), rtol=1e-3, atol=1e-4
+    )
+    first, second = (model.get_submodule(n) for n in names)
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.weight_scale, second.weight_scale)
+    assert on_the_grid(first)
+    if pipeline == "sequential":
+        model.save_pretrained(tmp_path / "saved")
+        check_reload(model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"config_groups": {"g": {"targets": ["re:.*q_proj$"], "weights": INT4}}}, "int-quantized"),
+        (
+            {"targets": "re:.*q_proj$", "scheme": "W8A8", "ignore": r"re:.*layers\.2\."},
+            "which would not be quantized",
+        ),
+    ],
+)
+def test_shared_weights_that_would_not_load(fields, message):
+    model = tiny_model("zamba", **TWICE)
+    with pytest.raises(SparseSSMError, match=f"q_proj shares its weight.*{message}") as error:
+        run(model, SparseGPTQModifier(**fields))
+    assert "\n" not in str(error.value)
+
+
+def test_packed_zamba_is_loaded_by_load(tmp_path):
+    model = tiny_model("zamba")
+    fields = {"config_groups": {"g": {"targets": ["Linear"], "weights": INT4}}}
+    ignore = ["lm_head", "re:.*shared_transf.*"]
+    run(model, SparseGPTQModifier(ignore=ignore, **fields), output_dir=str(tmp_path / "saved"))
+    ids = torch.randint(1, 96, (2, 9))
+    loaded = sparsessm_plugin.load(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)

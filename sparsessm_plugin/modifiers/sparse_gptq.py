@@ -12,11 +12,13 @@ from compressed_tensors.distributed import greedy_bin_packing
 from compressed_tensors.offload import disable_offloading, update_offload_parameter
 from compressed_tensors.quantization import (
     QuantizationArgs,
+    QuantizationScheme,
     QuantizationStrategy,
+    QuantizationType,
     fake_quantize,
 )
 from compressed_tensors.utils import match_named_modules
-from llmcompressor.core import State
+from llmcompressor.core import Event, State
 from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -36,6 +38,7 @@ from sparsessm_plugin.mixers import check_not_quantized, is_mixer, iter_mixers
 from sparsessm_plugin.modifiers.experts import check_experts_of_session
 from sparsessm_plugin.modifiers.fields import MEANINGLESS, check_computed, check_given
 from sparsessm_plugin.modifiers.saving import change_config
+from sparsessm_plugin.modifiers.shared_weights import weight_holders
 from sparsessm_plugin.patterns import check_patterns
 from sparsessm_plugin.solvers.gptq import masked_gptq
 
@@ -71,6 +74,9 @@ class SparseGPTQModifier(GPTQModifier):
     hold dt_proj in the Mamba-1 layout: transformers reads its weight without calling it, so that
     its input is never seen and its scale would stay empty.
 
+    A weight that several layers share, as attention blocks of Zamba do, is quantized once, after
+    its last use, by the sum of their Hessians. Packed it would not load again, which is refused.
+
     Lifecycle: that of GPTQModifier, after the targets have been checked on initialization.
 
     :param scheme: preset such as ``W4A16``, ``W8A8`` or ``FP8_DYNAMIC``, or a mapping of presets
@@ -91,6 +97,9 @@ class SparseGPTQModifier(GPTQModifier):
     meaningless_fields: ClassVar[frozenset[str]] = MEANINGLESS
 
     _layers: list[dict[str, Any]] = PrivateAttr(default_factory=list)
+    _shared: list[list[Any]] = PrivateAttr(default_factory=list)
+    _pooled: dict[int, tuple[Tensor, Tensor]] = PrivateAttr(default_factory=dict)
+    _done: set[int] = PrivateAttr(default_factory=set)
 
     def __init__(self, **fields: Any):
         check_given(type(self).__name__, fields)
@@ -110,7 +119,26 @@ class SparseGPTQModifier(GPTQModifier):
             check_experts_of_session(state.model)
         data = state.data.calib if state.data is not None else None
         distributed.check_ranks(who, state.model, data, self._settings())
+        modules = {name: m for name, (m, _) in quantized_weights(self, state.model).items()}
+        holders = weight_holders(state.model)
+        self._shared = [
+            [modules[name] for name in names]
+            for first, names in holders.items()
+            if first == names[0] and first in modules
+        ]
         return super().on_initialize(state, **kwargs)
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
+    ) -> None:
+        self._done |= {id(module) for module in modules}
+        super().on_sequential_epoch_end(state, event, modules, **kwargs)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        if self._pooled:  # of layers that were never called
+            self._done |= {id(module) for group in self._shared for module in group}
+            self.compress_modules()
+        super().on_calibration_end(state, event, **kwargs)
 
     def check_model(self, model: nn.Module) -> None:
         """:func:`check_quantized` for this modifier.
@@ -141,15 +169,46 @@ class SparseGPTQModifier(GPTQModifier):
         LLM Compressor's own way to share them out leaves what runs on the CPU different on every
         rank, unless ranks share its memory.
         """
+        ready = self._pool_shared()
         if not distributed.is_distributed():
             super().compress_modules()
+            self._share_grids(ready)
             return
         try:
             self._compress_on_ranks()
+            self._share_grids(ready)
         except BaseException as error:
             distributed.fail(error)
             self.release()
             raise
+
+    def _pool_shared(self) -> list[list[Any]]:
+        """Add up what layers that share a weight have seen; the first gets it once all are done.
+
+        :return: the layers of each weight that is now to be quantized
+        """
+        ready = []
+        for i, group in enumerate(self._shared):
+            for module in group:
+                if module in self._hessians:
+                    hessian, count = self._hessians.pop(module), self._num_samples.pop(module)
+                    if i in self._pooled:
+                        before, counted = self._pooled[i]
+                        hessian, count = before.to(hessian) + hessian, counted.to(count) + count
+                    self._pooled[i] = hessian, count
+            if i in self._pooled and all(id(module) in self._done for module in group):
+                self._hessians[group[0]], self._num_samples[group[0]] = self._pooled.pop(i)
+                ready.append(group)
+        return ready
+
+    def _share_grids(self, groups: list[list[Any]]) -> None:
+        """Give every layer of a weight the scales that it has been quantized with."""
+        for first, *others in groups:
+            for module in others:
+                for key in [k for k in first._parameters if k.startswith("weight_")]:
+                    update_offload_parameter(module, key, getattr(first, key))
+                if module.weight_observer.has_statistics:
+                    module.weight_observer.delete_statistics(check_fused=True)
 
     @torch.no_grad()
     def _compress_on_ranks(self) -> None:
@@ -313,6 +372,7 @@ def check_quantized(modifier: Any, model: nn.Module) -> None:
     """
     check_not_quantized(model)
     who, inside = type(modifier).__name__, never_called(model)
+    _check_shared(modifier, model)
     for name, (module, args) in quantized_weights(modifier, model).items():
         if name in inside:
             raise SparseSSMError(
@@ -333,6 +393,39 @@ def check_quantized(modifier: Any, model: nn.Module) -> None:
                 f"{who}: {name} has {width} inputs, which groups of {size} do not divide; "
                 f'add "re:{_anchored(name)}" to ignore or choose another group_size'
             )
+
+
+def _check_shared(modifier: Any, model: nn.Module) -> None:
+    """Refuse a weight of several layers that is quantized in some only, or to be packed."""
+    who, quantized = type(modifier).__name__, set(quantized_weights(modifier, model))
+    holders = {n: names for n, names in weight_holders(model).items() if n in quantized}
+    for name, names in holders.items():
+        for other in names:
+            if other not in quantized:
+                raise SparseSSMError(
+                    f"{who}: {name} shares its weight with {other}, which would not be quantized; "
+                    f'add "re:{_anchored(name)}" to ignore or take {other!r} out of it'
+                )
+    for scheme in modifier.resolved_config.config_groups.values():
+        if scheme.weights is None or not _is_packed(scheme):
+            continue
+        for name, _ in match_named_modules(model, scheme.targets, modifier.ignore):
+            if name in holders:
+                other = next(n for n in holders[name] if n != name)
+                raise SparseSSMError(
+                    f"{who}: {name} shares its weight with {other}, and packed it would not load "
+                    f'again; add "re:{_anchored(name)}" to ignore, or give the config group '
+                    "format: int-quantized"
+                )
+
+
+def _is_packed(scheme: QuantizationScheme) -> bool:
+    """Whether weights are stored in a tensor of another shape."""
+    weights = scheme.weights
+    if scheme.format is not None:
+        return "pack" in str(scheme.format)
+    whole = weights.type == QuantizationType.INT and scheme.input_activations is None
+    return weights.num_bits == 4 or whole
 
 
 def _values(module: Any, names: list[str]) -> list[Tensor]:
