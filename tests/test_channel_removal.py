@@ -62,7 +62,9 @@ def test_sizes_between_multiples_of_hidden_size(family, tmp_path):
         assert torch.equal(loaded(input_ids=ids, use_cache=False).logits, expected)
 
 
-@pytest.mark.parametrize("family", ["jamba", "mamba2", "bamba", "zamba2", "granitemoehybrid"])
+@pytest.mark.parametrize(
+    "family", ["jamba", "zamba", "mamba2", "bamba", "zamba2", "granitemoehybrid"]
+)
 def test_sizes_that_no_loader_makes_are_refused(family):
     model = tiny_model(family)
     mixers = [adapter.mixer for adapter in find_mixers(model)]

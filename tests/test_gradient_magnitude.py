@@ -42,6 +42,8 @@ def prunable(model):
     for name, module in model.named_modules():
         if any(module is m for m in mixers):
             found |= {f"{name}.A_log": module.A_log, f"{name}.D": module.D}
+            stacked = ("x_proj_weight", "dt_proj_weight")  # of Zamba
+            found |= {f"{name}.{p}": getattr(module, p) for p in stacked if hasattr(module, p)}
         elif isinstance(module, (nn.Linear, nn.Conv1d)) and module is not head:
             found[f"{name}.weight"] = module.weight
     unique = {}
@@ -283,8 +285,28 @@ def test_targets_and_ignore():
     assert not any(word in n for n in everything for word in ("norm", "embed", "lm_head", "dt_b"))
 
 
+TWICE = {"layers_block_type": ["hybrid", "linear_attention", "hybrid"]}
+
+
+@pytest.mark.parametrize("family", ["zamba", "zamba2"])
+def test_gradients_of_shared_weights_are_those_of_all_uses(family):
+    shared, apart = (tiny_model(family, **TWICE) for _ in range(2))
+    names = [n for n, _ in shared.named_modules() if n.endswith("q_proj")]
+    assert len(names) == 2
+    second = apart.get_submodule(names[1])
+    second.weight = nn.Parameter(second.weight.detach().clone())
+
+    tensors = {"shared": shared.get_submodule(names[0]).weight}
+    (found,) = training.mean_gradients(shared, batches(2), tensors)[0].values()
+    for batch in batches(2):
+        (apart(**batch, labels=batch["input_ids"]).loss / 2).backward()
+    one, two = (apart.get_submodule(n).weight.grad for n in names)
+    torch.testing.assert_close(found, (one + two).abs(), rtol=1e-3, atol=1e-7)
+    assert not torch.allclose(found, one.abs(), rtol=1e-2)
+
+
 def test_shared_weights_are_pruned_once():
-    model = tiny_model("zamba2")
+    model = tiny_model("zamba2", **TWICE)
     run(model, modifier(), batches(1))
     after = prunable(model)
     assert zeros(after) == round(0.5 * sum(p.numel() for p in after.values()))

@@ -327,7 +327,7 @@ def test_report_file(tmp_path):
     assert {"name", "kind", "sparsity", "relative_error", "seconds"} <= layer.keys()
 
 
-@pytest.mark.parametrize("family", ["mamba", "granitemoehybrid"])
+@pytest.mark.parametrize("family", ["mamba", "zamba", "granitemoehybrid"])
 def test_saved_checkpoint_reloads_in_a_process_without_the_package(tmp_path, family):
     model = tiny_model(family)
     run(model, modifier(allocation="optimal"), output_dir=str(tmp_path / "out"))

@@ -32,7 +32,7 @@ def perplexity(model):
     return evaluate_perplexity(model, SAMPLES).perplexity
 
 
-@pytest.mark.parametrize("family", ["mamba", "jamba", "mamba2"])
+@pytest.mark.parametrize("family", ["mamba", "jamba", "zamba", "mamba2"])
 def test_every_part_is_measured_as_if_it_alone_had_been_pruned(family):
     model = tiny_model(family)
     before = state(model)
@@ -54,7 +54,7 @@ def test_every_part_is_measured_as_if_it_alone_had_been_pruned(family):
         for adapter in find_mixers(pruned):
             for kind in adapter.projections:
                 if found.kind in (kind, None) and found.layer in (adapter.name, None):
-                    weight = adapter.mixer.get_submodule(kind).weight.data
+                    weight = adapter.projection(kind).weight.data
                     size = weight.shape[-1]
                     unit = torch.eye(size).expand(*weight.shape[:-2], size, size)
                     weight.copy_(magnitude(weight, unit, found.sparsity).weight)

@@ -332,7 +332,7 @@ def test_shared_weights_are_quantized_once_by_all_uses(family, pipeline, monkeyp
     [
         ({"config_groups": {"g": {"targets": ["re:.*q_proj$"], "weights": INT4}}}, "int-quantized"),
         (
-            {"targets": "re:.*q_proj$", "scheme": "W8A8", "ignore": r"re:.*layers\.2\."},
+            {"targets": "re:.*q_proj$", "scheme": "W8A8", "ignore": [r"re:.*layers\.2\."]},
             "which would not be quantized",
         ),
     ],
