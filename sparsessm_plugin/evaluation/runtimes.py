@@ -281,6 +281,8 @@ def _vllm(checkpoint: _Checkpoint) -> RuntimeSupport:
     if checkpoint.is_mamba_ssm:
         return RuntimeSupport(name, "no", ("this is mamba_ssm's layout",), run=False)
     problems = _common_problems(checkpoint)
+    if checkpoint.model_type == "zamba":
+        problems.append("its registry has Zamba2, but no Zamba")
     if checkpoint.model_type in _MAMBA1 and (quantized := checkpoint.quantized_parts()):
         problems.append(
             f"{quantized[0]} is quantized, and no quantization reaches vLLM's mixers of the "
