@@ -52,6 +52,12 @@ ModelArgument = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's code run.")]
+Unused = Annotated[
+    bool,
+    typer.Option(
+        "--allow-unused-tensors", help="Load checkpoints with tensors that the model lacks."
+    ),
+]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Show libraries' logs and warnings, and tracebacks.")
 ]
@@ -129,11 +135,12 @@ def prune(
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
+    allow_unused_tensors: Unused = False,
     verbose: Verbose = False,
 ) -> None:
     """Prune a model with a recipe and save it; under torchrun, on several ranks together."""
     _choice("--pipeline", pipeline, _PIPELINES)
-    source = _source(model, trust_remote_code, dtype, device)
+    source = _source(model, trust_remote_code, dtype, device, allow_unused_tensors)
     from sparsessm_plugin import distributed
     from sparsessm_plugin.evaluation.components import take_inventory
     from sparsessm_plugin.evaluation.data import calibration_loader
@@ -192,7 +199,9 @@ def prune(
             perplexity = {"text": text, "before": result.to_dict()}
         # several bars at once garble each other
         with nullcontext() if verbose else bars_shown(err):
-            pruned = run_recipe(dense, checked, loader, tokenizer, pipeline, source.load)
+            pruned = run_recipe(
+                dense, checked, loader, tokenizer, pipeline, source.load, trust_remote_code
+            )
         inventory = take_inventory(pruned.model)
         if text_samples is not None:
             result = _evaluate(pruned.model, text_samples, batch_size, "pruned")
@@ -247,6 +256,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
+    allow_unused_tensors: Unused = False,
     verbose: Verbose = False,
 ) -> None:
     """Perplexity over non-overlapping windows of texts, and lm-eval's tasks."""
@@ -256,7 +266,7 @@ def evaluate(
     if not texts and not names:
         raise SparseSSMError("nothing to evaluate; give --text, --tasks or both")
     _new_file("--output", output, ".json")
-    source = _source(model, trust_remote_code, dtype, device)
+    source = _source(model, trust_remote_code, dtype, device, allow_unused_tensors)
     from sparsessm_plugin.evaluation.components import take_inventory
     from sparsessm_plugin.files import write_json
     from sparsessm_plugin.pruning import versions
@@ -339,6 +349,7 @@ def compare(
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
+    allow_unused_tensors: Unused = False,
     verbose: Verbose = False,
 ) -> None:
     """Run recipes on one model, each in its own process; a table, JSON and a plot."""
@@ -349,7 +360,7 @@ def compare(
     if not texts and not names:
         raise SparseSSMError("nothing to compare by; give --text, --tasks or both")
     numbers = _numbers("--seeds", seeds)
-    source = _source(model, trust_remote_code, dtype, device)
+    source = _source(model, trust_remote_code, dtype, device, allow_unused_tensors)
     from sparsessm_plugin.evaluation import comparison
     from sparsessm_plugin.evaluation.latency import check_matplotlib
     from sparsessm_plugin.recipes import load_recipe
@@ -382,6 +393,7 @@ def compare(
     common = ["--max-seq-length", str(max_seq_length), "--batch-size", str(batch_size)]
     common += ["--text-field", text_field, "--device", device, "--dtype", dtype]
     common += ["--trust-remote-code"] if trust_remote_code else []
+    common += ["--allow-unused-tensors"] if allow_unused_tensors else []
     prune_options = [*common, "--num-samples", str(num_samples), "--pipeline", pipeline]
     prune_options += [] if calibration is None else ["--calibration", calibration]
     evaluate_options = [*common, "--tasks-batch-size", str(tasks_batch_size)]
@@ -461,12 +473,13 @@ def inspect(
     model: ModelArgument,
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
+    allow_unused_tensors: Unused = False,
     verbose: Verbose = False,
 ) -> None:
     """Show a model's mixers, what its parameters are spent on, how sparse they are, and,
     for a folder, which runtimes load it."""
     _quiet(verbose)
-    source = _source(model, trust_remote_code, dtype, "cpu")
+    source = _source(model, trust_remote_code, dtype, "cpu", allow_unused_tensors)
     from sparsessm_plugin.evaluation.components import take_inventory
     from sparsessm_plugin.mixers import find_mixers
 
@@ -500,6 +513,7 @@ def bench(
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
+    allow_unused_tensors: Unused = False,
     verbose: Verbose = False,
 ) -> None:
     """Time prefill and decode in transformers, and weigh the state cache."""
@@ -508,7 +522,9 @@ def bench(
     _new_file("--plot", plot, ".png")
     _new_file("--output", output, ".json")
     names = [model] if against is None else [against, model]
-    sources = [_source(name, trust_remote_code, dtype, device) for name in names]
+    sources = [
+        _source(name, trust_remote_code, dtype, device, allow_unused_tensors) for name in names
+    ]
     from sparsessm_plugin.evaluation.latency import (
         check_matplotlib,
         default_warmup,
@@ -590,6 +606,7 @@ def sensitivity(
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
+    allow_unused_tensors: Unused = False,
     verbose: Verbose = False,
 ) -> None:
     """Prune each part of a model alone and measure what it costs in perplexity."""
@@ -597,7 +614,7 @@ def sensitivity(
     shares, parts = _shares(sparsities), [part.strip() for part in by.split(",")]
     _new_file("--output", output, ".json")
     _new_file("--plot", plot, ".png")
-    source = _source(model, trust_remote_code, dtype, device)
+    source = _source(model, trust_remote_code, dtype, device, allow_unused_tensors)
     from sparsessm_plugin.evaluation.data import calibration_loader
     from sparsessm_plugin.evaluation.latency import check_matplotlib
     from sparsessm_plugin.evaluation.sensitivity import (
@@ -656,6 +673,7 @@ def export(
     ] = "mamba_ssm",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
+    allow_unused_tensors: Unused = False,
     verbose: Verbose = False,
 ) -> None:
     """Write a Mamba or Mamba-2 model, without tokenizer, in another runtime's layout."""
@@ -671,7 +689,7 @@ def export(
     from sparsessm_plugin.pruning import versions
 
     _choice("--format", format_, FORMATS)
-    source = _source(model, trust_remote_code, dtype, "cpu")
+    source = _source(model, trust_remote_code, dtype, "cpu", allow_unused_tensors)
     check_output_directory(output)
     _not_the_model(output, model)
     check_mamba_ssm(source.load_skeleton())
@@ -883,7 +901,9 @@ def _not_the_model(output: Path, model: str) -> None:
         raise SparseSSMError(f"--output {output} is or holds the model {model}")
 
 
-def _source(name: str, trust_remote_code: bool, dtype: str, device: str) -> Any:
+def _source(
+    name: str, trust_remote_code: bool, dtype: str, device: str, allow_unused_tensors: bool
+) -> Any:
     _choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     _choice("--device", device, ("auto", "cpu", "cuda"))
     _regular_files(name)
@@ -894,7 +914,7 @@ def _source(name: str, trust_remote_code: bool, dtype: str, device: str) -> Any:
 
         if not torch.cuda.is_available():
             raise SparseSSMError("--device cuda: no CUDA device is available")
-    return ModelSource(name, trust_remote_code, dtype, device)
+    return ModelSource(name, trust_remote_code, dtype, device, allow_unused_tensors)
 
 
 def _regular_files(model: str) -> None:

@@ -1,4 +1,7 @@
-"""Load compressed checkpoints whose weight initialisers transformers cannot run.
+"""Load checkpoints whole or not at all, also compressed ones that transformers cannot run.
+
+transformers drops tensors that a model has no place for, reads shards that are pickles, and
+turns whole numbers into weights; :func:`read_checkpoint` and the checks after it refuse such files.
 
 ``from_pretrained`` calls ``_init_weights`` of Mamba, Mamba2 and FalconMamba on every mixer, also
 on those whose tensors have all been loaded, and there transformers reads, and where the config
@@ -6,13 +9,27 @@ says so divides, ``out_proj.weight``. A packed out_proj has no such tensor, and 
 cannot be divided.
 """
 
+import json
+import math
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
 from importlib import import_module
+from pathlib import Path, PurePosixPath
 from threading import RLock
 from typing import Any
+
+from sparsessm_plugin.errors import SparseSSMError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_MAX_HEADER = 100_000_000  # what safetensors itself allows, bytes
+# what safetensors calls the types that a weight may be stored in
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# what compressed-tensors puts beside the tensor that holds a quantized weight
+_SCALES = ("weight_scale", "weight_packed")
 
 # module of transformers -> class whose _init_weights reads mixer.out_proj.weight
 _INITIALISERS = {
@@ -95,6 +112,7 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     :return: the model in evaluation mode, in the checkpoint's dtype unless ``dtype`` is given;
         with ``output_loading_info=True`` also that
     :raises OSError: there is no such checkpoint
+    :raises SparseSSMError: its index of weights names what is no safetensors file of the folder
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -102,6 +120,10 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     config = kwargs.pop("config", None)
     if config is None:
         config = AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in hub if k in kwargs})
+    if kwargs.get("gguf_file") is None:
+        ours = {k: v for k, v in kwargs.items() if k in (*hub, "variant")}
+        ours.pop("trust_remote_code", None)
+        _shards(path, config, ours)
     rescales = getattr(config, "rescale_prenorm_residual", False)
     if rescales:
         config.rescale_prenorm_residual = False  # what is loaded was scaled when it was made
@@ -151,3 +173,229 @@ def _is_compressed(linear: Any) -> bool:
     """Whether the weight is packed into another tensor or of a type without arithmetic."""
     weight = getattr(linear, "weight", None)
     return weight is None or not weight.is_floating_point() or weight.element_size() == 1
+
+
+# -- what a checkpoint must be ------------------------------------------------------------
+
+
+def check_unwrapped(model: Any) -> None:
+    """Refuse a model that something else is wrapped around, before anything of it changes.
+
+    With PEFT's adapters on it ``save_pretrained`` writes the adapters alone, and what was pruned is
+    lost; a compiled model goes on with the code that it was compiled to.
+
+    :raises SparseSSMError: saying what is around the model and what to do
+    """
+    adapters = getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config")
+    for name, module in model.named_modules():
+        where = type(module).__module__
+        if adapters or where == "peft" or where.startswith("peft."):
+            at = f", {name} is one of them" if name and not adapters else ""
+            raise SparseSSMError(
+                f"the model has PEFT adapters{at}, and saving it would keep the adapters alone; "
+                "merge the adapters first, with merge_and_unload()"
+            )
+        compiled = getattr(module, "_compiled_call_impl", None) is not None
+        if compiled or where.startswith("torch._dynamo."):
+            raise SparseSSMError(
+                f"{name or 'the model'} is compiled by torch.compile; prune the model as it was "
+                "before that and compile it afterwards"
+            )
+
+
+def read_header(path: Path) -> dict[str, Mapping[str, Any]]:
+    """Tensor name -> dtype and shape of a safetensors file; eight bytes of length, then JSON.
+
+    :raises SparseSSMError: it is no such file
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _MAX_HEADER:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(file.read(length))
+        return {name: entry for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, AttributeError, struct.error, RecursionError) as error:
+        raise SparseSSMError(f"{path} is no safetensors file: {error}") from error
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str], config: Any, **hub: Any
+) -> dict[str, Mapping[str, Any]]:
+    """Tensor name -> dtype and shape of everything that a checkpoint stores.
+
+    :param path: a folder or a name on the hub, from which files are fetched that are not here
+    :param config: the checkpoint's config
+    :param hub: ``revision``, ``token`` and the like, for the hub
+    :return: empty where there is no safetensors file
+    :raises SparseSSMError: an index that names what is no safetensors file of the folder, or a
+        file that is damaged
+    """
+    tensors: dict[str, Mapping[str, Any]] = {}
+    for shard in _shards(path, config, hub):
+        file = _find(path, shard, hub)
+        if file is not None:
+            tensors.update(read_header(file))
+    return tensors
+
+
+def check_stored(
+    tensors: Mapping[str, Mapping[str, Any]], skeleton: Any, quantized: bool, name: str
+) -> None:
+    """Compare the types and sizes of stored tensors with the model's, before any is loaded.
+
+    Tensors that transformers renames or joins are looked at when they are loaded.
+
+    :param tensors: from :func:`read_checkpoint`
+    :param skeleton: the model on the meta device
+    :param quantized: whether the config says that weights are quantized
+    :param name: of the checkpoint, for messages
+    :raises SparseSSMError: naming the tensor, what is stored and what the model has
+    """
+    own = skeleton.state_dict()
+    halves: dict[str, str] = {}
+    for key, stored in tensors.items():
+        try:
+            dtype, shape = str(stored["dtype"]), tuple(stored["shape"])
+        except (KeyError, TypeError) as error:
+            raise SparseSSMError(f"the checkpoint {name}: the entry of {key} is damaged") from error
+        there = own.get(key)
+        if dtype in _FLOATS:
+            if dtype in ("F16", "BF16"):
+                halves.setdefault(dtype, key)
+        elif not _may_be_whole(key, there, tensors, quantized):
+            raise SparseSSMError(
+                f"the checkpoint {name} stores {key} as {dtype}; weights are stored as "
+                f"{', '.join(_FLOATS)}"
+            )
+        if there is not None and not quantized and shape != tuple(there.shape):
+            raise SparseSSMError(
+                f"the checkpoint {name} stores {key} with the shape {list(shape)}, and the model "
+                f"of its config.json has {list(there.shape)}"
+            )
+    if len(halves) == 2:  # nobody trains in both; the bytes of one were called the other
+        raise SparseSSMError(
+            f"the checkpoint {name} stores {halves['F16']} as F16 and {halves['BF16']} as BF16; "
+            "one of them is mislabelled, convert it to the type of the others"
+        )
+
+
+def check_loaded(model: Any, info: Mapping[str, Any], name: str, allow_unused: bool) -> None:
+    """Refuse a model that has not got all of a checkpoint, or got what are no numbers.
+
+    :param model: as ``from_pretrained`` made it; each tensor is read once
+    :param info: its ``loading_info``
+    :param name: of the checkpoint, for messages
+    :param allow_unused: let the checkpoint hold tensors that the model has no place for
+    :raises SparseSSMError: naming the first tensor of those concerned
+    """
+    if mismatched := sorted(info["mismatched_keys"]):
+        key, stored, own = mismatched[0]
+        raise SparseSSMError(
+            f"the checkpoint {name} stores {key} with the shape {list(stored)}, and the model of "
+            f"its config.json has {list(own)}"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise SparseSSMError(
+            f"the checkpoint {name} lacks {_tensors(missing)} of the model, {missing[0]} among them"
+        )
+    unused = sorted(info["unexpected_keys"])
+    if unused and not allow_unused:
+        raise SparseSSMError(
+            f"the checkpoint {name} holds {_tensors(unused)} that the model of its config.json has "
+            f"no place for, {unused[0]} among them; correct config.json, or leave them out with "
+            "--allow-unused-tensors"
+        )
+    for key, tensor in model.state_dict().items():
+        if not _is_finite(tensor):
+            raise SparseSSMError(f"the checkpoint {name}: {key} holds NaN or infinite values")
+
+
+def _tensors(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' * (len(names) > 1)}"
+
+
+def _may_be_whole(
+    key: str, there: Any, tensors: Mapping[str, Mapping[str, Any]], quantized: bool
+) -> bool:
+    """Whether a stored tensor may be of another type than a weight's."""
+    if there is not None and not there.is_floating_point() and not there.is_complex():
+        return True  # a buffer of the model that counts
+    module = key.rpartition(".")[0]
+    return quantized and any(f"{module}.{scale}" in tensors for scale in _SCALES)
+
+
+def _is_finite(tensor: Any) -> bool:
+    import torch
+
+    if tensor.is_meta or not tensor.is_floating_point():
+        return True
+    tensor = tensor.detach()
+    if tensor.element_size() == 1:  # FP8 has no sum
+        tensor = tensor.float()
+    # most are finite and their sum is, too; a sum in float32 may overflow without a fault
+    quick = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return math.isfinite(float(quick)) or bool(torch.isfinite(tensor).all())
+
+
+def _shards(path: str | os.PathLike[str], config: Any, hub: Mapping[str, Any]) -> list[str]:
+    """The safetensors files that transformers reads, none where it finds none.
+
+    :raises SparseSSMError: one is no safetensors file of the folder
+    """
+    variant = hub.get("variant")
+    hub = {key: value for key, value in hub.items() if key != "variant"}
+    folder = os.path.isdir(path)
+    index = getattr(config, "transformers_weights", None)
+    if index is not None:
+        _check_shard(str(index).removesuffix(".index.json"), f"{path}, transformers_weights")
+        if not index.endswith(".index.json"):
+            return [index]
+    else:
+        whole, index = _variant(WEIGHTS, variant), _variant(INDEX, variant)
+        # of the hub, only the index is small enough to fetch in order to look at it
+        if folder and _find(path, whole, hub) is not None:
+            return [whole]
+    file = _find(path, index, hub)
+    if file is not None:
+        return _listed_shards(file, f"{path}, {index}")
+    return [] if folder else [_variant(WEIGHTS, variant)]
+
+
+def _listed_shards(index: Path, where: str) -> list[str]:
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = list(dict.fromkeys(found.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SparseSSMError(f"{where} is no index of weights: {error!r}"[:400]) from error
+    for shard in shards:
+        _check_shard(shard, where)
+    return shards
+
+
+def _check_shard(shard: Any, where: str) -> None:
+    parts = PurePosixPath(shard).parts if isinstance(shard, str) else ()
+    if not parts or shard.startswith("/") or ".." in parts or not shard.endswith(".safetensors"):
+        raise SparseSSMError(
+            f"{where}: {str(shard)[:200]!r} is no .safetensors file of this folder; nothing else "
+            "is read"
+        )
+
+
+def _find(path: str | os.PathLike[str], name: str, hub: Mapping[str, Any]) -> Path | None:
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        str(path),
+        name,
+        **hub,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _variant(name: str, variant: str | None) -> str:
+    stem, dot, ending = name.rpartition(".")  # as transformers has it
+    return name if variant is None else f"{stem}.{variant}{dot}{ending}"

@@ -20,7 +20,13 @@ from sparsessm_plugin import distributed
 from sparsessm_plugin.config_levels import language_field
 from sparsessm_plugin.cost import halved, has_room, peak_memory_bytes, reset_peak_memory, shortage
 from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning
-from sparsessm_plugin.loading import load
+from sparsessm_plugin.loading import (
+    check_loaded,
+    check_stored,
+    check_unwrapped,
+    load,
+    read_checkpoint,
+)
 from sparsessm_plugin.recipes import CheckedRecipe
 
 DEMO_MODEL = "mamba-demo-0.7m"
@@ -35,12 +41,14 @@ class ModelSource:
     :param trust_remote_code: let the model's own code run
     :param dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``
     :param device: ``auto``, ``cpu`` or ``cuda``
+    :param allow_unused_tensors: load a checkpoint that holds tensors the model has no place for
     """
 
     name: str
     trust_remote_code: bool = False
     dtype: str = "auto"
     device: str = "auto"
+    allow_unused_tensors: bool = False
 
     @property
     def path(self) -> str:
@@ -55,7 +63,18 @@ class ModelSource:
         :raises SparseSSMError: no such model, or not one that transformers knows
         """
         with _model_errors(self.name):
+            if Path(self.path, "adapter_config.json").is_file():
+                raise SparseSSMError(
+                    f"{self.name} holds PEFT adapters; merge the adapters first, with "
+                    "merge_and_unload(), and give the folder of the merged model"
+                )
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+            layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+            if isinstance(layers, int) and layers > _MOST_LAYERS:
+                raise SparseSSMError(
+                    f"{self.name}: config.json states num_hidden_layers: {layers}; models of at "
+                    f"most {_MOST_LAYERS} layers are loaded"
+                )
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(
                     config, trust_remote_code=self.trust_remote_code
@@ -74,25 +93,33 @@ class ModelSource:
     def load(self) -> Any:
         """The model with its weights, from safetensors only.
 
-        :raises SparseSSMError: it cannot be loaded
+        :raises SparseSSMError: it cannot be loaded, does not fit its config in names, sizes or
+            types, or holds values that are not finite
         """
+        skeleton = self.load_skeleton()
         with _model_errors(self.name):
+            quantized = getattr(skeleton.config, "quantization_config", None) is not None
+            stored = read_checkpoint(self.path, skeleton.config)
+            check_stored(stored, skeleton, quantized, self.name)
             model, info = load(
                 self.path,
                 dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
                 use_safetensors=True,
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to say which below
             )
-        if info["missing_keys"]:
-            raise SparseSSMError(
-                f"the checkpoint {self.name} lacks {len(info['missing_keys'])} tensors of the "
-                f"model, {sorted(info['missing_keys'])[0]} among them"
-            )
+        check_unwrapped(model)
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return model.to(device).eval()
+        model = model.to(device).eval()
+        check_loaded(model, info, self.name, self.allow_unused_tensors)
+        return model
+
+
+# Of published models none has a tenth of it, and even an empty model of this many takes a second.
+_MOST_LAYERS = 2048
 
 
 class _model_errors:
@@ -108,8 +135,13 @@ class _model_errors:
         if not isinstance(error, Exception) or isinstance(error, SparseSSMError):
             return
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = ""
+        for line in lines:  # a heading alone says nothing
+            said = f"{said} {line}".strip()
+            if not said.endswith(":"):
+                break
         raise SparseSSMError(
-            f"cannot load {self.subject}: {lines[0] if lines else type(error).__name__}"
+            f"cannot load {self.subject}: {said[:400] or type(error).__name__}"
         ) from error
 
 
@@ -138,6 +170,7 @@ def prune(
     tokenizer: Any,
     pipeline: str = "independent",
     reload: Callable[[], Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> PruningResult:
     """Run LLM Compressor's ``oneshot`` with a checked recipe and collect the reports.
 
@@ -150,6 +183,7 @@ def prune(
     :param tokenizer: the model's tokenizer
     :param pipeline: LLM Compressor's calibration pipeline
     :param reload: makes the model again; ``model`` is then emptied before the second try
+    :param trust_remote_code: the model's config may come from code of its own
     :raises SparseSSMError: the recipe needs data and got none, a modifier's own complaint, or
         memory does not suffice
     """
@@ -159,7 +193,7 @@ def prune(
     reset_peak_memory()
     started = time.perf_counter()
     try:
-        modifiers = _run(model, recipe, loader, tokenizer, pipeline)
+        modifiers = _run(model, recipe, loader, tokenizer, pipeline, trust_remote_code)
     except Exception as error:
         short = shortage(error, loader)
         if short is None:
@@ -180,7 +214,7 @@ def prune(
     torch.cuda.empty_cache()
     model = reload()
     try:
-        modifiers = _run(model, recipe, smaller, tokenizer, pipeline)
+        modifiers = _run(model, recipe, smaller, tokenizer, pipeline, trust_remote_code)
     except Exception as error:
         short = shortage(error, smaller)
         if short is None:
@@ -193,12 +227,18 @@ _SMALLER = "give smaller batches or shorter sequences"
 
 
 def _run(
-    model: Any, recipe: CheckedRecipe, loader: DataLoader[Any] | None, tokenizer: Any, pipeline: str
+    model: Any,
+    recipe: CheckedRecipe,
+    loader: DataLoader[Any] | None,
+    tokenizer: Any,
+    pipeline: str,
+    trust_remote_code: bool,
 ) -> list[Any]:
     # upstream warns when it has to set this itself
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from llmcompressor import active_session, oneshot
 
+    from sparsessm_plugin.modifiers.contexts import forget_traces
     from sparsessm_plugin.modifiers.saving import change_config
 
     try:
@@ -209,6 +249,7 @@ def _run(
             dataset=loader,
             processor=tokenizer,
             pipeline=pipeline,
+            trust_remote_code_model=trust_remote_code,
             sequential_offload_device=_place_between_layers(model, loader),
         )
     except BaseException as error:
@@ -217,6 +258,8 @@ def _run(
             if hasattr(modifier, "release"):
                 modifier.release()
         raise
+    finally:
+        forget_traces()
     change_config(model, {})  # also where none of the modifiers is ours
     return active_session().lifecycle.recipe.modifiers
 

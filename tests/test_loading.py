@@ -1,5 +1,6 @@
 """What is quantized and saved loads again, in a fresh process, with the logits it had."""
 
+import shutil
 import subprocess
 import sys
 
@@ -7,14 +8,17 @@ import pytest
 import torch
 from conftest import DEMO, Loader, batches, fresh_process, tiny_model
 from llmcompressor import oneshot
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaPreTrainedModel
 
 import sparsessm_plugin
 from sparsessm_plugin import SparseGPTQModifier, loading
+from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.loading import enable_compressed_loading
 from sparsessm_plugin.mixers import find_mixers
 from sparsessm_plugin.modifiers.saving import change_config
+from sparsessm_plugin.pruning import ModelSource
 
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
 IGNORE = ["lm_head", "re:.*dt_proj$", "re:.*router.*", "re:.*experts.*"]
@@ -275,3 +279,20 @@ def test_inspect_counts_packed_weights_and_names_the_runtimes(saved, capsys):
         assert int(row.split()[1].replace(",", "")) == expected
         # 2:4 is half; on four bits some weights round to zero besides
         assert 50 <= float(row.split()[3].rstrip("%")) < 60
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_quantized_checkpoints_are_whole(saved, name):
+    """Scales, packed weights and their whole numbers are no strangers to the model."""
+    ModelSource(str(saved / name), device="cpu").load()
+
+
+def test_only_quantized_weights_may_be_whole_numbers(saved, tmp_path):
+    shutil.copytree(saved / "mamba-int8", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    name = "backbone.layers.0.mixer.A_log"
+    tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(SparseSSMError, match=f"stores {name} as I8"):
+        ModelSource(str(tmp_path / "model"), device="cpu").load()

@@ -1,9 +1,7 @@
 """Which runtime can load a checkpoint, read from its files without loading a weight."""
 
-import json
 import os
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +10,7 @@ from typing import Any, Literal
 
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.files import read_json
+from sparsessm_plugin.loading import read_header
 
 Answer = Literal["yes", "no", "unknown"]
 
@@ -28,7 +27,6 @@ _MERGED_EXPERTS = (*_SINGLE_EXPERTS, "granitemoehybrid")
 _GONE_FORMATS = ("marlin-24", "sparse-bitmask", "sparse-24-bitmask")
 _MAX_STATE_SIZE = 256  # of the scan kernels of mamba_ssm and vLLM
 _CONV_MULTIPLE = 8  # of the channels that causal-conv1d takes in the Mamba-2 layout
-_MAX_HEADER = 100_000_000  # what safetensors itself allows, bytes
 _COMPRESSED = (".weight_packed", ".weight_scale")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -78,7 +76,7 @@ class _Checkpoint:
             raise SparseSSMError(f"{folder} holds no .safetensors file")
         self.tensors: dict[str, Mapping[str, Any]] = {}
         for file in files:
-            self.tensors.update(_read_header(file))
+            self.tensors.update(read_header(file))
 
     @property
     def is_mamba_ssm(self) -> bool:
@@ -377,16 +375,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SparseSSMError(f"{path} holds no mapping")
     return content
-
-
-def _read_header(path: Path) -> dict[str, Mapping[str, Any]]:
-    """Tensor name -> dtype and shape; eight bytes of length, then JSON."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > _MAX_HEADER:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(file.read(length))
-        return {name: entry for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, AttributeError, struct.error) as error:
-        raise SparseSSMError(f"{path} is no safetensors file: {error}") from error

@@ -21,6 +21,7 @@ from sparsessm_plugin import distributed
 from sparsessm_plugin.cost import Cost
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.files import read_json, write_json
+from sparsessm_plugin.loading import check_unwrapped
 from sparsessm_plugin.mixers import (
     MixerAdapter,
     check_not_quantized,
@@ -30,7 +31,7 @@ from sparsessm_plugin.mixers import (
     iter_mixers,
 )
 from sparsessm_plugin.mixers.fast_forward import fast_forward
-from sparsessm_plugin.modifiers.contexts import of_quantization
+from sparsessm_plugin.modifiers.contexts import forget_traces, of_quantization
 from sparsessm_plugin.modifiers.experts import check_experts_of_session
 from sparsessm_plugin.modifiers.fields import MEANINGLESS, check_computed, check_given
 from sparsessm_plugin.modifiers.saving import change_config
@@ -185,6 +186,7 @@ class MixerModifier(Modifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         who = type(self).__name__
+        check_unwrapped(state.model)
         with self._released_on_error():
             self._no_outputs = outputs_not_collected(state.model)
             weakref.finalize(self, self._no_outputs)
@@ -280,6 +282,7 @@ class MixerModifier(Modifier):
         self._restore.close()
         if self._no_outputs is not None:
             self._no_outputs()
+        forget_traces()
 
     @contextmanager
     def _released_on_error(self) -> Iterator[None]:

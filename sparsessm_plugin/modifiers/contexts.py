@@ -11,6 +11,7 @@ from itertools import repeat
 from typing import Any
 
 import torch
+import torch.fx._symbolic_trace as symbolic_trace
 from compressed_tensors.utils import patch_attr, patch_attrs
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.utils.helpers import disable_cache, eval_context
@@ -50,3 +51,14 @@ def undisturbed(model: Any) -> Iterator[None]:
         torch.no_grad(),
     ):
         yield
+
+
+def forget_traces() -> None:
+    """Let go of every model that LLM Compressor has traced in this process.
+
+    It compiles the forward of a model in a namespace of its own, which holds the model, and wraps
+    functions there by ``torch.fx.wrap``, which keeps the namespace for all later traces.
+    """
+    wrapped = symbolic_trace._wrapped_fns_to_patch
+    for key in [key for key, namespace in wrapped.items() if "torch.fx.wrap" in namespace]:
+        del wrapped[key]

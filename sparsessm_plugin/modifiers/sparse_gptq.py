@@ -34,7 +34,9 @@ from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.errors import SparseSSMError, shown
+from sparsessm_plugin.loading import check_unwrapped
 from sparsessm_plugin.mixers import check_not_quantized, is_mixer, iter_mixers
+from sparsessm_plugin.modifiers.contexts import forget_traces
 from sparsessm_plugin.modifiers.experts import check_experts_of_session
 from sparsessm_plugin.modifiers.fields import MEANINGLESS, check_computed, check_given
 from sparsessm_plugin.modifiers.saving import change_config
@@ -114,6 +116,7 @@ class SparseGPTQModifier(GPTQModifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         who = type(self).__name__
+        check_unwrapped(state.model)
         with distributed.together(f"{who} before calibration"):
             self.check_model(state.model)
             check_experts_of_session(state.model)
@@ -309,6 +312,7 @@ class SparseGPTQModifier(GPTQModifier):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         change_config(state.model, {})  # experts are then saved as they load
+        forget_traces()
         return super().on_finalize(state, **kwargs)
 
     def report(self) -> dict[str, Any]:
@@ -340,6 +344,7 @@ class SparseGPTQModifier(GPTQModifier):
     def release(self) -> None:
         """Take the hooks off the model again; safe to call at any time."""
         self.remove_hooks()
+        forget_traces()
 
 
 def quantized_weights(modifier: Any, model: nn.Module) -> dict[str, tuple[Any, QuantizationArgs]]:
