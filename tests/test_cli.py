@@ -11,7 +11,8 @@ import time
 
 import pytest
 import torch
-from conftest import DEMO, VOCAB, tiny_model
+from conftest import DEMO, EXPERTS, VOCAB, tiny_model
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsessm_plugin import cli, recipes
@@ -539,3 +540,32 @@ def test_full_disk(tmp_path, text_file):
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_experts_that_only_upstream_quantizes(sparsessm, tmp_path, ignored):
+    """Refused before the work, or saved as stock transformers loads them."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    model = tiny_model("jamba", vocab_size=len(tokenizer), **EXPERTS["jamba"])
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("Some words to calibrate on. " * 60)
+    ignore = ["lm_head", "re:.*dt_proj$", *(["re:.*[.]experts[.]"] if ignored else [])]
+    fields = {"targets": ["Linear"], "scheme": "W8A8", "ignore": ignore}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"q_stage": {"q_modifiers": {"QuantizationModifier": fields}}}))
+    code, _, stderr = sparsessm(
+        *("prune", tmp_path / "model", "--recipe", recipe, "--calibration", text),
+        *("--output", tmp_path / "out", "--num-samples", 2, "--max-seq-length", 16),
+    )
+    if not ignored:
+        assert code != 0
+        assert "would quantize model.layers.0.feed_forward.experts.0" in " ".join(stderr.split())
+        assert not (tmp_path / "out").exists()
+        return
+    assert code == 0
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert "model.layers.0.feed_forward.experts.gate_up_proj" in names
+    assert not any(".experts.0." in name for name in names)
