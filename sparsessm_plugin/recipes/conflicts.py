@@ -19,7 +19,7 @@ from llmcompressor.modifiers.quantization.quantization.mixin import Quantization
 from torch import nn
 from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
 
-from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.mixers import MixerAdapter, find_mixers
 from sparsessm_plugin.modifiers import (
     ChannelRemovalModifier,
@@ -32,7 +32,12 @@ from sparsessm_plugin.modifiers import (
 from sparsessm_plugin.modifiers.distillation import mixer_parameters
 from sparsessm_plugin.modifiers.experts import check_experts
 from sparsessm_plugin.modifiers.shared_weights import weight_holders
-from sparsessm_plugin.modifiers.sparse_gptq import check_quantized, never_called, quantized_weights
+from sparsessm_plugin.modifiers.sparse_gptq import (
+    check_quantized,
+    check_quantizes,
+    never_called,
+    quantized_weights,
+)
 from sparsessm_plugin.selection.masks import check_structure
 
 # The projections that a removal writes new values into, by what it fits again.
@@ -76,9 +81,17 @@ def check_modifiers(modifiers: Sequence[Any], model: nn.Module) -> None:
     """
     for modifier in modifiers:
         if isinstance(modifier, SparsityModifierBase):
+            if not _pruned(modifier, model):
+                raise SparseSSMError(
+                    f"{type(modifier).__name__} would prune no weight: targets "
+                    f"{shown(modifier.targets)} without ignore {shown(modifier.ignore)} are no "
+                    "Linear layer of the model"
+                )
             _check_structure(modifier, model)
         elif isinstance(modifier, QuantizationMixin) and not hasattr(modifier, "check_model"):
             check_quantized(modifier, model)  # those of this package check themselves
+            if modifier.kv_cache_scheme is None:
+                check_quantizes(modifier, model)
     check_experts(modifiers, model)
     for first, second in combinations(modifiers, 2):
         if undone := _undone(first, second, model):
