@@ -372,9 +372,9 @@ def compare(
     for name, where in _named(_split_names("--recipes", recipes), "--recipes").items():
         label = Path(name).stem if name == where else name
         if label == comparison.DENSE:
-            raise SparseSSMError(f"{label!r} is the model as it was; give NAME={where}")
+            raise SparseSSMError(f"{shown(label)} is the model as it was; give NAME={where}")
         if label in chosen:
-            raise SparseSSMError(f"two recipes are called {label!r}; give NAME=FILE")
+            raise SparseSSMError(f"two recipes are called {shown(label)}; give NAME=FILE")
         recipe = load_recipe(where)
         recipe.check_data(calibration)
         recipe.check_model(skeleton)
@@ -966,7 +966,7 @@ def _named(sources: list[str], option: str = "--text") -> dict[str, str]:
         if not name or not where:
             raise SparseSSMError(f"{option} must be SOURCE or NAME=SOURCE, got {shown(source)}")
         if name in named:
-            raise SparseSSMError(f"{option}: two are called {name!r}; give NAME=SOURCE")
+            raise SparseSSMError(f"{option}: two are called {shown(name)}; give NAME=SOURCE")
         named[name] = where
     return named
 

@@ -202,7 +202,7 @@ def _check_recipe_text(recipe: Any, stage: Any) -> None:
         if not recipe.lower().endswith((".yaml", ".yml")):
             return  # JSON, or Markdown with a recipe in it, holds no aliases
         with open(recipe, "rb") as file:
-            name, text = recipe, file.read().decode(errors="replace")
+            name, text = recipe, file.read(1 << 24).decode(errors="replace")
     if any(modifier in text for modifier in _our_modifiers()):
         from sparsessm_plugin.recipes.reading import check_text
 

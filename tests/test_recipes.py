@@ -619,3 +619,12 @@ def test_the_state_of_a_run_is_no_field_of_a_recipe():
     fields = "sparsity: 0.5, initialized_: true"
     with pytest.raises(SparseSSMError, match=r"SparseGPTModifier\.initialized_ says how far a run"):
         parse_recipe(recipe_of(("SparseGPTModifier", fields)))
+
+
+@pytest.mark.parametrize("kind", ["SparseSSMModifier", "SensitivitySparseGPTModifier"])
+@pytest.mark.parametrize("field", ["targets", "ignore"])
+def test_targets_are_echoed_in_short(kind, field):
+    recipe = parse_recipe(recipe_of((kind, f"sparsity: 0.5, {field}: [{'n' * 10_000}]")))
+    with pytest.raises(SparseSSMError, match=r"n\.\.\. matches n") as error:
+        recipe.check_model(tiny_model("mamba"))
+    assert len(str(error.value)) < 700

@@ -83,7 +83,9 @@ def _read_dataset(name: str, text_field: str) -> list[str]:
             f"{cut(name)} is no file, and no data set of that name: {cut(reason)}"
         ) from error
     if text_field not in rows.column_names:
-        raise SparseSSMError(f"data set {name} has no column {text_field!r}: {rows.column_names}")
+        raise SparseSSMError(
+            f"data set {name} has no column {shown(text_field)}: {rows.column_names}"
+        )
     return [text for text in rows[text_field] if text is not None]
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sparsessm_plugin.criteria import SALIENCIES, SaliencyInputs, Unstructured
 from sparsessm_plugin.criteria.values import PRUNED_VALUES
-from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.evaluation.latency import check_matplotlib
 from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
 from sparsessm_plugin.files import write_bytes
@@ -240,7 +240,7 @@ def check_settings(sparsities: Sequence[float], solver: str, by: Sequence[str]) 
             f"sparsities must be between 0 and 1, both excluded, got {list(sparsities)}"
         )
     if solver not in SOLVERS:
-        raise SparseSSMError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+        raise SparseSSMError(f"solver must be one of {', '.join(SOLVERS)}, got {shown(solver)}")
     if not by or not set(by) <= set(BY):
         raise SparseSSMError(f"by must be any of {', '.join(BY)}, got {', '.join(by) or 'nothing'}")
 

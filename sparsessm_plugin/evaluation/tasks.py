@@ -112,7 +112,7 @@ def load_tasks(
             close = difflib.get_close_matches(name, [*local, *manager.all_tasks], n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise SparseSSMError(
-                f"no task {name!r}; {hint}from a folder: {', '.join(local)}; all others are "
+                f"no task {shown(name)}; {hint}from a folder: {', '.join(local)}; all others are "
                 "lm-eval's (`lm-eval ls tasks`)"
             )
     for name in theirs:

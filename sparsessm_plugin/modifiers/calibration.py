@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.cost import Cost
-from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.files import read_json, write_json
 from sparsessm_plugin.loading import check_unwrapped
 from sparsessm_plugin.mixers import (
@@ -97,11 +97,11 @@ class MixerModifier(Modifier):
     @classmethod
     def _check_report_path(cls, value: str | None) -> str | None:
         if value is not None and not value.endswith(".json"):
-            raise ValueError(f"must end with .json, got {value!r}")
+            raise ValueError(f"must end with .json, got {shown(value)}")
         if value is not None and not Path(value).absolute().parent.is_dir():
-            raise ValueError(f"the folder of {value!r} does not exist")
+            raise ValueError(f"the folder of {shown(value)} does not exist")
         if value is not None and Path(value).exists() and not _is_report(Path(value)):
-            raise ValueError(f"{value!r} exists and is no report of a modifier")
+            raise ValueError(f"{shown(value)} exists and is no report of a modifier")
         return value
 
     # -- for subclasses --------------------------------------------------------------
@@ -166,14 +166,14 @@ class MixerModifier(Modifier):
             }
             if not found:
                 raise SparseSSMError(
-                    f"{who}.targets: {target!r} matches no state-space mixer; the model's "
+                    f"{who}.targets: {shown(target)} matches no state-space mixer; the model's "
                     f"mixers are {_listed([a.name for a in find_mixers(model)])}"
                 )
             names |= found
         for pattern in self.ignore:
             ignored = {n for n, m in match_named_modules(model, [pattern]) if is_mixer(m)}
             if not ignored:
-                raise SparseSSMError(f"{who}.ignore: {pattern!r} matches no state-space mixer")
+                raise SparseSSMError(f"{who}.ignore: {shown(pattern)} matches no state-space mixer")
             names -= ignored
         adapters = [
             get_adapter(module, name) for name, module in model.named_modules() if name in names

@@ -24,7 +24,7 @@ from sparsessm_plugin.criteria.importance import (
     sparsity_after,
 )
 from sparsessm_plugin.criteria.values import MEMORYLESS
-from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.mixers import MixerAdapter, check_not_quantized, find_mixers
 from sparsessm_plugin.modifiers.calibration import MixerModifier
 from sparsessm_plugin.modifiers.contexts import (
@@ -221,7 +221,7 @@ class GradientMagnitudeModifier(MixerModifier):
                 found = named(pattern)
                 if not found:
                     raise SparseSSMError(
-                        f"{who}.{field}: {pattern!r} matches no weight that can be pruned: "
+                        f"{who}.{field}: {shown(pattern)} matches no weight that can be pruned: "
                         f"{', '.join(sorted({w.kind for w in known.values()}))}; embeddings, what "
                         "predicts tokens, norms, biases and dt_bias never are"
                     )

@@ -30,7 +30,7 @@ from sparsessm_plugin.allocation.sparsity import (
 from sparsessm_plugin.backends.precision import tf32
 from sparsessm_plugin.cost import has_room
 from sparsessm_plugin.cost import kept as where_there_is_room
-from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.mixers import MixerAdapter, check_not_quantized, find_mixers, read_out
 from sparsessm_plugin.mixers.fast_forward import offer
 from sparsessm_plugin.modifiers.calibration import (
@@ -309,7 +309,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         for pattern in self.ignore:
             found, matched = named(pattern)
             if not found and not matched:
-                raise SparseSSMError(f"{who}.ignore: {pattern!r} matches nothing in the model")
+                raise SparseSSMError(f"{who}.ignore: {shown(pattern)} matches nothing in the model")
             ignored |= found | matched
         names = {n for n, p in known.items() if p.adapter} if not self.targets else set()
         never = _vocabulary_modules(model) if self.targets else set()
@@ -319,14 +319,14 @@ class SensitivitySparseGPTModifier(MixerModifier):
             if vocabulary:
                 name = min(vocabulary)
                 raise SparseSSMError(
-                    f"{who}.targets: {target!r} matches {name}, which embeds or predicts tokens "
-                    f"and is never pruned; add {name!r} to ignore"
+                    f"{who}.targets: {shown(target)} matches {name}, which embeds or predicts "
+                    f"tokens and is never pruned; add {name!r} to ignore"
                 )
             found -= never
             if not found:
                 raise SparseSSMError(
-                    f"{who}.targets: {target!r} matches no projection of a mixer and no Linear "
-                    f"layer; projections are {', '.join(adapters[0].projections)} of "
+                    f"{who}.targets: {shown(target)} matches no projection of a mixer and no "
+                    f"Linear layer; projections are {', '.join(adapters[0].projections)} of "
                     f"{adapters[0].name} and so on"
                 )
             names |= found

@@ -17,7 +17,7 @@ from sparsessm_plugin.criteria.states import (
     StateStatistics,
     lowest,
 )
-from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.mixers import MixerAdapter
 from sparsessm_plugin.modifiers.removal import (
     CalibrationInputs,
@@ -108,8 +108,8 @@ class StateRemovalModifier(RemovalModifier):
     def _check_keep(cls, value: Any) -> Any:
         if isinstance(value, list | dict):
             raise ValueError(
-                f"must be one number, got {value!r}: transformers, mamba-ssm and vLLM read one "
-                "state size for all layers from the config"
+                f"must be one number, got {shown(value)}: transformers, mamba-ssm and vLLM read "
+                "one state size for all layers from the config"
             )
         if isinstance(value, bool):
             raise ValueError(f"must be a whole number, got {value}")
