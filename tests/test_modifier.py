@@ -19,7 +19,7 @@ from sparsessm_plugin.criteria import SALIENCIES, SaliencyInputs, Unstructured, 
 from sparsessm_plugin.criteria.values import PRUNED_VALUES
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.mixers import find_mixers
-from sparsessm_plugin.modifiers.calibration import outputs_not_collected
+from sparsessm_plugin.modifiers.calibration import outputs_collected_again, outputs_not_collected
 from sparsessm_plugin.recurrence import ScanStatistics, StatisticsRequest, scan
 
 COMBINATIONS = [
@@ -64,6 +64,14 @@ def test_transformers_has_a_name_more_only_as_long_as_somebody_needs_it(monkeypa
         undo()
         assert names["output_hidden_states"] is False
     second()
+    assert nothing_left_behind(model)
+    failed = outputs_not_collected(model)
+    outputs_collected_again()
+    assert nothing_left_behind(model)
+    later = outputs_not_collected(model)
+    failed()  # of a run before
+    assert names["output_hidden_states"] is False
+    later()
     assert nothing_left_behind(model)
     monkeypatch.setitem(names, "output_hidden_states", True)  # transformers' own
     outputs_not_collected(model)()

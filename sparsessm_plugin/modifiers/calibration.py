@@ -3,7 +3,6 @@
 import math
 import sys
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -291,6 +290,7 @@ class MixerModifier(Modifier):
         except BaseException as error:
             distributed.fail(error)
             self.release()
+            outputs_collected_again()
             raise
 
 
@@ -327,8 +327,8 @@ def check_quoted(structure: Any) -> None:
         )
 
 
-# transformers' files that were given the name, and how many modifiers ask for that
-_without_outputs: Counter[str] = Counter()
+# transformers' files that were given the name, and a token of everybody who asks for that
+_without_outputs: dict[str, set[object]] = {}
 
 
 def outputs_not_collected(model: nn.Module) -> Callable[[], None]:
@@ -342,24 +342,35 @@ def outputs_not_collected(model: nn.Module) -> Callable[[], None]:
     :return: takes the name away again, where nobody else still asks for it; once, however often
         it is called
     """
-    files = {
-        file
-        for file in {type(module).__module__ for module in model.modules()}
-        if file.startswith("transformers.models.")
-        and (_without_outputs[file] or "output_hidden_states" not in vars(sys.modules[file]))
-    }
+    token, files = object(), {type(module).__module__ for module in model.modules()}
     for file in files:
-        vars(sys.modules[file])["output_hidden_states"] = False
-        _without_outputs[file] += 1
+        if not file.startswith("transformers.models."):
+            continue
+        if file in _without_outputs or "output_hidden_states" not in vars(sys.modules[file]):
+            vars(sys.modules[file])["output_hidden_states"] = False
+            _without_outputs.setdefault(file, set()).add(token)
 
     def undo() -> None:
-        while files:
-            file = files.pop()
-            _without_outputs[file] -= 1
-            if not _without_outputs[file]:
-                vars(sys.modules[file]).pop("output_hidden_states", None)
+        for file in files:
+            _take_name_away(file, {token})
 
     return undo
+
+
+def outputs_collected_again() -> None:
+    """Undo every :func:`outputs_not_collected`: a run has failed, and its modifiers hear nothing."""
+    for file, asking in list(_without_outputs.items()):
+        _take_name_away(file, set(asking))
+
+
+def _take_name_away(file: str, tokens: set[object]) -> None:
+    asking = _without_outputs.get(file)
+    if asking is None:
+        return
+    asking -= tokens
+    if not asking:
+        del _without_outputs[file]
+        vars(sys.modules[file]).pop("output_hidden_states", None)
 
 
 def _check_vocabulary(dataloader: Any, embeddings: Any) -> None:
