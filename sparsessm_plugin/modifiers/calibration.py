@@ -358,7 +358,7 @@ def outputs_not_collected(model: nn.Module) -> Callable[[], None]:
 
 
 def outputs_collected_again() -> None:
-    """Undo every :func:`outputs_not_collected`: a run has failed, and its modifiers hear nothing."""
+    """Undo every :func:`outputs_not_collected`: a run has failed, and nobody tells."""
     for file, asking in list(_without_outputs.items()):
         _take_name_away(file, set(asking))
 
