@@ -754,10 +754,9 @@ def main() -> None:
         end_with_parent()
         # typer shows the help itself; else it would frame what is wrong over several lines
         code = app(_repeated(arguments), standalone_mode=not arguments)
-        if code == _INTERRUPTED:  # typer has turned the KeyboardInterrupt into this
-            _fail_stopped("interrupted")
+        sys.exit(code if isinstance(code, int) else 0)
     except SystemExit as end:
-        if end.code == _INTERRUPTED:
+        if end.code == _INTERRUPTED:  # typer has turned the KeyboardInterrupt into this
             _fail_stopped("interrupted")
         raise
     except _Terminated:
