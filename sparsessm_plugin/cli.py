@@ -149,11 +149,12 @@ def prune(
         check_output_directory,
         list_files,
         output_directory,
+        reports_held,
         write_json,
     )
     from sparsessm_plugin.progress import shown as bars_shown
+    from sparsessm_plugin.pruning import check_saving, save, versions
     from sparsessm_plugin.pruning import prune as run_recipe
-    from sparsessm_plugin.pruning import versions
     from sparsessm_plugin.recipes import load_recipe
 
     rank, ranks = distributed.rank(), distributed.world_size()
@@ -187,8 +188,9 @@ def prune(
         text_samples = _windows(text, tokenizer, max_seq_length, vocab_size, text_field)
 
     # LLM Compressor's save wants every rank, and writes on rank 0
-    with output_directory(output) if rank == 0 else TemporaryDirectory() as place:
+    with reports_held(), output_directory(output) if rank == 0 else TemporaryDirectory() as place:
         folder = Path(place)
+        check_saving(skeleton, tokenizer, folder)
         started = time.perf_counter()
         dense = source.load()
         loading = time.perf_counter() - started
@@ -209,7 +211,8 @@ def prune(
             perplexity["ratio"] = result.perplexity / perplexity["before"]["perplexity"]
         distributed.gather("saving", None)  # patient, unlike the backends
         started = time.perf_counter()
-        _save(pruned.model, tokenizer, folder)
+        _check_signals()
+        save(pruned.model, tokenizer, folder)
         report = {
             "model": model,
             "recipe": {"name": recipe, "yaml": checked.text},
@@ -1021,17 +1024,6 @@ def _evaluate(model: Any, samples: "Tensor", batch_size: int, label: str) -> "Pe
 
     with _progress(f"perplexity, {label}", len(samples)) as advance:
         return evaluate_perplexity(model, samples, batch_size, advance)
-
-
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    from safetensors import SafetensorError
-
-    _check_signals()
-    try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except SafetensorError as error:  # the writer's own error for a full disk, say
-        raise SparseSSMError(f"cannot save the model: {error}") from error
 
 
 # plural of what removal modifiers count, over all mixers

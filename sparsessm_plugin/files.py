@@ -99,12 +99,55 @@ def parse_json(text: str) -> Any:
         raise ValueError("it is nested too deep") from error
 
 
+_held: list[list[tuple[Path, Any]]] = []  # one for each :func:`reports_held` that is open
+
+
+def write_report(path: str | os.PathLike[str], content: Any) -> None:
+    """:func:`write_json`, or, inside of :func:`reports_held`, at its end."""
+    if _held:
+        _held[-1].append((Path(path), content))
+    else:
+        write_json(path, content)
+
+
+@contextmanager
+def reports_held() -> Iterator[None]:
+    """Hold reports back until all that they report has worked; none is written on an error."""
+    reports: list[tuple[Path, Any]] = []
+    _held.append(reports)
+    try:
+        yield
+    finally:
+        _held.pop()
+    for path, content in reports:
+        write_report(path, content)
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Refuse a path that some writer of files cannot be given.
+
+    Those of safetensors and tokenizers take UTF-8 only.
+
+    :raises SparseSSMError: showing the path
+    """
+    text = os.fspath(path)
+    if "\0" in text:
+        raise SparseSSMError(f"{text[:200]!r} is no path: it holds a null byte")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SparseSSMError(
+            f"{text[:200]!r} holds bytes that are no UTF-8; choose another path"
+        ) from error
+
+
 def check_output_directory(path: str | os.PathLike[str]) -> None:
     """Refuse an output directory that holds anything this package did not write.
 
     :raises SparseSSMError: the path is a file, or a directory that is neither empty nor holds
         exactly the files that our report in it names
     """
+    check_path(path)
     target = Path(path)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise SparseSSMError(f"output {target} exists and is not a directory")

@@ -233,7 +233,7 @@ def read_checkpoint(
     """
     tensors: dict[str, Mapping[str, Any]] = {}
     for shard in _shards(path, config, hub):
-        file = _find(path, shard, hub)
+        file = find_file(path, shard, hub)
         if file is not None:
             tensors.update(read_header(file))
     return tensors
@@ -354,9 +354,9 @@ def _shards(path: str | os.PathLike[str], config: Any, hub: Mapping[str, Any]) -
     else:
         whole, index = _variant(WEIGHTS, variant), _variant(INDEX, variant)
         # of the hub, only the index is small enough to fetch in order to look at it
-        if folder and _find(path, whole, hub) is not None:
+        if folder and find_file(path, whole, hub) is not None:
             return [whole]
-    file = _find(path, index, hub)
+    file = find_file(path, index, hub)
     if file is not None:
         return _listed_shards(file, f"{path}, {index}")
     return [] if folder else [_variant(WEIGHTS, variant)]
@@ -382,13 +382,16 @@ def _check_shard(shard: Any, where: str) -> None:
         )
 
 
-def _find(path: str | os.PathLike[str], name: str, hub: Mapping[str, Any]) -> Path | None:
+def find_file(
+    path: str | os.PathLike[str], name: str, hub: Mapping[str, Any] | None = None
+) -> Path | None:
+    """A file of a folder or of the hub, None where there is none."""
     from transformers.utils import cached_file
 
     found = cached_file(
         str(path),
         name,
-        **hub,
+        **(hub or {}),
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,

@@ -5,7 +5,8 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -286,6 +287,46 @@ def _result(
         tokens=int(distributed.total("tokens", tokens)[0]),
         peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+def check_saving(skeleton: Any, tokenizer: Any, folder: Path) -> None:
+    """Write what can be written before the work, so that what cannot is known before it.
+
+    :param skeleton: the model on the meta device
+    :param tokenizer: the model's tokenizer
+    :param folder: of the result; what is written there is written again by :func:`save`
+    :raises SparseSSMError: saying what cannot be written
+    """
+    with _one_line("config"):
+        skeleton.config.save_pretrained(folder)
+    with _one_line("tokenizer"):
+        tokenizer.save_pretrained(folder)
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Save a pruned model and its tokenizer.
+
+    :param model: its ``save_pretrained`` wrapped by LLM Compressor
+    :param tokenizer: the model's tokenizer
+    :param folder: that exists
+    :raises SparseSSMError: it cannot be written, as where the disk is full
+    """
+    with _one_line("model"):
+        model.save_pretrained(folder)
+    with _one_line("tokenizer"):
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """The writers have errors of their own kinds, those of tokenizers a bare Exception."""
+    try:
+        yield
+    except SparseSSMError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:400] or type(error).__name__
+        raise SparseSSMError(f"cannot save the {what}: {said}") from error
 
 
 def versions() -> dict[str, str]:

@@ -569,3 +569,69 @@ def test_experts_that_only_upstream_quantizes(sparsessm, tmp_path, ignored):
         names = set(file.keys())
     assert "model.layers.0.feed_forward.experts.gate_up_proj" in names
     assert not any(".experts.0." in name for name in names)
+
+
+MAGNITUDE = "a_stage: {a_modifiers: {SparseSSMModifier: {sparsity: 0.5, saliency: magnitude%s}}}"
+
+
+@pytest.mark.parametrize(
+    "content", ['{"temperature": 0.5, "do_sample": false}', '{"do_sample": true, "top_p": NaN}']
+)
+def test_a_generation_config_that_transformers_does_not_write_stays(sparsessm, tmp_path, content):
+    model, recipe = tmp_path / "model", tmp_path / "m.yaml"
+    shutil.copytree(DEMO, model)
+    (model / "generation_config.json").write_text(content)
+    recipe.write_text(MAGNITUDE % "")
+    code, _, stderr = sparsessm("prune", model, "--recipe", recipe, "--output", tmp_path / "out")
+    assert code == 0, stderr
+    assert (tmp_path / "out" / "generation_config.json").read_text() == content
+    files = json.loads((tmp_path / "out" / "sparsessm_report.json").read_text())["files"]
+    assert "generation_config.json" in files
+
+
+@pytest.mark.parametrize(("fails", "loaded"), [(1, False), (2, True)])
+def test_failing_to_save_is_one_line_and_leaves_no_report(
+    refused, monkeypatch, tmp_path, fails, loaded
+):
+    """Before the work where a first try tells, and after it as tokenizers says it."""
+    from transformers import PreTrainedTokenizerBase
+
+    from sparsessm_plugin.pruning import ModelSource
+
+    calls, loads = [], []
+    own, load = PreTrainedTokenizerBase.save_pretrained, ModelSource.load
+
+    def save(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == fails:
+            raise Exception("No space left on device (os error 28)")
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", save)
+    monkeypatch.setattr(ModelSource, "load", lambda self: loads.append(self) or load(self))
+    recipe, report = tmp_path / "m.yaml", tmp_path / "layers.json"
+    recipe.write_text(MAGNITUDE % f", report_path: {report}")
+    message = refused("prune", DEMO, "--recipe", recipe, "--output", tmp_path / "out")
+    assert "cannot save the tokenizer: No space left on device (os error 28)" in message
+    assert bool(loads) == loaded
+    assert sorted(os.listdir(tmp_path)) == ["m.yaml"]
+
+
+def test_a_report_is_written_once_all_is_saved(sparsessm, tmp_path):
+    recipe, report = tmp_path / "m.yaml", tmp_path / "layers.json"
+    recipe.write_text(MAGNITUDE % f", report_path: {report}")
+    code, _, stderr = sparsessm("prune", DEMO, "--recipe", recipe, "--output", tmp_path / "out")
+    assert code == 0, stderr
+    assert json.loads(report.read_text())["modifier"] == "SparseSSMModifier"
+
+
+def test_paths_that_cannot_be_written_are_refused_before_the_work(refused, tmp_path):
+    recipe = tmp_path / "m.yaml"
+    recipe.write_text(MAGNITUDE % "")
+    place = os.fsdecode(os.fsencode(tmp_path) + b"/out\xff")
+    assert "no UTF-8" in refused("prune", DEMO, "--recipe", recipe, "--output", place)
+    for path, said in (("a\\0b.json", "null byte"), ("a\\udcffb.json", "no UTF-8")):
+        recipe.write_text(MAGNITUDE % f', report_path: "{path}"')
+        out = tmp_path / "out"
+        assert said in refused("prune", DEMO, "--recipe", recipe, "--output", out)
+    assert sorted(os.listdir(tmp_path)) == ["m.yaml"]

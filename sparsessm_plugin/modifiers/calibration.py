@@ -1,6 +1,7 @@
 """The part of the LLM Compressor lifecycle that every modifier of mixers shares."""
 
 import math
+import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from sparsessm_plugin import distributed
 from sparsessm_plugin.cost import Cost
 from sparsessm_plugin.errors import SparseSSMError, shown
-from sparsessm_plugin.files import read_json, write_json
+from sparsessm_plugin.files import check_path, read_json, write_report
 from sparsessm_plugin.loading import check_unwrapped
 from sparsessm_plugin.mixers import (
     MixerAdapter,
@@ -95,10 +96,14 @@ class MixerModifier(Modifier):
     @field_validator("report_path")
     @classmethod
     def _check_report_path(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_path(value)
         if value is not None and not value.endswith(".json"):
             raise ValueError(f"must end with .json, got {shown(value)}")
         if value is not None and not Path(value).absolute().parent.is_dir():
             raise ValueError(f"the folder of {shown(value)} does not exist")
+        if value is not None and not os.access(Path(value).absolute().parent, os.W_OK):
+            raise ValueError(f"the folder of {shown(value)} cannot be written to")
         if value is not None and Path(value).exists() and not _is_report(Path(value)):
             raise ValueError(f"{shown(value)} exists and is no report of a modifier")
         return value
@@ -269,7 +274,7 @@ class MixerModifier(Modifier):
         if hasattr(state.model, "save_pretrained"):
             change_config(state.model, {})  # experts are then saved as they load
         if self.report_path is not None and distributed.rank() == 0:
-            write_json(self.report_path, self.report())
+            write_report(self.report_path, self.report())
         return True
 
     def release(self) -> None:

@@ -7,9 +7,11 @@ told in :mod:`sparsessm_plugin.modifiers.experts`.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from llmcompressor.transformers.compression.compressed_tensors_utils import (
@@ -20,7 +22,7 @@ from loguru import logger
 from sparsessm_plugin import distributed
 from sparsessm_plugin.dependency_graph import apply_config_fields, write_config_fields
 from sparsessm_plugin.files import write_bytes, write_config
-from sparsessm_plugin.loading import needs_load
+from sparsessm_plugin.loading import find_file, needs_load
 from sparsessm_plugin.modifiers.experts import loadable_experts
 
 NOTE_NAME = "LOADING.md"
@@ -62,7 +64,10 @@ def change_config(model: Any, fields: Mapping[str, Any]) -> None:
     @wraps(inner)
     def save_pretrained(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         options = {**dict(zip(_OPTIONS, args, strict=False)), **kwargs}
-        with loadable_experts(model, **options):
+        with (
+            loadable_experts(model, **options),
+            generation_config_kept(model, save_directory),
+        ):
             result = inner(save_directory, *args, **kwargs)
         path = Path(save_directory) / "config.json"
         if distributed.rank() == 0 and path.is_file():
@@ -91,3 +96,41 @@ def _write_note(folder: Path, needed: bool) -> None:
             write_bytes(note, _NOTE.encode())
     elif note.is_file() and note.read_bytes() == _NOTE.encode():
         note.unlink()
+
+
+@contextmanager
+def generation_config_kept(model: Any, folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Let a model be saved whose generation_config.json transformers reads and does not write.
+
+    It refuses what it only warns of when it loads, as a temperature without sampling. Pruning has
+    nothing to do with it, so that the file stays as it was.
+
+    :param folder: where the model is saved
+    """
+    own = getattr(model, "generation_config", None)
+    if own is None or _is_written(own):
+        yield
+        return
+    source = find_file(model.config._name_or_path, _GENERATION)
+    content = None if source is None else source.read_bytes()
+    model.generation_config = type(own)()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+    path = Path(folder) / _GENERATION
+    if content is not None and path.is_file():
+        write_bytes(path, content)
+
+
+_GENERATION = "generation_config.json"
+
+
+def _is_written(config: Any) -> bool:
+    """Whether transformers writes this generation config."""
+    with TemporaryDirectory() as folder:
+        try:
+            config.save_pretrained(folder)
+        except (ValueError, TypeError):
+            return False
+    return True
