@@ -10,17 +10,20 @@ from sparsessm_plugin.config_levels import (
     language_level,
     language_levels,
 )
+from sparsessm_plugin.dependency_graph.layer_lists import in_words_of
 from sparsessm_plugin.errors import SparseSSMError
 
 # Names under which configs state one and the same size. Runtimes differ in what they read, so all
-# that are there must say the same. `num_heads`, `head_dim` and, in hybrids, `intermediate_size`
-# may speak of attention and the MLP; these change only where a family's loader reads them.
+# that are there must say the same. `num_heads`, `head_dim` and `intermediate_size` speak of the
+# mixers in configs of mixers alone, which have a `state_size`, and of attention and the MLP in
+# those of hybrids; they change only where a family's loader reads them.
 _STATES = ("state_size", "mamba_d_state", "ssm_state_size", "d_state")
 _CHANNELS = ("d_inner", "mamba_d_inner", "mamba_d_ssm", "d_ssm", "mamba_intermediate_size")
 _HEADS = ("mamba_n_heads", "n_mamba_heads", "mamba_num_heads", "nheads")
 _HEAD_DIM = ("mamba_d_head", "mamba_headdim", "mamba_head_dim", "headdim")
 _EXPAND = ("expand", "mamba_expand")
 _HIDDEN = ("hidden_size", "d_model")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # a mapping inside of configs that were converted from mamba_ssm's
 _NESTED_CFG = "ssm_cfg"
 
@@ -38,7 +41,8 @@ def apply_config_fields(config: Any, fields: Mapping[str, Any]) -> None:
     """
     if not fields:
         return
-    changes = _changes(config, fields, _deciding_level(config, fields))
+    path = _deciding_level(config, fields)
+    changes = _changes(config, fields, path, _is_of_mixers_alone(config, path))
     before = [(level, name, get_field(level, name)) for level, name, _ in changes]
     try:
         for level, name, value in changes:
@@ -64,11 +68,13 @@ def write_config_fields(content: dict[str, Any], fields: Mapping[str, Any], conf
     :raises SparseSSMError: the config in memory lacks a field
     """
     path = _deciding_level(config, fields)
+    alone = _is_of_mixers_alone(config, path)
     levels = language_levels(content)
     if path not in levels:  # a file that is flat, or nests under another name
         stated = [p for p, level in levels.items() if any(holds(level, f) for f in fields)]
         path = (stated or list(levels))[-1]
-    for level, name, value in _changes(content, fields, path):
+    fields = in_words_of(levels[path], fields)
+    for level, name, value in _changes(content, fields, path, alone):
         _set(level, name, value)
 
 
@@ -79,13 +85,19 @@ def _deciding_level(config: Any, fields: Mapping[str, Any]) -> Path:
         raise SparseSSMError(f"{type(config).__name__} has no field {error.args[0]!r}") from None
 
 
-def _changes(config: Any, fields: Mapping[str, Any], path: Path) -> list[tuple[Any, str, Any]]:
+def _is_of_mixers_alone(config: Any, path: Path) -> bool:
+    return holds(language_levels(config)[path], "state_size")
+
+
+def _changes(
+    config: Any, fields: Mapping[str, Any], path: Path, alone: bool
+) -> list[tuple[Any, str, Any]]:
     """Level, name and new value of everything that states one of the sizes."""
     levels = language_levels(config)
     hidden = None
     for level in (*levels.values(), levels[path]):  # the deciding level has the last word
         hidden = next((get_field(level, name) for name in _HIDDEN if holds(level, name)), hidden)
-    same = _other_names(fields, hidden)
+    same = _other_names(fields, fields.get("hidden_size", hidden), alone)
     changes = [(levels[path], name, value) for name, value in fields.items()]
     for where, level in levels.items():
         stated = {**same, **fields}
@@ -103,15 +115,21 @@ def _changes(config: Any, fields: Mapping[str, Any], path: Path) -> list[tuple[A
     return changes
 
 
-def _other_names(fields: Mapping[str, Any], hidden_size: int | None) -> dict[str, Any]:
-    """Every other name of the sizes that the fields give -> value."""
+def _other_names(
+    fields: Mapping[str, Any], hidden_size: int | None, alone: bool
+) -> dict[str, Any]:
+    """Every other name of the sizes that the fields give -> value.
+
+    :param alone: whether the config is one of mixers alone
+    """
 
     def first(*names: str) -> Any:
         return next((fields[name] for name in names if name in fields), None)
 
     states, expand = first(*_STATES), first(*_EXPAND)
-    heads, head_dim = first("num_heads", *_HEADS), first("head_dim", *_HEAD_DIM)
-    channels = first("intermediate_size", *_CHANNELS)
+    unprefixed = ("num_heads", "head_dim", "intermediate_size") if alone else ()
+    heads, head_dim = first(*unprefixed[:1], *_HEADS), first(*unprefixed[1:2], *_HEAD_DIM)
+    channels = first(*unprefixed[2:], *_CHANNELS)
     if channels is None and heads is not None and head_dim is not None:
         channels = heads * head_dim
     if channels is None and expand is not None and hidden_size:
@@ -119,7 +137,8 @@ def _other_names(fields: Mapping[str, Any], hidden_size: int | None) -> dict[str
     if expand is None and channels is not None and hidden_size and channels % hidden_size == 0:
         expand = channels // hidden_size  # configs take whole numbers only
     sizes = {
-        _STATES: states, _CHANNELS: channels, _HEADS: heads, _HEAD_DIM: head_dim, _EXPAND: expand
+        _STATES: states, _CHANNELS: channels, _HEADS: heads, _HEAD_DIM: head_dim, _EXPAND: expand,
+        _HIDDEN: first(*_HIDDEN), _LAYERS: first(*_LAYERS),
     }  # fmt: skip
     return {n: size for names, size in sizes.items() if size is not None for n in names}
 

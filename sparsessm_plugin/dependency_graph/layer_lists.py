@@ -1,0 +1,33 @@
+"""Lists of the kinds of layers, in the words of the config.json that they are written to.
+
+transformers 5 gives the kinds of layers new words when it reads a config. Other runtimes know
+those that the checkpoint was published with.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+_LISTS = ("layer_types", "layers_block_type")
+_PATTERN = "hybrid_override_pattern"  # Nemotron-H, one letter a layer
+_LETTERS = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
+_PUBLISHED = {"linear_attention": "mamba", "full_attention": "attention"}
+
+
+def in_words_of(content: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The same fields, with lists of layers under the names and in the words of a config file.
+
+    :param content: what the config.json, or a level of it, holds
+    :param fields: field name -> value, as the config in memory has them
+    """
+    result = dict(fields)
+    for name in _LISTS:
+        if name not in fields:
+            continue
+        kinds = result.pop(name)
+        if _PATTERN in content:
+            result[_PATTERN] = "".join(_LETTERS[kind] for kind in kinds)
+        stated = [other for other in _LISTS if content.get(other) is not None]
+        for other in stated or ([] if _PATTERN in content else [name]):
+            published = set(_PUBLISHED.values()) & set(content.get(other) or ())
+            result[other] = [_PUBLISHED.get(k, k) if published else k for k in kinds]
+    return result
