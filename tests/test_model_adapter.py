@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MambaForCausalLM
 from transformers.models.mamba.modeling_mamba import MambaBlock
 
-from sparsessm_plugin.dependency_graph import ModelDependencyGraph
+from sparsessm_plugin.dependency_graph import ModelDependencyGraph, write_config_fields
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import (
     ModelAdapter,
@@ -559,6 +559,59 @@ def test_offloaded_models(where, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(logits(offloaded), logits(here))
     assert here.get_parameter("lm_head.weight") is here.model.embed_tokens.weight
+
+
+def test_what_runtimes_read_in_the_config_file():
+    """Every name of a size, and the kinds of layers in the words that the file had."""
+    model = deep_model("nemotron_h")
+    graph = ModelDependencyGraph(model)
+    file = {
+        "hybrid_override_pattern": "M*E-M*",
+        "num_hidden_layers": 6,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "mamba_num_heads": 8,
+        "n_layer": 6,
+        "d_model": 32,
+    }
+    for axis, removed in (("layers", [1, 2]), ("hidden", range(8)), ("mlp", [0])):
+        group = graph.get_axis_group(axis, removed)
+        group.prune()
+        write_config_fields(file, group.config_fields, model.config)
+    assert (
+        file.items()
+        >= {
+            "hybrid_override_pattern": "M-M*",
+            "num_hidden_layers": 4,
+            "hidden_size": 24,
+            "intermediate_size": 47,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "head_dim": 8,
+            "n_layer": 4,
+            "d_model": 24,
+        }.items()
+    )
+    assert "layers_block_type" not in file
+
+    model = deep_model("granitemoehybrid")
+    group = ModelDependencyGraph(model).get_axis_group("layers", [0])
+    group.prune()
+    for key in ("layer_types", "layers_block_type"):
+        file = {key: ["mamba", "attention", "mamba", "attention"]}
+        write_config_fields(file, group.config_fields, model.config)
+        assert file == {key: ["attention", "mamba", "attention"], "num_hidden_layers": 3}
+
+
+def test_the_mlp_is_not_taken_for_the_mixers():
+    """In hybrids intermediate_size and head_dim are those of the MLP and of attention."""
+    model = deep_model("falcon_h1", num_attention_heads=6, head_dim=4, num_key_value_heads=3)
+    graph = ModelDependencyGraph(model)
+    graph.get_axis_group("mlp", range(16)).prune()
+    graph.get_axis_group("kv_groups", [0]).prune()
+    config = model.config
+    assert (config.intermediate_size, config.num_attention_heads, config.head_dim) == (32, 4, 4)
+    assert (config.mamba_d_ssm, config.mamba_n_heads, config.mamba_d_head) == (64, 8, 8)
 
 
 def test_channels_that_follow_hidden_size():

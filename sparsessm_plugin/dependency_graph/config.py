@@ -22,6 +22,7 @@ _CHANNELS = ("d_inner", "mamba_d_inner", "mamba_d_ssm", "d_ssm", "mamba_intermed
 _HEADS = ("mamba_n_heads", "n_mamba_heads", "mamba_num_heads", "nheads")
 _HEAD_DIM = ("mamba_d_head", "mamba_headdim", "mamba_head_dim", "headdim")
 _EXPAND = ("expand", "mamba_expand")
+_UNPREFIXED = ("num_heads", "head_dim", "intermediate_size")
 _HIDDEN = ("hidden_size", "d_model")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # a mapping inside of configs that were converted from mamba_ssm's
@@ -115,21 +116,20 @@ def _changes(
     return changes
 
 
-def _other_names(
-    fields: Mapping[str, Any], hidden_size: int | None, alone: bool
-) -> dict[str, Any]:
+def _other_names(fields: Mapping[str, Any], hidden_size: int | None, alone: bool) -> dict[str, Any]:
     """Every other name of the sizes that the fields give -> value.
 
     :param alone: whether the config is one of mixers alone
     """
+    if not alone:
+        fields = {name: value for name, value in fields.items() if name not in _UNPREFIXED}
 
     def first(*names: str) -> Any:
         return next((fields[name] for name in names if name in fields), None)
 
     states, expand = first(*_STATES), first(*_EXPAND)
-    unprefixed = ("num_heads", "head_dim", "intermediate_size") if alone else ()
-    heads, head_dim = first(*unprefixed[:1], *_HEADS), first(*unprefixed[1:2], *_HEAD_DIM)
-    channels = first(*unprefixed[2:], *_CHANNELS)
+    heads, head_dim = first("num_heads", *_HEADS), first("head_dim", *_HEAD_DIM)
+    channels = first("intermediate_size", *_CHANNELS)
     if channels is None and heads is not None and head_dim is not None:
         channels = heads * head_dim
     if channels is None and expand is not None and hidden_size:
