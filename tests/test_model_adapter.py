@@ -56,6 +56,11 @@ DEEP = {
         "moe_shared_expert_intermediate_size": 28,
         "mlp_bias": True,
     },
+    "zamba": {
+        "num_hidden_layers": 5,
+        "layers_block_type": [LINEAR, "hybrid", LINEAR, "hybrid", "hybrid"],
+        "mamba_proj_bias": True,
+    },
     # the shared blocks 0, 1, 0, 1 in layers 0, 2, 3 and 5
     "zamba2": {
         "num_hidden_layers": 6,
@@ -74,6 +79,7 @@ KINDS = {
     "jamba": ["pair"] * 6,
     "granitemoehybrid": ["pair"] * 4,
     "nemotron_h": ["mixer", "attention", "moe", "mlp", "mixer", "attention"],
+    "zamba": ["mixer", "hybrid", "mixer", "hybrid", "hybrid"],
     "zamba2": ["hybrid", "mixer", "hybrid", "hybrid", "mixer", "hybrid"],
 }
 UNITS = {
@@ -82,6 +88,7 @@ UNITS = {
     "jamba": ("mlp", "kv_groups"),
     "granitemoehybrid": ("mlp", "experts", "kv_groups"),
     "nemotron_h": ("mlp", "experts", "shared_experts", "kv_groups"),
+    "zamba": ("mlp", "kv_groups"),
     "zamba2": ("mlp", "kv_groups"),
 }
 # layers that go, and what the config says of the others
@@ -109,6 +116,10 @@ LAYERS = {
     "nemotron_h": (
         [1, 2],
         {"num_hidden_layers": 4, "layers_block_type": [LINEAR, "mlp", LINEAR, FULL]},
+    ),
+    "zamba": (
+        [0, 1],
+        {"num_hidden_layers": 3, "layers_block_type": [LINEAR, "hybrid", "hybrid"]},
     ),
     "zamba2": (
         [0, 1],
@@ -203,7 +214,7 @@ def test_layers_and_axes(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranges_cover_every_dimension_of_the_stream(family):
-    """No other size is 40, and in Zamba2 none is 80: what has it belongs to the stream."""
+    """No other size is 40, and in Zamba none is 80: what has it belongs to the stream."""
     changes = {"hidden_size": 40, "head_dim": 12}
     if family in ("bamba", "granitemoehybrid", "mamba2", "zamba2"):
         expand = "expand" if family == "mamba2" else "mamba_expand"
@@ -213,13 +224,13 @@ def test_ranges_cover_every_dimension_of_the_stream(family):
             changes["mamba_d_head"] = 6
         if family == "mamba2":
             changes["head_dim"] = 6
-    if family == "zamba2":
+    if family in ("zamba", "zamba2"):
         del changes["head_dim"]
-        changes["attention_head_dim"] = 12
+        changes |= {"attention_head_dim": 12, "mamba_expand": 3}
     model = deep_model(family, **changes)
     adapter = get_model_adapter(model)
     covered = declared(adapter.axes("hidden"), range(40))
-    sizes = (40, 80) if family == "zamba2" else (40,)
+    sizes = (40, 80) if family in ("zamba", "zamba2") else (40,)
     of_the_stream = {
         (name, dim): set(range(size))
         for name, parameter in model.named_parameters()
@@ -282,7 +293,7 @@ def test_fewer_layers_compute_what_the_others_do(family, tmp_path):
 )
 def test_fewer_units_compute_what_the_others_do(family, axis, tmp_path):
     changes = {"num_attention_heads": 6, "head_dim": 8, "num_key_value_heads": 3}
-    if family == "zamba2":
+    if family in ("zamba", "zamba2"):
         changes = {"num_key_value_heads": 2}
     dense, model = deep_model(family, **changes), deep_model(family, **changes)
     graph = ModelDependencyGraph(model)
@@ -308,8 +319,8 @@ def hidden_case(family, along):
     if not along:
         return range(0, 32, 2), None  # 32 -> 16, with twice the expansion
     adapter = get_model_adapter(deep_model(family))
-    # a head of each group; in Jamba, which has no heads, 16 of 64 channels
-    gone = range(5, 21) if family == "jamba" else (1, 6)
+    # a head of each group; 16 of 64 channels where there are no heads, in Zamba 8 of each half
+    gone = {"jamba": range(5, 21), "zamba": [*range(5, 13), *range(37, 45)]}.get(family, (1, 6))
     return range(3, 11), {mixer.name: gone for mixer in adapter.mixers}
 
 
@@ -328,8 +339,14 @@ def test_narrower_stream_computes_what_remains(family, along, tmp_path):
         for mixer in reference.mixers if channels else ():
             gone, P = list(channels[mixer.name]), mixer.sizes.head_dim
             module = mixer.mixer
-            if family == "jamba":
-                module.x_proj.weight[:, gone] = 0
+            if family in ("jamba", "zamba"):
+                for channel in gone:
+                    x_proj = (
+                        module.x_proj.weight
+                        if family == "jamba"
+                        else (module.x_proj_weight[channel // 32])
+                    )
+                    x_proj[:, channel % x_proj.shape[1]] = 0
                 module.out_proj.weight[:, gone] = 0
                 continue
             rows = [head * P + p for head in gone for p in range(P)]
@@ -376,6 +393,12 @@ REFUSED = {
     "no-layer": ("mamba", "layers", range(4), "removing 4 of 4 layers leaves nothing"),
     "no-attention": ("bamba", "layers", [1, 3], "keep at least one of 1, 3"),
     "no-period": ("jamba", "layers", [2, 3, 5], "none gives attention in layers 1, 2 of 3"),
+    "shared": (
+        "zamba",
+        "layers",
+        [1, 4],
+        "two layers that share a block; keep two of 1, 3, 4",
+    ),
     "turns": ("zamba2", "layers", [2], "layers 0, 3, 5 would use block 0, 0, 1"),
     "experts": ("jamba", "mlp", [0], "47 mlp are no multiple of 4: transformers multiplies"),
     "experts-hidden": ("nemotron_h", "hidden", [0], "31 hidden are no multiple of 4"),

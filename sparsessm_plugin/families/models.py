@@ -1,6 +1,5 @@
 """The models of transformers that have an adapter: their names, and what their configs can say."""
 
-import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -273,11 +272,18 @@ class ZambaModelAdapter(SharedBlockModelAdapter):
         fields = super().mixer_fields(mixer, hidden_size, channels)
         return fields | {"mamba_dt_rank": mixer.sizes.time_step_rank}
 
+    def layer_fields(self, kept: Sequence[int]) -> dict[str, Any]:
+        fields = super().layer_fields(kept)
+        users = [i for i, layer in enumerate(self.base.layers) if hasattr(layer, self.shared)]
+        if len(set(users) & set(kept)) < 2:
+            raise SparseSSMError(
+                f"{self.name}: the loader of zamba needs two layers that share a block; keep two "
+                f"of {', '.join(map(str, users))}"
+            )
+        return fields
+
     def set_layers(self, kept: Sequence[int]) -> None:
         super().set_layers(kept)
         users = [i for i, layer in enumerate(self.base.layers) if hasattr(layer, self.shared)]
-        sources = {}
-        for first in users[:1]:
-            pattern = rf"layers.(?!{re.escape(str(first))}\.)\d+.{self.shared}"
-            sources[pattern] = f"layers.{first}.{self.shared}"
-        self.retie(sources if len(users) > 1 else {})
+        pattern = rf"layers.(?!{users[0]}\.)\d+.{self.shared}"
+        self.retie({pattern: f"layers.{users[0]}.{self.shared}"})
