@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store
 
+from sparsessm_plugin.calibration import CalibrationBatches
 from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning
 
 T = TypeVar("T")
@@ -43,6 +44,7 @@ _LONGEST = 1800.0
 _TIDY = 10.0
 _PAUSE = 0.01  # seconds between looks at what the others do, at most
 _BUCKET = 2**24  # numbers that are summed over ranks in one go
+_HASHED = 2**26  # bytes of a weight that are brought to the CPU and hashed in one go
 
 
 class RanksError(SparseSSMError):
@@ -241,12 +243,14 @@ def together(what: str) -> Iterator[None]:
             raise RanksError(_by_rank(messages))
 
 
-def check_ranks(who: str, model: nn.Module, data: Any = None, settings: Any = None) -> None:
+def check_ranks(
+    who: str, model: nn.Module, data: CalibrationBatches | None = None, settings: Any = None
+) -> None:
     """Refuse ranks that do not belong together, before anything is changed.
 
     :param who: the modifier
     :param model: parameters must agree by name, shape, dtype and bits
-    :param data: calibration batches, or None. Every rank needs one. The number of batches may
+    :param data: calibration batches, or None. The number that the ranks' loaders gave may
         differ by one, where samples do not divide; and where every rank's sequences are all of
         one length, it must be the same length, as windows of a text are. Text in its natural
         lengths may differ: positions are counted from the start of a sequence. Ranks that read
@@ -271,7 +275,7 @@ def _check_same(who: str, what: str, values: list[str]) -> None:
 
 def _check_model(who: str, model: nn.Module) -> None:
     tensors = [
-        (f"{name} {tuple(p.shape)} {str(p.dtype).removeprefix('torch.')}", _bits(p))
+        (f"{name} {tuple(p.shape)} {str(p.dtype).removeprefix('torch.')}", _digest(p))
         for name, p in model.named_parameters()
     ]
     digests = gather(f"{who}: model", hashlib.sha256(str(tensors).encode()).hexdigest())
@@ -295,15 +299,11 @@ def _check_model(who: str, model: nn.Module) -> None:
 
 def _check_data(who: str, each: list[dict[str, Any]]) -> None:
     counts = [e["batches"] for e in each]
-    empty = [r for r, count in enumerate(counts) if count == 0]
-    if empty:
-        raise RanksError(f"{who}: {_named(empty)} got no calibration data; give at least one batch")
-    known = [count for count in counts if count is not None]
-    if known and max(known) - min(known) > 1:
-        most, least = counts.index(max(known)), counts.index(min(known))
+    if max(counts) - min(counts) > 1:
+        most, least = counts.index(max(counts)), counts.index(min(counts))
         raise RanksError(
-            f"{who}: rank {most} has {max(known)} calibration batches and rank {least} has "
-            f"{min(known)}; shares may differ by one"
+            f"{who}: rank {most} has {max(counts)} calibration batches and rank {least} has "
+            f"{min(counts)}; shares may differ by one"
         )
     lengths = [e["lengths"] for e in each]
     if all(found and found[0] == found[1] for found in lengths):
@@ -329,37 +329,32 @@ def _check_data(who: str, each: list[dict[str, Any]]) -> None:
         before.update(found)
 
 
-def _describe(data: Any) -> dict[str, Any]:
+def _describe(batches: CalibrationBatches) -> dict[str, Any]:
     """Number of batches, least and greatest length, and digests of the sequences.
 
-    Only where batches can be read twice.
+    Batches of empty samples count, as shares are made before anybody knows what is in them.
     """
-    try:
-        batches = len(data)
-    except TypeError:
-        return {"batches": None, "lengths": None, "sequences": []}
     lengths, sequences = set(), []
-    with torch.random.fork_rng(devices=[]):  # a shuffled loader keeps its order for later
-        for batch in data:
-            ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-            if isinstance(ids, Tensor):
-                lengths.add(ids.shape[-1])
-                for row in ids.cpu().numpy():
-                    sequences.append(hashlib.blake2b(row.tobytes(), digest_size=6).hexdigest())
+    for batch in batches:
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if isinstance(ids, Tensor):
+            lengths.add(ids.shape[-1])
+            for row in ids.cpu().numpy():
+                sequences.append(hashlib.blake2b(row.tobytes(), digest_size=6).hexdigest())
     return {
-        "batches": batches,
+        "batches": batches.served,
         "lengths": [min(lengths), max(lengths)] if lengths else None,
         "sequences": sequences,
     }
 
 
-def _bits(tensor: Tensor) -> int:
-    """A checksum that does not depend on the order of summation."""
-    if tensor.is_meta:
-        return 0
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().view(integer[tensor.element_size()])
-    return int(bits.sum(dtype=torch.int64))
+def _digest(tensor: Tensor) -> str:
+    """A hash of the bytes of a tensor in their order; one piece at a time of what is on a GPU."""
+    found = hashlib.blake2b(digest_size=16)
+    if not tensor.is_meta:
+        for piece in tensor.detach().reshape(-1).view(torch.uint8).split(_HASHED):
+            found.update(piece.cpu().numpy().data)
+    return found.hexdigest()
 
 
 def _named(ranks: Sequence[int]) -> str:

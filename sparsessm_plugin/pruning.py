@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sparsessm_plugin import distributed
+from sparsessm_plugin.calibration import give_back
 from sparsessm_plugin.config_levels import language_field
 from sparsessm_plugin.cost import halved, has_room, peak_memory_bytes, reset_peak_memory, shortage
 from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning
@@ -258,6 +259,7 @@ def _run(
         for modifier in active_session().lifecycle.recipe.modifiers:
             if hasattr(modifier, "release"):
                 modifier.release()
+        give_back(loader)
         raise
     finally:
         forget_traces()

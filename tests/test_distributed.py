@@ -15,7 +15,7 @@ import conftest
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import DEVICE, VOCAB, Loader, batches, tiny_model
+from conftest import DEVICE, Loader, batches, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -129,14 +129,20 @@ def run(job, share):
     return {"weights": {k: v.cpu() for k, v in model.state_dict().items()}, "reports": reports}
 
 
-def run_dataset(first, last):
-    """The same through LLM Compressor's own loader, which takes one sequence at a time."""
+def run_dataset(first, last, blank=0):
+    """The same through LLM Compressor's own loader, which takes one sequence at a time.
+
+    :param blank: how many empty samples to put between
+    """
     from datasets import Dataset
     from llmcompressor import oneshot
     from transformers import AutoTokenizer
 
     keys = ("input_ids", "attention_mask")
     rows = {key: torch.cat([batch[key] for batch in _BATCHES])[first:last].tolist() for key in keys}
+    for values in rows.values():
+        for i in range(blank):
+            values.insert(2 * i, [])
     model = _MAMBA().to(DEVICE)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -165,7 +171,11 @@ def refuse(share, number):
         "shape": {"state_size": 4 + 4 * number},
         "batches": {"data": _BATCHES[: 4 - 2 * number]},
         "none": {"data": _BATCHES[: 1 - number]},
+        "blank": {
+            "data": [{**b, "attention_mask": b["attention_mask"] * (1 - number)} for b in share]
+        },
         "length": {"data": batches(length=24 - 4 * number)},
+        "order": {"swap": number},
         "settings": {"sparsity": 0.5 + 0.1 * number},
         "target": {"targets": [] if number == 0 else ["layers.9"]},
         "both": {"targets": ["layers.9"]},
@@ -175,6 +185,10 @@ def refuse(share, number):
         model = _MAMBA(**{k: v for k, v in unlike.items() if k in ("seed", "state_size")}).to(
             DEVICE
         )
+        if unlike.get("swap"):
+            with torch.no_grad():
+                weight = model.backbone.layers[0].mixer.in_proj.weight
+                weight[:2] = weight[:2].flip(0)
         before = {k: v.clone() for k, v in model.state_dict().items()}
         modifier = SparseSSMModifier(
             sparsity=unlike.get("sparsity", 0.5), targets=unlike.get("targets", [])
@@ -187,17 +201,23 @@ def refuse(share, number):
 
 
 def fail(share, number):
-    """Rank 1 reads a token that is none, after all have agreed to begin."""
+    """Rank 1 computes what is no number, after all have agreed to begin."""
     from llmcompressor import oneshot
 
     from sparsessm_plugin import StateRemovalModifier
 
+    model = _MAMBA().to(DEVICE)
     if number == 1:
-        share = [{**share[0], "input_ids": share[0]["input_ids"] + VOCAB}, *share[1:]]
-    with pytest.raises(SparseSSMError) as error:
-        oneshot(
-            model=_MAMBA().to(DEVICE), recipe=StateRemovalModifier(keep=2), dataset=Loader(share)
+        model.backbone.layers[0].mixer.register_forward_pre_hook(
+            lambda module, args, kwargs: (
+                (args, {**kwargs, "hidden_states": args[0] * torch.nan})
+                if args
+                else (args, {**kwargs, "hidden_states": kwargs["hidden_states"] * torch.nan})
+            ),
+            with_kwargs=True,
         )
+    with pytest.raises(SparseSSMError) as error:
+        oneshot(model=model, recipe=StateRemovalModifier(keep=2), dataset=Loader(share))
     return str(error.value)
 
 
@@ -209,8 +229,9 @@ def main(folder, *jobs):
     backend = "nccl" if DEVICE == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=120))
     for job in jobs:
-        if job in ("dataset", "same"):
-            result = run_dataset(*((0, 5), (5, 9))[number] if job == "dataset" else (0, 10))
+        if job in ("dataset", "same", "blank"):
+            rows = (0, 10) if job == "same" else ((0, 5), (5, 9))[number]
+            result = run_dataset(*rows, blank=2 * number if job == "blank" else 0)
         elif job in ("refuse", "fail"):
             result = {"refuse": refuse, "fail": fail}[job](_SHARES[number], number)
         else:
@@ -295,7 +316,7 @@ needs_two = pytest.mark.skipif(
 def folder(tmp_path_factory):
     """What two ranks leave that go through all jobs; the failing one comes last."""
     folder = tmp_path_factory.mktemp("ranks")
-    finish(start(__file__, folder, *RECIPES, "dataset", "same", "refuse", "fail"))
+    finish(start(__file__, folder, *RECIPES, "dataset", "same", "blank", "refuse", "fail"))
     return folder
 
 
@@ -344,6 +365,11 @@ def test_datasets(folder, one_thread):
 
 
 @needs_two
+def test_empty_samples_on_one_rank(folder, one_thread):
+    check(results(folder, "blank"), run_dataset(0, 9))
+
+
+@needs_two
 def test_ranks_that_read_the_same(folder):
     """LLM Compressor 0.14 means to deal out a dataset that all ranks load, and does not."""
     said = [w for w in results(folder, "same")[0]["warnings"] if "another rank" in w]
@@ -362,6 +388,8 @@ def test_ranks_that_read_the_same(folder):
         ),
         ("batches", "rank 0 has 4 calibration batches and rank 1 has 2"),
         ("none", "rank 1: SparseSSMModifier needs calibration data, and the dataset is empty"),
+        ("blank", "rank 1: SparseSSMModifier needs calibration data, and all 4 samples are empty"),
+        ("order", r"rank 1 has other weights than rank 0; .* layers\.0\.mixer\.in_proj"),
         ("length", "sequences of rank 1 have 20 tokens, those of rank 0 have 24"),
         ("settings", "rank 1 and rank 0 have different settings"),
         ("target", r"^rank 1: SparseSSMModifier.targets: 'layers.9' matches no"),
@@ -380,7 +408,7 @@ def test_ranks_that_do_not_fit_together(folder, case, message):
 @needs_two
 def test_a_rank_that_fails_stops_the_other(folder):
     said = results(folder, "fail")
-    assert said[1].startswith("calibration data")
+    assert said[1].startswith("backbone.layers.0.mixer: its input holds NaN")
     assert said[0] == f"rank 1 stopped: {said[1]}"
 
 

@@ -9,23 +9,53 @@ from sparsessm_plugin.mixers.fast_forward import fast_forward
 from sparsessm_plugin.modifiers.probe import Probe
 
 
-def little(rows=5, length=300):
+def little(rows=5, length=300, left=False):
+    """Rows of 300, 200, 290, 5 and 280 tokens, padded on one side."""
     ids = torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
-    mask[1, 200:] = 0
+    for row, tokens in enumerate((length, 200, 290, 5, 280)):
+        mask[row, tokens:] = 0
+    if left:
+        ids, mask = ids.flip(1), mask.flip(1)
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def with_biases(family):
+    """A tiny model with biases wherever its config allows some."""
+    names = {
+        "mamba": ("use_bias",),
+        "falcon_mamba": ("use_bias",),
+        "jamba": ("mamba_proj_bias",),
+        "mamba2": ("use_bias",),
+        "bamba": ("mamba_proj_bias",),
+        "zamba": ("mamba_proj_bias",),
+        "zamba2": ("add_bias_linear",),
+        "granitemoehybrid": ("mamba_proj_bias",),
+        "falcon_h1": ("mamba_proj_bias", "projectors_bias"),
+        "nemotron_h": ("use_bias", "mamba_proj_bias"),
+    }
+    return tiny_model(family, **dict.fromkeys(names[family], True))
+
+
 @torch.no_grad()
-def test_divergences_are_those_of_the_changed_model(family):
-    model, batch = tiny_model(family), little()
-    seen = {k: v[:4, :256] for k, v in batch.items()}
+@pytest.mark.parametrize("left", [False, True])
+def test_divergences_are_those_of_the_changed_model(family, left):
+    model, batch = with_biases(family), little(left=left)
+    # the four rows with most tokens, from their first tokens on
+    first = [ids[mask.bool()][:256] for ids, mask in zip(*batch.values(), strict=True)]
+    first = [first[row] for row in (0, 2, 4, 1)]
+    seen = {
+        "input_ids": torch.nn.utils.rnn.pad_sequence(first, batch_first=True),
+        "attention_mask": torch.nn.utils.rnn.pad_sequence(
+            [torch.ones_like(row) for row in first], batch_first=True
+        ),
+    }
 
     def predictions():
         return model(**seen, use_cache=False).logits.double().log_softmax(-1)
 
     with fast_forward(model):
-        probe = Probe(model, batch)
+        probe = Probe(model, [batch])
         stored = dict(model.named_parameters())  # a shared one once, by its first name
         mixers = [adapter.name for adapter in find_mixers(model)]
         projections = ("_proj.weight", "conv1d.weight", "_proj_weight")
@@ -55,7 +85,7 @@ def test_a_weight_comes_back_after_an_error():
     weight = model.get_submodule(name).weight
     before = weight.clone()
     with fast_forward(model):
-        probe = Probe(model, little())
+        probe = Probe(model, [little()])
 
         def interrupt(*_):
             assert not torch.equal(weight, before)

@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
+from sparsessm_plugin.calibration import CalibrationBatches, fix_batches, give_back
 from sparsessm_plugin.cost import Cost
 from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.files import check_path, read_json, write_report
@@ -37,7 +38,6 @@ from sparsessm_plugin.modifiers.fields import MEANINGLESS, check_computed, check
 from sparsessm_plugin.modifiers.saving import change_config
 from sparsessm_plugin.patterns import check_pattern, check_patterns
 from sparsessm_plugin.progress import Stage
-from sparsessm_plugin.vocabulary import check_token_ids
 
 
 class MixerModifier(Modifier):
@@ -71,6 +71,7 @@ class MixerModifier(Modifier):
     _restore: ExitStack = PrivateAttr(default_factory=ExitStack)
     _cost: Cost = PrivateAttr(default_factory=Cost)
     _stage: Stage | None = PrivateAttr(default=None)
+    _batches: CalibrationBatches | None = PrivateAttr(default=None)
     _no_outputs: Callable[[], None] | None = PrivateAttr(default=None)
 
     meaningless_fields: ClassVar[frozenset[str]] = MEANINGLESS
@@ -111,7 +112,7 @@ class MixerModifier(Modifier):
     # -- for subclasses --------------------------------------------------------------
 
     def prepare(self, state: State) -> None:
-        """Find the mixers, check them, the settings and the data; nothing is changed yet.
+        """Find the mixers, check them and the settings; nothing is changed yet.
 
         :raises SparseSSMError: naming what does not fit
         """
@@ -122,8 +123,6 @@ class MixerModifier(Modifier):
                     raise SparseSSMError(
                         f"{adapter.name}.{name} holds NaN or infinite values; nothing was pruned"
                     )
-        if self.requires_calibration_data:
-            self._check_data(state.data.calib if state.data is not None else None)
         self._pending = {adapter.name: adapter for adapter in adapters}
 
     def check_mixer(self, adapter: MixerAdapter) -> None:
@@ -150,6 +149,22 @@ class MixerModifier(Modifier):
         raise NotImplementedError
 
     # -- before calibration ----------------------------------------------------------
+
+    @property
+    def reads_calibration_data(self) -> bool:
+        """Whether it looks at the data, in LLM Compressor's pass over it or in its own."""
+        return self.requires_calibration_data
+
+    @property
+    def batches(self) -> CalibrationBatches:
+        """The data, the same and in the same order whenever it is read."""
+        assert self._batches is not None
+        return self._batches
+
+    def initialize(self, state: State, **kwargs: Any) -> None:
+        """:raises SparseSSMError: it has pruned a model before"""
+        check_new(self)
+        super().initialize(state, **kwargs)
 
     def matching_mixers(self, model: nn.Module) -> list[MixerAdapter]:
         """The mixers that ``targets`` and ``ignore`` leave, checked against the settings.
@@ -198,17 +213,11 @@ class MixerModifier(Modifier):
                 check_patterns([*self.targets, *self.ignore], state.model, who)
                 check_experts_of_session(state.model)
                 self.prepare(state)
+                if self.reads_calibration_data:
+                    self._batches = read_batches(who, state, kwargs.get("calib_data"))
             settings = self.model_dump(exclude={*Modifier.model_fields, "report_path"})
-            data = state.data.calib if self.requires_calibration_data else None
-            distributed.check_ranks(who, state.model, data, settings)
+            distributed.check_ranks(who, state.model, self._batches, settings)
         return True
-
-    def _check_data(self, dataloader: Any) -> None:
-        who = type(self).__name__
-        if dataloader is None:
-            raise SparseSSMError(f"{who} needs calibration data: give oneshot() a dataset")
-        if hasattr(dataloader, "__len__") and len(dataloader) == 0:
-            raise SparseSSMError(f"{who} needs calibration data, and the dataset is empty")
 
     # -- calibration -----------------------------------------------------------------
 
@@ -219,8 +228,7 @@ class MixerModifier(Modifier):
         self._restore.callback(self._stage.close)
         if not self.requires_calibration_data:
             return
-        with self._released_on_error():
-            _check_vocabulary(state.data.calib, state.model.get_input_embeddings())
+        note_ids(self, state, self.batches)
         self._restore.enter_context(fast_forward(state.model))
         for adapter in self._pending.values():
             hook = partial(self._observe_hook, adapter)
@@ -240,6 +248,8 @@ class MixerModifier(Modifier):
         self._now_at(f"{adapter.name}, batch {batch}")
         with torch.no_grad(), self._released_on_error(), self._cost.stage("observe"):
             check_finite_input(adapter.name, hidden_states)
+            self.batches.check_ids()
+            self.batches.check_mask(batch - 1, adapter.name, attention_mask)
             self.observe(adapter, hidden_states, attention_mask)
 
     def on_sequential_epoch_end(
@@ -273,6 +283,8 @@ class MixerModifier(Modifier):
         self.release()
         if hasattr(state.model, "save_pretrained"):
             change_config(state.model, {})  # experts are then saved as they load
+        give_back(self._batches)
+        self._batches = None
         if self.report_path is not None and distributed.rank() == 0:
             write_report(self.report_path, self.report())
         return True
@@ -296,7 +308,41 @@ class MixerModifier(Modifier):
             distributed.fail(error)
             self.release()
             outputs_collected_again()
+            give_back(self._batches)
             raise
+
+
+def read_batches(who: str, state: State, source: Any) -> CalibrationBatches:
+    """The batches of the run, whose ids the model knows; see :func:`fix_batches`.
+
+    :raises SparseSSMError: there is no data, or an id outside of the vocabulary
+    """
+    return fix_batches(
+        who, state, source, getattr(_embeddings(state.model), "num_embeddings", None)
+    )
+
+
+def note_ids(modifier: Modifier, state: State, batches: CalibrationBatches) -> None:
+    """Let the batches know what the model embeds while a modifier watches a calibration pass."""
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args:
+            batches.note_ids(state.current_batch_idx, args[0])
+
+    embeddings = _embeddings(state.model)
+    if embeddings is not None:
+        modifier.register_hook(embeddings, note, "forward_pre")
+
+
+def check_new(modifier: Modifier) -> None:
+    """Refuse a modifier that holds what an earlier run has left in it.
+
+    :raises SparseSSMError: naming its class
+    """
+    if modifier.initialized_ or modifier.finalized_:
+        raise SparseSSMError(
+            f"this {type(modifier).__name__} has been used before; make a new one for every run"
+        )
 
 
 def what_enters(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -314,11 +360,6 @@ def check_finite_input(name: str, x: Tensor) -> None:
             f"{name}: its input holds NaN or infinite values during calibration; "
             "this layer was not pruned"
         )
-
-
-def number_of_batches(dataloader: Any) -> int | None:
-    """Batches of the data, None if nobody knows."""
-    return len(dataloader) if hasattr(dataloader, "__len__") else None
 
 
 def check_quoted(structure: Any) -> None:
@@ -378,16 +419,8 @@ def _take_name_away(file: str, tokens: set[object]) -> None:
         vars(sys.modules[file]).pop("output_hidden_states", None)
 
 
-def _check_vocabulary(dataloader: Any, embeddings: Any) -> None:
-    """Look at every batch before the first forward pass, if batches can be had twice."""
-    vocab_size = getattr(embeddings, "num_embeddings", None)
-    if vocab_size is None or not hasattr(dataloader, "__len__"):
-        return
-    with torch.random.fork_rng(devices=[]):  # a shuffled loader keeps its order for later
-        for batch in dataloader:
-            ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-            if ids is not None and ids.numel():
-                check_token_ids(ids, vocab_size, "calibration data")
+def _embeddings(model: Any) -> Any:
+    return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
 
 
 def _is_finite(tensor: Tensor) -> bool:

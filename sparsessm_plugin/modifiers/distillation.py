@@ -57,7 +57,7 @@ class Distillation:
         inputs: list[Tensor] = []
         handle = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
         try:
-            with _in_place(who, model) as device, torch.random.fork_rng(devices=[]):
+            with _in_place(who, model) as device:
                 for batch in data:
                     logits = model(**_inputs(to_device(batch, device))).logits
                     hidden_states = inputs.pop()

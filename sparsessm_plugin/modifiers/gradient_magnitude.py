@@ -1,7 +1,7 @@
 """Prune all weights of a model by weight and gradient, in rounds, under one threshold."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,7 +40,6 @@ from sparsessm_plugin.training import (
     mean_gradients,
     on_compute_device,
 )
-from sparsessm_plugin.vocabulary import check_token_ids
 
 _LINEAR = "linear"  # kind of what stands outside of the mixers
 _OF_MIXER = ("A_log", "D")
@@ -236,8 +235,6 @@ class GradientMagnitudeModifier(MixerModifier):
             tensor = weight.tensor.detach()
             if not tensor.is_meta and not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
                 raise SparseSSMError(f"{name} holds NaN or infinite values; nothing was pruned")
-        if self.reads_calibration_data:
-            self._check_data(state.data.calib if state.data is not None else None)
 
     # -- pruning ---------------------------------------------------------------------
 
@@ -250,23 +247,10 @@ class GradientMagnitudeModifier(MixerModifier):
             quantization_disabled(state.model),
             on_compute_device(type(self).__name__, state.model),
         ):
-            self._prune(state.model, self._read_batches(state))
+            self._prune(state.model, self.batches if self.reads_calibration_data else [])
         self._seconds = time.perf_counter() - started
 
-    def _read_batches(self, state: State) -> list[Any]:
-        if not self.reads_calibration_data:
-            return []
-        with torch.random.fork_rng(devices=[]):  # a shuffled loader keeps its order for later
-            batches = list(state.data.calib)
-        for batch in batches:
-            ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-            if ids is not None and ids.numel():
-                size = getattr(_embeddings(state.model), "num_embeddings", None)
-                if size is not None:
-                    check_token_ids(ids, size, "calibration data")
-        return batches
-
-    def _prune(self, model: nn.Module, batches: list[Any]) -> None:
+    def _prune(self, model: nn.Module, batches: Sequence[Any]) -> None:
         tensors = {name: weight.tensor for name, weight in self._weights.items()}
         pruned = {name: tensor.detach() == 0 for name, tensor in tensors.items()}
         zero_before = {name: int(mask.sum()) for name, mask in pruned.items()}
@@ -306,7 +290,7 @@ class GradientMagnitudeModifier(MixerModifier):
         for name, mask in pruned.items():
             self._record(name, mask, zero_before[name])
 
-    def _tuner(self, model: Any, batches: list[Any]) -> Tuner:
+    def _tuner(self, model: Any, batches: Sequence[Any]) -> Tuner:
         parameters, loss_fn = tuned_parameters(model), self.loss_fn
         if self.tune_loss == "dense":
             distillation = Distillation(model, batches, "tune_loss: dense")
@@ -325,7 +309,7 @@ class GradientMagnitudeModifier(MixerModifier):
         )
 
     def _scores(
-        self, model: nn.Module, batches: list[Any], tensors: dict[str, nn.Parameter]
+        self, model: nn.Module, batches: Sequence[Any], tensors: dict[str, nn.Parameter]
     ) -> tuple[dict[str, Tensor], float | None]:
         if self.importance == "magnitude":
             return {n: importance(t.detach(), None) for n, t in tensors.items()}, None
@@ -364,7 +348,7 @@ class GradientMagnitudeModifier(MixerModifier):
             :func:`sparsessm_plugin.training.loss_of`
         """
         state = State()
-        state.update(model=model, calib_data=batches)
+        state.update(model=model, calib_data=batches, copy_data=False)
         self.initialize(state)
         for kind in (EventType.CALIBRATION_START, EventType.CALIBRATION_END):
             self.update_event(state, Event(type_=kind))
@@ -466,7 +450,3 @@ def _vocabulary_weights(model: Any) -> set[int]:
     if hasattr(model, "get_output_embeddings"):
         modules.append(model.get_output_embeddings())
     return {id(module.weight) for module in modules if module is not None}
-
-
-def _embeddings(model: Any) -> Any:
-    return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None

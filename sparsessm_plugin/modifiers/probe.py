@@ -1,7 +1,8 @@
 """What changes of single weights do to a model's predictions."""
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from heapq import nlargest
 from itertools import groupby
 from typing import Any
 
@@ -23,16 +24,15 @@ class Probe:
     """A little of the data, and what the model as it is predicts there.
 
     :param model: transformers model; all ranks make their probes together
-    :param batch: of the data; all ranks take that of rank 0
+    :param data: batches of ``input_ids`` (b, L), padded anywhere; all ranks take the same rows
     """
 
-    def __init__(self, model: Any, batch: dict[str, Any]):
+    def __init__(self, model: Any, data: Iterable[Mapping[str, Any]]):
         self._model = model
-        batch = _little(batch)
-        names = distributed.first("names in the probe", list(batch))
-        values = distributed.share("probe", lambda: list(batch.values()))
-        device = get_execution_device(model)
-        self._batch = tensors_to_device(dict(zip(names, values, strict=True)), device)
+        rows = _longest_rows(
+            row for part in distributed.gather("probe", _longest_rows(_rows(data))) for row in part
+        )
+        self._batch = tensors_to_device(_padded(rows), get_execution_device(model))
         self._replay = Replay(model)
         with undisturbed(model), self._replay.recorded():
             self._reference = model(**self._batch).logits
@@ -108,17 +108,26 @@ class Probe:
             update_offload_parameter(module, attribute, before)
 
 
-def _little(batch: dict[str, Any]) -> dict[str, Any]:
-    """A little of a batch, from where its first row has tokens."""
-    shape = batch["input_ids"].shape
-    mask = batch.get("attention_mask")
-    start = 0 if mask is None else int(mask[0].bool().int().argmax())
-    columns = slice(start, start + _LENGTH)
-    return {
-        key: value[:_ROWS, columns] if value.shape[:2] == shape else value
-        for key, value in batch.items()
-        if isinstance(value, Tensor)
-    }
+def _rows(data: Iterable[Mapping[str, Any]]) -> Iterator[list[int]]:
+    """The first tokens of every row, wherever its padding stands."""
+    for batch in data:
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        for row in range(len(ids)):
+            tokens = ids[row] if mask is None else ids[row][mask[row].bool()]
+            yield tokens[:_LENGTH].tolist()
+
+
+def _longest_rows(rows: Iterable[list[int]]) -> list[list[int]]:
+    """Those with the most tokens; of equally long ones the first."""
+    return nlargest(_ROWS, rows, key=len)
+
+
+def _padded(rows: list[list[int]]) -> dict[str, Tensor]:
+    """A batch with padding, where there is some, after the tokens: no model looks ahead."""
+    length = len(rows[0])
+    ids = torch.tensor([row + [row[-1]] * (length - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _parts(items: list[str], size: int) -> list[list[str]]:

@@ -181,7 +181,7 @@ class RemovalModifier(MixerModifier):
         super().on_calibration_start(state, event, **kwargs)
         if self.distill_steps:
             with self._released_on_error(), self._cost.stage("dense predictions"):
-                self._distillation = Distillation(state.model, state.data.calib, "distill_steps")
+                self._distillation = Distillation(state.model, self.batches, "distill_steps")
 
     def _check_pass(self) -> None:
         """Refuse what would use sums of the larger mixers once these are smaller.

@@ -37,7 +37,6 @@ from sparsessm_plugin.modifiers.calibration import (
     MixerModifier,
     check_finite_input,
     check_quoted,
-    number_of_batches,
     what_enters,
 )
 from sparsessm_plugin.modifiers.contexts import hooks_disabled, quantization_disabled
@@ -196,7 +195,6 @@ class SensitivitySparseGPTModifier(MixerModifier):
     _sensitivities: dict[str, float] = PrivateAttr(default_factory=dict)
     _losses: dict[str, list[float]] = PrivateAttr(default_factory=dict)
     _probe: Probe | None = PrivateAttr(default=None)
-    _masks: list[Tensor | None] = PrivateAttr(default_factory=list)
     _state: Any = PrivateAttr(default=None)
     _layers: list[dict[str, Any]] = PrivateAttr(default_factory=list)
     _first_pass_seconds: float = PrivateAttr(default=0.0)
@@ -362,12 +360,6 @@ class SensitivitySparseGPTModifier(MixerModifier):
         for name, projection in self._linears.items():
             if not torch.isfinite(projection.weight).all():
                 raise SparseSSMError(f"{name}.weight holds NaN or infinite values")
-        data: Any = state.data.calib if state.data is not None else None
-        if self._needs_first_pass and iter(data) is data:
-            raise SparseSSMError(
-                f"{type(self).__name__} reads its data twice, and the dataset can be read once; "
-                "allocation uniform with target_output mixer or own reads it once"
-            )
 
     # -- calibration -----------------------------------------------------------------
 
@@ -377,8 +369,6 @@ class SensitivitySparseGPTModifier(MixerModifier):
         with self._released_on_error():
             if self.requires_calibration_data:
                 self._state = state
-                if self._linears:
-                    self._masks = _attention_masks(state.data.calib)
                 for projection in self._linears.values():
                     hook = partial(self._linear_hook, projection)
                     for module in projection.uses.values():
@@ -451,15 +441,13 @@ class SensitivitySparseGPTModifier(MixerModifier):
         }
         model: Any = state.model
         device = get_execution_device(model)
-        batches = number_of_batches(state.data.calib)
         with (
             hooks_disabled(keep=handles),
             calibration_forward_context(model),
             quantization_disabled(model),
-            torch.random.fork_rng(devices=[]),  # a shuffled loader keeps its order for later
-            Stage(f"{type(self).__name__}: dense model", batches) as stage,
+            Stage(f"{type(self).__name__}: dense model", len(self.batches)) as stage,
         ):
-            for index, batch in enumerate(state.data.calib):
+            for index, batch in enumerate(self.batches):
                 state.current_batch_idx = index
                 with suppress(_Seen):
                     model(**tensors_to_device(batch, device))
@@ -508,8 +496,9 @@ class SensitivitySparseGPTModifier(MixerModifier):
             return
         with torch.no_grad(), self._released_on_error():
             x = args[0]
+            self.batches.check_ids()
             check_finite_input(projection.name, x)
-            mask = _mask_for(x, self._masks[self._state.current_batch_idx])
+            mask = _mask_for(x, self.batches.mask(self._state.current_batch_idx))
             products = gram_of(projection, x, x, mask)
             self._add_hessian(projection, products, _count(projection, x, mask))
 
@@ -657,8 +646,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         sparsity gives about the same.
         """
         if self._probe is None:
-            batch = next(iter(self._state.data.calib))
-            self._probe = Probe(self._state.model, batch)
+            self._probe = Probe(self._state.model, self.batches)
         by_name = {p.name: p for p in projections}
         by_tensor = {p.tensor: p for p in projections}
         everywhere = {
@@ -702,11 +690,6 @@ class SensitivitySparseGPTModifier(MixerModifier):
         inputs = self._inputs.pop(adapter.name, CalibrationInputs())
         dense_inputs = inputs if self.target_output == "mixer" else None
         dense_inputs = self._dense_inputs.pop(adapter.name, dense_inputs)
-        if dense_inputs is not None and dense_inputs.tokens != inputs.tokens:
-            raise SparseSSMError(
-                f"{adapter.name} saw {inputs.tokens} tokens, and {dense_inputs.tokens} when the "
-                "data was read first; the data must come in the same order each time"
-            )
         inputs.join(adapter.name)
         if self.requires_calibration_data:
             self._check_seen(adapter.name, inputs.tokens)
@@ -883,7 +866,6 @@ class SensitivitySparseGPTModifier(MixerModifier):
         self._dense_inputs.clear()
         self._dense_outs.clear()
         self._hessians.clear()
-        self._masks.clear()
         self._probe = None
         self._state = None
 
@@ -1087,17 +1069,6 @@ def _count(projection: _Projection, x: Tensor, mask: Tensor | None) -> int:
     if mask is not None:
         return int(mask.sum())
     return math.prod(x.shape[:2] if projection.adapter else x.shape[:-1])
-
-
-def _attention_masks(dataloader: Any) -> list[Tensor | None]:
-    """(b, L) bool of every batch, or None where nothing is padded."""
-    masks: list[Tensor | None] = []
-    with torch.random.fork_rng(devices=[]):  # a shuffled loader keeps its order for later
-        for batch in dataloader:
-            mask = batch.get("attention_mask")
-            mask = None if mask is None else mask.bool()
-            masks.append(None if mask is None or bool(mask.all()) else mask)
-    return masks
 
 
 def _mask_for(x: Tensor, mask: Tensor | None) -> Tensor | None:

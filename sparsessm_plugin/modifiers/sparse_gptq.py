@@ -33,9 +33,11 @@ from pydantic import PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
+from sparsessm_plugin.calibration import CalibrationBatches, give_back
 from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.loading import check_unwrapped
 from sparsessm_plugin.mixers import check_not_quantized, is_mixer, iter_mixers
+from sparsessm_plugin.modifiers.calibration import check_new, note_ids, read_batches
 from sparsessm_plugin.modifiers.contexts import forget_traces
 from sparsessm_plugin.modifiers.experts import check_experts_of_session
 from sparsessm_plugin.modifiers.fields import MEANINGLESS, check_computed, check_given
@@ -102,6 +104,7 @@ class SparseGPTQModifier(GPTQModifier):
     _shared: list[list[Any]] = PrivateAttr(default_factory=list)
     _pooled: dict[int, tuple[Tensor, Tensor]] = PrivateAttr(default_factory=dict)
     _done: set[int] = PrivateAttr(default_factory=set)
+    _batches: CalibrationBatches | None = PrivateAttr(default=None)
 
     def __init__(self, **fields: Any):
         check_given(type(self).__name__, fields)
@@ -116,14 +119,19 @@ class SparseGPTQModifier(GPTQModifier):
             raise ValueError("give either scheme or config_groups, got both")
         return self
 
+    def initialize(self, state: State, **kwargs: Any) -> None:
+        """:raises SparseSSMError: it has quantized a model before"""
+        check_new(self)
+        super().initialize(state, **kwargs)
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         who = type(self).__name__
         check_unwrapped(state.model)
         with distributed.together(f"{who} before calibration"):
             self.check_model(state.model)
             check_experts_of_session(state.model)
-        data = state.data.calib if state.data is not None else None
-        distributed.check_ranks(who, state.model, data, self._settings())
+            self._batches = read_batches(who, state, kwargs.get("calib_data"))
+        distributed.check_ranks(who, state.model, self._batches, self._settings())
         modules = {name: m for name, (m, _) in quantized_weights(self, state.model).items()}
         holders = weight_holders(state.model)
         self._shared = [
@@ -144,6 +152,27 @@ class SparseGPTQModifier(GPTQModifier):
             self._done |= {id(module) for group in self._shared for module in group}
             self.compress_modules()
         super().on_calibration_end(state, event, **kwargs)
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        super().on_calibration_start(state, event, **kwargs)
+        assert self._batches is not None
+        note_ids(self, state, self._batches)
+
+    def calibrate_module(
+        self, module: nn.Module, args: tuple[Tensor, ...], _output: Tensor
+    ) -> None:
+        """Add the input of a module to its Hessian.
+
+        :raises SparseSSMError: the pass reads other tokens than those drawn
+        """
+        assert self._batches is not None
+        try:
+            self._batches.check_ids()
+        except SparseSSMError as error:
+            distributed.fail(error)
+            self.release()
+            raise
+        super().calibrate_module(module, args, _output)
 
     def check_model(self, model: nn.Module) -> None:
         """:func:`check_quantized` for this modifier.
@@ -311,6 +340,8 @@ class SparseGPTQModifier(GPTQModifier):
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         change_config(state.model, {})  # experts are then saved as they load
         forget_traces()
+        give_back(self._batches)
+        self._batches = None
         return super().on_finalize(state, **kwargs)
 
     def report(self) -> dict[str, Any]:
@@ -343,6 +374,7 @@ class SparseGPTQModifier(GPTQModifier):
         """Take the hooks off the model again; safe to call at any time."""
         self.remove_hooks()
         forget_traces()
+        give_back(self._batches)
 
 
 def quantized_weights(modifier: Any, model: nn.Module) -> dict[str, tuple[Any, QuantizationArgs]]:
