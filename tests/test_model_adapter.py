@@ -564,6 +564,27 @@ def test_a_family_is_one_class_and_an_axis_of_units_one_part():
         assert logits(model).isfinite().all()
 
 
+@pytest.mark.parametrize("family", ["jamba", "granitemoehybrid", "nemotron_h", "zamba2"])
+def test_what_llm_compressor_saves_loads_again(family, tmp_path):
+    """It writes the config file of the original back, which must then say the new sizes."""
+    from sparsessm_plugin.modifiers.saving import change_config
+
+    model = deep_model(family)
+    graph = ModelDependencyGraph(model)
+    removed, channels = hidden_case(family, True)
+    for axis, indices in (("layers", LAYERS[family][0]), ("mlp", range(4)), ("kv_groups", [1])):
+        group = graph.get_axis_group(axis, indices)
+        group.prune()
+        change_config(model, group.config_fields)
+    if channels is not None:
+        gone = next(iter(channels.values()))
+        channels = {mixer.name: gone for mixer in graph.adapter.mixers}
+    group = graph.get_axis_group("hidden", removed, channels)
+    group.prune()
+    change_config(model, group.config_fields)
+    check_loads(model, tmp_path)
+
+
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_offloaded_models(where, tmp_path):
     """Shared and tied tensors that are kept elsewhere become smaller, and stay shared."""

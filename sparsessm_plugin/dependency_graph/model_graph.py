@@ -172,7 +172,7 @@ class ModelDependencyGraph:
             fields = adapter.layer_fields(kept)
         else:
             fields = adapter.unit_field_values(axis, group.new_size)
-        _apply(copy.deepcopy(adapter.config), fields)
+        _apply(copy.deepcopy(self.model.config), fields)
 
         self._replace(group.changes)
         if axis == "hidden":
@@ -184,7 +184,7 @@ class ModelDependencyGraph:
             adapter.set_layers(kept)
         else:
             adapter.set_units(axis, group.new_size)
-        _apply(adapter.config, fields)
+        _apply(self.model.config, fields)
         return fields
 
     def signature(self) -> tuple[Any, ...]:
@@ -342,9 +342,9 @@ def _say_features(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _apply(config: Any, fields: Mapping[str, Any]) -> None:
     """Set fields on a config, among them ``head_dim``, which some loaders read undeclared."""
-    for field in fields:
-        if field == "head_dim" and not hasattr(config, field):
-            config.head_dim = None
+    language = config.get_text_config()
+    if "head_dim" in fields and not hasattr(language, "head_dim"):
+        language.head_dim = None
     apply_config_fields(config, fields)
 
 
