@@ -234,6 +234,23 @@ def run(names: list[str], columns: list[str], result: Result) -> dict[str, dict[
     return cells
 
 
+def in_short(cells: dict[str, dict[str, str]], columns: list[str], result: Result) -> None:
+    """A column a modifier: one word where all its settings had one end, else the exceptions."""
+    kinds = dict.fromkeys(COLUMNS[column][0] for column in columns)
+    table = []
+    for row, own in cells.items():
+        line = [row]
+        for kind in kinds:
+            words = {c: own[c].partition(":")[0] for c in columns if COLUMNS[c][0] == kind}
+            if len(set(words.values())) == 1:
+                line.append(next(iter(words.values())))
+            else:
+                others = [f"{column}: {word}" for column, word in words.items() if word != "yes"]
+                line.append("yes; " * ("yes" in words.values()) + "; ".join(others))
+        table.append(line)
+    result.table("In short", "", ["", *(f"`{kind}`" for kind in kinds)], table)
+
+
 def show(cells: dict[str, dict[str, str]], columns: list[str], result: Result) -> None:
     """The table, with numbered reasons below it."""
     reasons: list[str] = []
@@ -262,6 +279,7 @@ def main() -> None:
     options = parser.parse_args()
     result = Result(options.budget, options.name)
     cells = run(options.families, options.columns, result)
+    in_short(cells, options.columns, result)
     show(cells, options.columns, result)
     settings = []
     for column in options.columns:
