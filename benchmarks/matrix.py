@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import torch
 import yaml
 from common import Result, first_line, save
-from conftest import DEMO, FAMILIES, MAMBA1, Loader, batches, tiny_model
+from conftest import DEMO, EXPERTS, FAMILIES, MAMBA1, Loader, batches, tiny_model
 from transformers import AutoTokenizer
 
 from sparsessm_plugin.errors import SparseSSMError
@@ -35,27 +35,13 @@ Fields = dict[str, Any]
 IGNORE = ["lm_head", "re:.*dt_proj$", "re:.*router.*", "re:.*gate$"]
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
 PACKED = {"targets": ["re:.*(in|out)_proj$"], "weights": INT4}
-EXPERTS = ["re:.*experts.*"]
+NO_EXPERTS = ["re:.*experts.*"]
 
 # A row that is not a family's tiny model as it is -> the family, and what is changed in its config.
 VARIANTS: dict[str, tuple[str, Fields]] = {
     "granitemoehybrid, no experts": ("granitemoehybrid", {"num_local_experts": 0}),
-    "jamba, 2 experts": (
-        "jamba",
-        {"num_experts": 2, "expert_layer_period": 2, "expert_layer_offset": 1},
-    ),
-    "nemotron_h, 2 experts": (
-        "nemotron_h",
-        {
-            "layers_block_type": ["linear_attention", "moe", "linear_attention", "full_attention"],
-            "n_routed_experts": 2,
-            "num_experts_per_tok": 1,
-            "moe_intermediate_size": 48,
-            "moe_shared_expert_intermediate_size": 48,
-            "n_group": 1,
-            "topk_group": 1,
-        },
-    ),
+    "jamba, experts": ("jamba", EXPERTS["jamba"]),
+    "nemotron_h, experts": ("nemotron_h", EXPERTS["nemotron_h"]),
 }
 
 # Column -> modifier and its fields; a function of the family where they differ.
@@ -92,17 +78,17 @@ COLUMNS: dict[str, tuple[str, Any]] = {
     ),
     "w8a8, experts ignored": (
         "SparseGPTQModifier",
-        {"scheme": "W8A8", "targets": ["Linear"], "ignore": [*IGNORE, *EXPERTS]},
+        {"scheme": "W8A8", "targets": ["Linear"], "ignore": [*IGNORE, *NO_EXPERTS]},
     ),
     "int4, packed": (
         "SparseGPTQModifier",
-        {"config_groups": {"group_0": PACKED}, "ignore": [*IGNORE, *EXPERTS]},
+        {"config_groups": {"group_0": PACKED}, "ignore": [*IGNORE, *NO_EXPERTS]},
     ),
     "int4, in bytes": (
         "SparseGPTQModifier",
         {
             "config_groups": {"group_0": {**PACKED, "format": "int-quantized"}},
-            "ignore": [*IGNORE, *EXPERTS],
+            "ignore": [*IGNORE, *NO_EXPERTS],
         },
     ),
 }
@@ -152,7 +138,7 @@ def prune_and_save(family: str, changes: Fields, column: str, folder: Path) -> s
     """Prune a tiny model, save it and what it answers; ``saved``, or why not."""
     kind, fields = COLUMNS[column]
     if callable(fields):
-        fields = fields(family in (*MAMBA1, "zamba"))
+        fields = fields(family in MAMBA1)
     text = yaml.safe_dump({"prune_stage": {"prune_modifiers": {kind: fields}}})
     try:
         model = tiny_model(family, **changes)
