@@ -74,6 +74,11 @@ LOADABLE = {
     "granite-int4": ("granitemoehybrid", [SparseGPTQModifier(ignore=NO_EXPERTS, **scheme(INT4))]),
     "jamba-w8a8": ("jamba", [SparseGPTQModifier(ignore=NO_EXPERTS, **W8A8)]),
     "nemotron-w8a8": ("nemotron_h", [SparseGPTQModifier(ignore=NO_EXPERTS, **W8A8)]),
+    # linear layers that stay dense, in a family whose checkpoints have other names of modules
+    "nemotron-w8a8-no-shared-experts": (
+        "nemotron_h",
+        [SparseGPTQModifier(ignore=[*IGNORE, "re:.*experts[.].*"], **W8A8)],
+    ),
     "nemotron-fp8": ("nemotron_h", [SparseGPTQModifier(ignore=NO_EXPERTS, **FP8)]),
     "jamba-int4-experts": ("jamba", [SparseGPTQModifier(ignore=IGNORE, **scheme(INT4))]),
     # the experts in a group of their own, which is not the first

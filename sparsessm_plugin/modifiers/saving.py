@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from compressed_tensors.quantization.quant_config import _map_to_checkpoint_names
 from llmcompressor.transformers.compression.compressed_tensors_utils import (
     modify_save_pretrained,
 )
@@ -69,11 +70,13 @@ def change_config(model: Any, fields: Mapping[str, Any]) -> None:
             generation_config_kept(model, save_directory),
         ):
             result = inner(save_directory, *args, **kwargs)
+            saved_names = _saved_names(model)
         path = Path(save_directory) / "config.json"
         if distributed.rank() == 0 and path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
             if kept:
                 write_config_fields(content, kept, model.config)
+            _name_ignored_modules(content, saved_names)
             write_config(path, content)
         if distributed.rank() == 0:
             _write_note(Path(save_directory), needs_load(model))
@@ -83,6 +86,29 @@ def change_config(model: Any, fields: Mapping[str, Any]) -> None:
     save_pretrained._overridden = True  # type: ignore[attr-defined]
     save_pretrained.sparsessm_fields = kept  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained
+
+
+def _saved_names(model: Any) -> dict[str, str]:
+    """Name of a module in a checkpoint -> its name in transformers."""
+    names = [name for name, _ in model.named_modules()]
+    return dict(zip(_map_to_checkpoint_names(model, names), names, strict=True))
+
+
+def _name_ignored_modules(content: dict[str, Any], saved_names: Mapping[str, str]) -> None:
+    """Let a quantized config name the modules that are not quantized as transformers does, too.
+
+    compressed-tensors writes them with the names of the checkpoint, which other runtimes look for.
+    Where transformers renames these (``backbone.`` to ``model.`` in NemotronH) it would find none
+    of them, take each for quantized, and wait for scales that are not there.
+
+    :param content: of config.json, changed in place
+    """
+    quantization = content.get("quantization_config")
+    ignored = quantization.get("ignore") if isinstance(quantization, dict) else None
+    for name in list(ignored or ()):
+        own = saved_names.get(name, name)
+        if own not in ignored:
+            ignored.append(own)
 
 
 def _write_note(folder: Path, needed: bool) -> None:
