@@ -663,6 +663,8 @@ def after_kill(
     if ran.code > 0 and (len(lines) != 1 or not lines[0].startswith("error: ")):
         return folder, "not one line", " / ".join(lines[:3])
     # a process that dies before Python knows of signals has made nothing yet
+    if folder == "whole" and "nothing was written" in ran.stderr:
+        return folder, "says that it wrote nothing", lines[0]
     left = {n.split("/")[0] for n in snapshot(place / "work")} - inputs - {OUTPUT}
     left |= {path.name for path in (place / "tmp").iterdir()}
     if left:
@@ -815,6 +817,7 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=2, help="cases at once")
     parser.add_argument("--budget", type=float, default=3600, help="seconds")
+    parser.add_argument("--again", action="store_true", help="with --keep: only what was not right")
     parser.add_argument("--keep", action="store_true", help="other parts of this name's .json")
     parser.add_argument("--name", default="reliability", help="of the files under results/")
     options = parser.parse_args()
@@ -842,7 +845,7 @@ def campaign(options: argparse.Namespace) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["seed"] != options.seed:
             raise SystemExit(f"{path} was made with --seed {content['seed']}")
-        for section in set(SECTIONS) - set(options.only):
+        for section in SECTIONS:
             kind = Kill if section == "kills" else Outcome
             rows[section] = [kind(**row) for row in content.get(section, [])]
     servers = [Server() for _ in range(options.jobs)]
@@ -899,7 +902,10 @@ def run_section(
         return run_case(section, options.seed, number, root, server)
 
     chosen = list(range(options.first, options.first + numbers))
+    kept = [row for row in rows.get(section, []) if options.again and row.verdict in GOOD]
+    chosen = [number for number in chosen if number not in {row.number for row in kept}]
     rows[section] = in_parallel(chosen, one, servers, result.started + options.budget)
+    rows[section] = sorted([*rows[section], *kept], key=lambda row: row.number)
     if left := numbers - len(rows[section]):
         result.note(section, f"time was up, {left} cases were not run")
 

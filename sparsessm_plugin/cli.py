@@ -160,6 +160,7 @@ def prune(
     rank, ranks = distributed.rank(), distributed.world_size()
     # everything that can be wrong is looked at before the weights are
     check_output_directory(output)
+    _outputs[output] = _inode(output)
     _not_the_model(output, model)
     checked = load_recipe(recipe)
     checked.check_data(calibration)
@@ -694,6 +695,7 @@ def export(
     _choice("--format", format_, FORMATS)
     source = _source(model, trust_remote_code, dtype, "cpu", allow_unused_tensors)
     check_output_directory(output)
+    _outputs[output] = _inode(output)
     _not_the_model(output, model)
     check_mamba_ssm(source.load_skeleton())
     with output_directory(output) as folder:
@@ -748,6 +750,7 @@ def main() -> None:
     """Entry point: mistakes become one line and exit code 1 or 2, an interrupt 130."""
     # a terminated run tidies up like an interrupted one
     _signals.clear()
+    _outputs.clear()
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored
         signal.signal(signal.SIGINT, _stop)
@@ -843,8 +846,22 @@ def _check_signals() -> None:
         raise _Terminated if signal.SIGTERM in _signals else KeyboardInterrupt
 
 
+# Output folders of the command, and which folder (inode) each was when the command began.
+_outputs: dict[Path, int | None] = {}
+
+
+def _inode(folder: Path) -> int | None:
+    try:
+        return folder.stat().st_ino
+    except OSError:
+        return None
+
+
 def _fail_stopped(how: str) -> None:
-    _fail(f"{how}; nothing was written", _EXIT_CODES[how])
+    """A result is moved into place whole, so that another folder stands there, or none is."""
+    written = [path for path, before in _outputs.items() if _inode(path) not in (None, before)]
+    left = f"{written[0]} was written before" if written else "nothing was written"
+    _fail(f"{how}; {left}", _EXIT_CODES[how])
 
 
 def _fail(message: str, code: int) -> None:

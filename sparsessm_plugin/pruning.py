@@ -6,13 +6,16 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.utils import patch_attr
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -244,16 +247,17 @@ def _run(
     from sparsessm_plugin.modifiers.saving import change_config
 
     try:
-        oneshot(
-            model=model,
-            # the text and not the modifiers: what is saved is then what the user wrote
-            recipe=recipe.text,
-            dataset=loader,
-            processor=tokenizer,
-            pipeline=pipeline,
-            trust_remote_code_model=trust_remote_code,
-            sequential_offload_device=_place_between_layers(model, loader),
-        )
+        with _library_bars():
+            oneshot(
+                model=model,
+                # the text and not the modifiers: what is saved is then what the user wrote
+                recipe=recipe.text,
+                dataset=loader,
+                processor=tokenizer,
+                pipeline=pipeline,
+                trust_remote_code_model=trust_remote_code,
+                sequential_offload_device=_place_between_layers(model, loader),
+            )
     except BaseException as error:
         distributed.fail(error)
         for modifier in active_session().lifecycle.recipe.modifiers:
@@ -265,6 +269,25 @@ def _run(
         forget_traces()
     change_config(model, {})  # also where none of the modifiers is ours
     return active_session().lifecycle.recipe.modifiers
+
+
+@contextmanager
+def _library_bars() -> Iterator[None]:
+    """Let ``TQDM_DISABLE`` reach the bars of compressed-tensors, which say ``disable=False``."""
+    if not os.environ.get("TQDM_DISABLE"):
+        yield
+        return
+    with ExitStack() as stack:
+        for name in ("offload.dispatch", "quantization.lifecycle.apply"):
+            module: Any = import_module(f"compressed_tensors.{name}")
+            bar = module.tqdm
+            quiet = partial(_silent_bar, bar)
+            stack.enter_context(patch_attr(module, "tqdm", quiet))
+        yield
+
+
+def _silent_bar(bar: Any, *args: Any, **kwargs: Any) -> Any:
+    return bar(*args, **{**kwargs, "disable": True})
 
 
 def _place_between_layers(model: Any, loader: DataLoader[Any] | None) -> str:

@@ -521,6 +521,24 @@ def test_a_signal_that_an_import_loses_still_stops(
     assert sorted(os.listdir(tmp_path)) == before
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_after_its_result_stands_there_says_so(
+    sparsessm, monkeypatch, text_file, tmp_path, number, code
+):
+    monkeypatch.setattr(cli, "_print_pruned", lambda *arguments: signal.raise_signal(number))
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        found, _, stderr = sparsessm(
+            *("prune", DEMO, "--recipe", "alog-50", "--calibration", text_file, *SHORT),
+            *("--output", tmp_path / "out"),
+        )
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+    assert found == code
+    assert "out was written before" in stderr
+    assert (tmp_path / "out" / "sparsessm_report.json").exists()
+
+
 def test_full_disk(tmp_path, text_file):
     """A limit on the size of files stops the writer in the middle, as a full disk does."""
     out = tmp_path / "out"

@@ -256,3 +256,11 @@ def test_the_command_reports_seconds_tokens_and_memory(tmp_path, topics, monkeyp
     )
     assert report["peak_memory_bytes"] >= report["modifiers"][0]["cost"]["peak_memory_bytes"] > 0
     assert "left" not in capsys.readouterr().err  # no bars where nobody looks
+
+
+def test_no_bar_of_a_library_shows_where_bars_are_off(capfd, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    text = "prune_stage:\n  prune_modifiers:\n    SparseSSMModifier: {sparsity: 0.5}\n"
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    prune(tiny_model("mamba"), parse_recipe(text), Loader(batches(1)), tokenizer)
+    assert "it/s" not in capfd.readouterr().err

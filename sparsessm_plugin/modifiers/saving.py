@@ -104,8 +104,8 @@ def _name_ignored_modules(content: dict[str, Any], saved_names: Mapping[str, str
     :param content: of config.json, changed in place
     """
     quantization = content.get("quantization_config")
-    ignored = quantization.get("ignore") if isinstance(quantization, dict) else None
-    for name in list(ignored or ()):
+    ignored = (quantization.get("ignore") or []) if isinstance(quantization, dict) else []
+    for name in list(ignored):
         own = saved_names.get(name, name)
         if own not in ignored:
             ignored.append(own)
