@@ -220,7 +220,7 @@ GROUPS_OF_48 = f"ignore: [lm_head], config_groups: {{g: {{targets: [Linear], wei
                 ("SparseSSMModifier", "sparsity: 0.5"),
                 ("StateRemovalModifier", "keep: 8, compensate: none, distill_steps: 9"),
             ],
-            ["that SparseSSMModifier has made in mixer", "put StateRemovalModifier first"],
+            ["that SparseSSMModifier has made in A_log", "put StateRemovalModifier first"],
         ),
         (
             [

@@ -188,7 +188,7 @@ def test_two_removals_in_one_recipe(pipeline):
     assert state_sizes(model) == [2, 2]
     assert model.config.state_size == 2
     model = tiny_model("mamba")
-    with pytest.raises(SparseSSMError, match="keeping 4 of the 4 states"):
+    with pytest.raises(SparseSSMError, match="keep is 4, and an earlier one leaves 4 states"):
         run(model, [removal(keep=4), removal(keep=4)], pipeline=pipeline)
 
 

@@ -26,6 +26,7 @@ from sparsessm_plugin.mixers.base import (
     known_mixers,
     read_out,
     register_adapter,
+    router_names,
 )
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "nemotron_h",
     "read_out",
     "register_adapter",
+    "router_names",
     "zamba",
     "zamba2",
 ]

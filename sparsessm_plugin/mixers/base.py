@@ -23,6 +23,8 @@ from sparsessm_plugin.recurrence import by_group, implementation, scan
 from sparsessm_plugin.recurrence.quantities import GroupedQuantities, MixerQuantities
 from sparsessm_plugin.recurrence.statistics import ScanStatistics
 
+_ROUTERS = ("router", "gate", "shared_expert_gate")  # beside a module's experts
+
 
 @dataclass(frozen=True)
 class MixerSizes:
@@ -433,6 +435,19 @@ def check_not_quantized(model: nn.Module) -> None:
             matrix = own.rpartition(".")[2] in ("weight", "weight_packed")
             if matrix and (not parameter.is_floating_point() or parameter.dtype.itemsize < 2):
                 raise SparseSSMError(f"{name}.{own} {advice}")
+
+
+def router_names(model: nn.Module) -> set[str]:
+    """Modules that choose experts or weigh shared ones, and what is in them; never pruned.
+
+    In some families they are Linear layers of a few rows, in others modules of their own kind.
+    """
+    found = set()
+    for name, module in model.named_modules():
+        owner, _, own = name.rpartition(".")
+        if own in _ROUTERS and hasattr(model.get_submodule(owner), "experts"):
+            found |= {inner for inner, _ in module.named_modules(prefix=name)}
+    return found
 
 
 def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:

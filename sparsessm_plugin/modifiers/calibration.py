@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from compressed_tensors.utils.match import match_named_modules
-from llmcompressor.core import Event, State
+from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor, nn
@@ -212,6 +212,7 @@ class MixerModifier(Modifier):
             with distributed.together(f"{who} before calibration"):
                 check_patterns([*self.targets, *self.ignore], state.model, who)
                 check_experts_of_session(state.model)
+                check_recipe(self, state.model)
                 self.prepare(state)
                 if self.reads_calibration_data:
                     self._batches = read_batches(who, state, kwargs.get("calib_data"))
@@ -222,6 +223,10 @@ class MixerModifier(Modifier):
     # -- calibration -----------------------------------------------------------------
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        from sparsessm_plugin.recipes.conflicts import check_pass
+
+        with self._released_on_error():
+            check_pass(self, state.model)
         self._cost.begin()
         self._restore.callback(self._cost.end)
         self._stage = Stage(type(self).__name__, len(self._pending))
@@ -309,6 +314,9 @@ class MixerModifier(Modifier):
             self.release()
             outputs_collected_again()
             give_back(self._batches)
+            for other in active_session().lifecycle.recipe.modifiers:
+                if isinstance(other, MixerModifier):  # nobody tells them
+                    other.release()
             raise
 
 
@@ -343,6 +351,16 @@ def check_new(modifier: Modifier) -> None:
         raise SparseSSMError(
             f"this {type(modifier).__name__} has been used before; make a new one for every run"
         )
+
+
+def check_recipe(modifier: Modifier, model: nn.Module) -> None:
+    """Refuse what a modifier would undo of the others in the recipe that is about to run.
+
+    :raises SparseSSMError: see :func:`sparsessm_plugin.recipes.conflicts.check_session`
+    """
+    from sparsessm_plugin.recipes.conflicts import check_session  # which knows all modifiers
+
+    check_session(modifier, model)
 
 
 def what_enters(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:

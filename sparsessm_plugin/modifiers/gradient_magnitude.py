@@ -25,7 +25,12 @@ from sparsessm_plugin.criteria.importance import (
 )
 from sparsessm_plugin.criteria.values import MEMORYLESS
 from sparsessm_plugin.errors import SparseSSMError, shown
-from sparsessm_plugin.mixers import MixerAdapter, check_not_quantized, find_mixers
+from sparsessm_plugin.mixers import (
+    MixerAdapter,
+    check_not_quantized,
+    find_mixers,
+    router_names,
+)
 from sparsessm_plugin.modifiers.calibration import MixerModifier
 from sparsessm_plugin.modifiers.contexts import (
     hooks_disabled,
@@ -109,8 +114,8 @@ class GradientMagnitudeModifier(MixerModifier):
     :param min_keep: share of each tensor that stays in any case: its most important entries
     :param targets: what is pruned: weights by name, ``re:`` pattern or kind (``A_log``,
         ``in_proj``), or modules by name, class name or pattern. Default everything that can be:
-        Linear, conv1d, A_log and D. Embeddings, what predicts tokens, norms, biases and dt_bias
-        are never pruned
+        Linear, conv1d, A_log and D. Embeddings, what predicts tokens, routers
+        of experts, norms, biases and dt_bias are never pruned
     :param ignore: what to leave alone, likewise
     :param tune_steps: gradient steps after each round; 0 trains nothing. All floating-point
         weights but the embeddings are tuned, ignored ones too; what is pruned stays 0
@@ -222,7 +227,7 @@ class GradientMagnitudeModifier(MixerModifier):
                     raise SparseSSMError(
                         f"{who}.{field}: {shown(pattern)} matches no weight that can be pruned: "
                         f"{', '.join(sorted({w.kind for w in known.values()}))}; embeddings, what "
-                        "predicts tokens, norms, biases and dt_bias never are"
+                        "predicts tokens, routers, norms, biases and dt_bias never are"
                     )
                 names = names | found if field == "targets" else names - found
         if not names:
@@ -239,7 +244,11 @@ class GradientMagnitudeModifier(MixerModifier):
     # -- pruning ---------------------------------------------------------------------
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        from sparsessm_plugin.recipes.conflicts import check_pass
+
         started = time.perf_counter()
+        with self._released_on_error():
+            check_pass(self, state.model)
         with (
             self._released_on_error(),
             disable_onloading(),  # parameters themselves, wherever they are
@@ -257,9 +266,14 @@ class GradientMagnitudeModifier(MixerModifier):
         start = sum(zero_before.values()) / sum(mask.numel() for mask in pruned.values())
         tuner, others = None, {}
         if self.tune_steps:
-            # what an earlier modifier has pruned outside of the targets stays so, too
-            others = {n: w.tensor.detach() == 0 for n, w in _prunable(model).items()}
             tuner = self._tuner(model, batches)
+            # what an earlier modifier has pruned outside of the targets stays so, too
+            known = _prunable(model)
+            others = {
+                name: parameter.detach() == 0
+                for name, parameter in tuner.parameters.items()
+                if parameter.ndim > 1 or name in known
+            }
         for done in range(1, self.rounds + 1):
             share = sparsity_after(done, self.rounds, start, self.sparsity, self.schedule)
             scores, loss = self._scores(model, batches, tensors)
@@ -417,7 +431,7 @@ def _prunable(model: nn.Module) -> dict[str, _Weight]:
     adapters = {a.name: a for a in find_mixers(model)}
     own = {a.name: [a.projection(kind) for kind in a.projections] for a in adapters.values()}
     projections = {id(p.module): (p.kind, name) for name, ps in own.items() for p in ps}
-    seen = _vocabulary_weights(model)
+    seen, routers = _vocabulary_weights(model), router_names(model)
     found: dict[str, _Weight] = {}
 
     def add(weight: _Weight) -> None:
@@ -439,7 +453,7 @@ def _prunable(model: nn.Module) -> dict[str, _Weight]:
         elif id(module) in projections:
             kind, mixer = projections[id(module)]
             add(_Weight(f"{prefix}weight", kind, name, module, "weight", mixer))
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) and name not in routers:
             add(_Weight(f"{prefix}weight", _LINEAR, name, module, "weight"))
     return found
 

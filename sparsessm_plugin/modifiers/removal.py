@@ -11,9 +11,8 @@ from compressed_tensors.quantization import (
     QuantizationMetadata,
     initialize_module_for_quantization,
 )
-from llmcompressor.core import Event, State, active_session
+from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.gptq import GPTQModifier
 from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
@@ -176,29 +175,10 @@ class RemovalModifier(MixerModifier):
     # -- calibration -----------------------------------------------------------------
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        with self._released_on_error():
-            self._check_pass()
         super().on_calibration_start(state, event, **kwargs)
         if self.distill_steps:
             with self._released_on_error(), self._cost.stage("dense predictions"):
                 self._distillation = Distillation(state.model, self.batches, "distill_steps")
-
-    def _check_pass(self) -> None:
-        """Refuse what would use sums of the larger mixers once these are smaller.
-
-        That is what comes later in the recipe and watches the same pass; in the ``independent``
-        pipeline nothing does.
-        """
-        modifiers = active_session().lifecycle.recipe.modifiers
-        own = next((i for i, m in enumerate(modifiers) if m is self), len(modifiers))
-        for later in modifiers[own + 1 :]:
-            gptq = isinstance(later, GPTQModifier) and self.changes_inputs
-            if gptq or (isinstance(later, MixerModifier) and later.gathers_sums):
-                raise SparseSSMError(
-                    f"{type(self).__name__}: {type(later).__name__} watches the same calibration "
-                    "pass and would not fit the smaller mixers; run one after the other, with "
-                    "pipeline independent"
-                )
 
     def observe(
         self, adapter: MixerAdapter, hidden_states: Tensor, attention_mask: Tensor | None

@@ -31,7 +31,13 @@ from sparsessm_plugin.backends.precision import tf32
 from sparsessm_plugin.cost import has_room
 from sparsessm_plugin.cost import kept as where_there_is_room
 from sparsessm_plugin.errors import SparseSSMError, shown
-from sparsessm_plugin.mixers import MixerAdapter, check_not_quantized, find_mixers, read_out
+from sparsessm_plugin.mixers import (
+    MixerAdapter,
+    check_not_quantized,
+    find_mixers,
+    read_out,
+    router_names,
+)
 from sparsessm_plugin.mixers.fast_forward import offer
 from sparsessm_plugin.modifiers.calibration import (
     MixerModifier,
@@ -908,7 +914,8 @@ def _of_all_ranks(what: str, own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prunable(model: nn.Module, adapters: list[MixerAdapter]) -> dict[str, _Projection]:
-    """Every projection of a mixer, and every Linear layer elsewhere, in model order."""
+    """Every projection of a mixer, every Linear layer elsewhere but routers, in model order."""
+    routers = router_names(model)
     inside: dict[int, list[_Projection]] = {}
     for adapter in adapters:
         for kind in adapter.projections:
@@ -921,7 +928,7 @@ def _prunable(model: nn.Module, adapters: list[MixerAdapter]) -> dict[str, _Proj
     for name, module in model.named_modules():
         for own in inside.get(id(module), ()):
             found[own.name] = own
-        if isinstance(module, nn.Linear) and id(module) not in inside:
+        if isinstance(module, nn.Linear) and id(module) not in inside and name not in routers:
             uses = {n: model.get_submodule(n) for n in holders.get(name, [name])}
             if any(not isinstance(m, nn.Linear) or id(m) in inside for m in uses.values()):
                 uses = {name: module}  # of something else, too: refused if it is to be pruned

@@ -37,7 +37,12 @@ from sparsessm_plugin.calibration import CalibrationBatches, give_back
 from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.loading import check_unwrapped
 from sparsessm_plugin.mixers import check_not_quantized, is_mixer, iter_mixers
-from sparsessm_plugin.modifiers.calibration import check_new, note_ids, read_batches
+from sparsessm_plugin.modifiers.calibration import (
+    check_new,
+    check_recipe,
+    note_ids,
+    read_batches,
+)
 from sparsessm_plugin.modifiers.contexts import forget_traces
 from sparsessm_plugin.modifiers.experts import check_experts_of_session
 from sparsessm_plugin.modifiers.fields import MEANINGLESS, check_computed, check_given
@@ -130,6 +135,7 @@ class SparseGPTQModifier(GPTQModifier):
         with distributed.together(f"{who} before calibration"):
             self.check_model(state.model)
             check_experts_of_session(state.model)
+            check_recipe(self, state.model)
             self._batches = read_batches(who, state, kwargs.get("calib_data"))
         distributed.check_ranks(who, state.model, self._batches, self._settings())
         modules = {name: m for name, (m, _) in quantized_weights(self, state.model).items()}

@@ -1,22 +1,45 @@
 """What modifiers of a recipe would undo of each other, or could not do, by names and shapes.
 
 A recipe alone is checked against a small skeleton of each layout, and refused if it is wrong in all
-that it applies to; what depends on the model is checked against the model's own skeleton.
+that it applies to; what depends on the model is checked against the model itself, by the command
+before its weights are loaded and by ``oneshot()`` before anything is changed.
+
+Of each modifier, this package's and LLM Compressor's, :func:`effects_of` says what it does to which
+weights. ``RULES`` say which effects must not follow each other.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import combinations
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.utils import match_named_modules
 from compressed_tensors.utils.match import match_targets
+from llmcompressor.core import active_session
+from llmcompressor.modifiers.autoround import AutoRoundModifier
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning.constant import ConstantPruningModifier
+from llmcompressor.modifiers.pruning.magnitude import MagnitudePruningModifier
+from llmcompressor.modifiers.pruning.reap import REAPPruningModifier
 from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.awq.dynamic_mappings import (
+    get_layer_mappings_from_model as awq_mappings,
+)
+from llmcompressor.modifiers.transform.quip import QuIPModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.modifiers.transform.smoothquant.dynamic_mappings import (
+    get_layer_mappings_from_model as smoothquant_mappings,
+)
+from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
 
 from sparsessm_plugin.errors import SparseSSMError, shown
@@ -29,8 +52,11 @@ from sparsessm_plugin.modifiers import (
     SparseSSMModifier,
     StateRemovalModifier,
 )
+from sparsessm_plugin.modifiers.calibration import MixerModifier
 from sparsessm_plugin.modifiers.distillation import mixer_parameters
 from sparsessm_plugin.modifiers.experts import check_experts
+from sparsessm_plugin.modifiers.gradient_magnitude import tuned_parameters
+from sparsessm_plugin.modifiers.removal import RemovalModifier
 from sparsessm_plugin.modifiers.shared_weights import weight_holders
 from sparsessm_plugin.modifiers.sparse_gptq import (
     check_quantized,
@@ -38,16 +64,158 @@ from sparsessm_plugin.modifiers.sparse_gptq import (
     never_called,
     quantized_weights,
 )
-from sparsessm_plugin.selection.masks import check_structure
+from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure
 
-# The projections that a removal writes new values into, by what it fits again.
+# What a removal writes new values into, by what it fits again; reconstruct depends on the family.
 _FITTED = {
-    "B": ("x_proj",),
-    "C": ("x_proj",),
-    "x_proj": ("x_proj",),
-    "out_proj": ("out_proj",),
-    "reconstruct": ("in_proj", "conv1d", "out_proj"),
+    "B": ("x_proj.weight",),
+    "C": ("x_proj.weight",),
+    "D": ("D",),
+    "x_proj": ("x_proj.weight",),
+    "out_proj": ("out_proj.weight",),
+    "reconstruct": ("out_proj.weight",),
 }
+_ZERO = "zero"  # what a pruned entry is stored as, where nothing else is said
+_TRAINING_ONLY = (ConstantPruningModifier, MagnitudePruningModifier)
+
+_SCALING = (SmoothQuantModifier, AWQModifier)  # between layers and projections
+_OF_INPUTS = (GPTQModifier, SparsityModifierBase, *_SCALING)  # gather sums of what Linears read
+
+Names = frozenset[str]
+_NONE: Names = frozenset()
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What a modifier does to the weights of a model, by names of parameters.
+
+    :param changes: weights that it gives other values
+    :param pruned: weights in which it makes zeros, or other values that must stay
+    :param value: what it stores a pruned entry as
+    :param patterned: those of ``pruned`` whose zeros are n of every m neighbours of a row
+    :param overwrites: weights whose zeros it writes other values into
+    :param keeps: value of pruned entries that it does not write into, in ``overwrites``
+    :param columns: weights that lose columns
+    :param grid: weights that it leaves on a quantization grid
+    :param rotated: weights that then multiply rotated inputs, or give rotated outputs
+    :param removed: weights of experts, some of which it removes
+    """
+
+    changes: Names = _NONE
+    pruned: Names = _NONE
+    value: str = _ZERO
+    patterned: Names = _NONE
+    overwrites: Names = _NONE
+    keeps: str | None = None
+    columns: Names = _NONE
+    grid: Names = _NONE
+    rotated: Names = _NONE
+    removed: Names = _NONE
+    own: bool = field(default=False, kw_only=True)  # reads mixers' weights as they are stored
+
+    @property
+    def any(self) -> bool:
+        """Whether the model has anything that the modifier works on."""
+        return bool(self.changes or self.pruned or self.overwrites or self.grid or self.removed)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one modifier must not do after another.
+
+    :param mark: stands for it in the table of the documentation
+    :param meaning: what would happen, for the documentation
+    :param broken: the weights in question, given the effects of the first and of the second
+    :param message: the error, given both modifiers and the name of a weight
+    """
+
+    mark: str
+    meaning: str
+    broken: Callable[[Effects, Effects], Names]
+    message: Callable[[Any, Any, str], str]
+
+
+def _overwritten(first: Effects, second: Effects) -> Names:
+    return first.pruned & second.overwrites if second.keeps != first.value else _NONE
+
+
+def _unpatterned(first: Effects, second: Effects) -> Names:
+    return first.patterned & second.columns
+
+
+def _off_grid(first: Effects, second: Effects) -> Names:
+    return first.grid & second.changes
+
+
+def _rotated(first: Effects, second: Effects) -> Names:
+    return first.rotated if second.own and second.any else _NONE
+
+
+def _without_experts(first: Effects, second: Effects) -> Names:
+    return first.removed & second.changes
+
+
+def _overwriting(first: Any, second: Any, name: str) -> str:
+    one, two = type(first).__name__, type(second).__name__
+    if isinstance(first, SparseSSMModifier) and isinstance(second, SparseSSMModifier):
+        return (
+            f"{two} with pruned_value {second.pruned_value} would undo what {one} with "
+            f"{first.pruned_value} has pruned of {name}; give both the same pruned_value"
+        )
+    if isinstance(second, SparseSSMModifier):
+        advice = f"put {two} first, or give it pruned_value: zero"
+    elif isinstance(second, SparseGPTModifier):
+        advice = f"give {two} preserve_sparsity_mask: true, or other targets"
+    elif isinstance(second, (GPTQModifier, AutoRoundModifier)):
+        advice = "SparseGPTQModifier quantizes without that"
+    elif isinstance(second, QuIPModifier):
+        advice = f"no zero survives a rotation; give {two} other targets, or leave one of them out"
+    else:
+        advice = f"put {two} first"
+    return f"{two} would write into the zeros that {one} has made in {name}; {advice}"
+
+
+def _breaking_pattern(first: Any, second: Any, name: str) -> str:
+    one, two = type(first).__name__, type(second).__name__
+    return (
+        f"{two} would remove columns of {name}, of which {one} has made n of every m neighbours "
+        f"zero; put {two} first"
+    )
+
+
+def _leaving_grid(first: Any, second: Any, name: str) -> str:
+    one, two = type(first).__name__, type(second).__name__
+    if isinstance(second, QuantizationMixin):
+        return (
+            f"{two} would quantize {name} again, which {one} has quantized; give them different "
+            "targets, or leave one of them out"
+        )
+    return (
+        f"{two} would change {name}, which {one} has quantized; put {two} first: prune, scale or "
+        "remove first, then quantize"
+    )
+
+
+def _reading_rotated(first: Any, second: Any, name: str) -> str:
+    one, two = type(first).__name__, type(second).__name__
+    return (
+        f"{two} reads {name} as it is stored, which {one} has rotated together with its inputs; "
+        f"put {two} first"
+    )
+
+
+def _changing_experts(first: Any, second: Any, name: str) -> str:
+    one, two = type(first).__name__, type(second).__name__
+    return f"{two} would change {name}, an expert that {one} may have removed; put {two} first"
+
+
+RULES = (
+    Rule("Z", "would write into the zeros", _overwritten, _overwriting),
+    Rule("P", "would remove columns of an n:m pattern", _unpatterned, _breaking_pattern),
+    Rule("G", "would change what is quantized", _off_grid, _leaving_grid),
+    Rule("R", "reads weights that are rotated", _rotated, _reading_rotated),
+    Rule("E", "would change experts that are removed", _without_experts, _changing_experts),
+)
 
 
 def check_alone(modifiers: Sequence[Any]) -> None:
@@ -57,6 +225,7 @@ def check_alone(modifiers: Sequence[Any]) -> None:
     """
     models = layouts()
     for modifier in modifiers:
+        check_works(modifier)
         if isinstance(modifier, QuantizationMixin):
             quantized = [set(quantized_weights(modifier, model)) for model in models]
             bad = [q & set(never_called(m)) for q, m in zip(quantized, models, strict=True) if q]
@@ -68,9 +237,11 @@ def check_alone(modifiers: Sequence[Any]) -> None:
                     f'or add "re:.*{part}$" to ignore'
                 )
     for first, second in combinations(modifiers, 2):
-        outcomes = [o for model in models if (o := _undone(first, second, model)) is not None]
-        if outcomes and all(outcomes):
-            raise SparseSSMError(_message(first, second, min(outcomes[0]).rpartition(".")[2]))
+        applied = [m for m in models if effects_of(first, m).any and effects_of(second, m).any]
+        broken = [found for m in applied if (found := _broken(first, second, m)) is not None]
+        if applied and len(broken) == len(applied):
+            rule, names = broken[0]
+            raise SparseSSMError(rule.message(first, second, _shown(names).rpartition(".")[2]))
 
 
 def check_modifiers(modifiers: Sequence[Any], model: nn.Module) -> None:
@@ -80,8 +251,9 @@ def check_modifiers(modifiers: Sequence[Any], model: nn.Module) -> None:
     :raises SparseSSMError: naming the modifiers, the module and what to write instead
     """
     for modifier in modifiers:
+        check_works(modifier)
         if isinstance(modifier, SparsityModifierBase):
-            if not _pruned(modifier, model):
+            if not _pruned_upstream(modifier, model):
                 raise SparseSSMError(
                     f"{type(modifier).__name__} would prune no weight: targets "
                     f"{shown(modifier.targets)} without ignore {shown(modifier.ignore)} are no "
@@ -92,10 +264,119 @@ def check_modifiers(modifiers: Sequence[Any], model: nn.Module) -> None:
             check_quantized(modifier, model)  # those of this package check themselves
             if modifier.kv_cache_scheme is None:
                 check_quantizes(modifier, model)
+        elif isinstance(modifier, QuIPModifier):
+            _check_called(modifier, model)
     check_experts(modifiers, model)
+    _check_sizes(modifiers, model)
     for first, second in combinations(modifiers, 2):
-        if undone := _undone(first, second, model):
-            raise SparseSSMError(_message(first, second, min(undone)))
+        found = _broken(first, second, model)
+        if found is not None:
+            rule, names = found
+            raise SparseSSMError(rule.message(first, second, _shown(names)))
+
+
+def _check_sizes(modifiers: Sequence[Any], model: nn.Module) -> None:
+    """Refuse a removal that an earlier one leaves nothing to remove."""
+    left: dict[str, int] = {}
+    for modifier in modifiers:
+        if not isinstance(modifier, RemovalModifier) or not _names(modifier.matching_mixers, model):
+            continue
+        adapter = find_mixers(model)[0]
+        if isinstance(modifier, StateRemovalModifier):
+            axis, kept = "states", modifier.kept(adapter.sizes.state_size)
+        else:
+            assert isinstance(modifier, ChannelRemovalModifier)
+            axis, kept = modifier.axis_of(adapter), modifier.kept(adapter)
+        if modifier.keep is not None and modifier.keep >= left.get(axis, modifier.keep + 1):
+            raise SparseSSMError(
+                f"{type(modifier).__name__}: keep is {modifier.keep}, and an earlier one leaves "
+                f"{left[axis]} {axis}; keep fewer, or leave one of them out"
+            )
+        left[axis] = min(kept, left.get(axis, kept))
+
+
+def check_session(modifier: Any, model: nn.Module) -> None:
+    """Refuse what :func:`check_modifiers` refuses of the recipe that is about to run.
+
+    The first modifier of this package asks for all, as LLM Compressor initialises all of them
+    before it runs one. Also refused is what an earlier recipe has quantized in memory.
+
+    :raises SparseSSMError: see :func:`check_modifiers`
+    """
+    modifiers = active_session().lifecycle.recipe.modifiers
+    asks = next((m for m in modifiers if isinstance(m, (MixerModifier, SparseGPTQModifier))), None)
+    if asks is modifier:
+        check_modifiers(modifiers, model)
+    finished = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if getattr(module, "quantization_status", None)
+        in (QuantizationStatus.FROZEN, QuantizationStatus.COMPRESSED)
+    }
+    names = finished & effects_of(modifier, model).changes if finished else _NONE
+    if names:
+        raise SparseSSMError(
+            f"{type(modifier).__name__} would change {_shown(names)}, which is quantized already; "
+            "prune or remove first, then quantize"
+        )
+
+
+def check_pass(modifier: Any, model: nn.Module) -> None:
+    """Refuse modifiers that watch the same calibration pass and cannot.
+
+    In the ``independent`` pipeline each watches a pass of its own.
+
+    :raises SparseSSMError: naming both
+    """
+    who = type(modifier).__name__
+    modifiers = active_session().lifecycle.recipe.modifiers
+    own = next((i for i, m in enumerate(modifiers) if m is modifier), len(modifiers))
+    for earlier in modifiers[:own]:
+        if isinstance(modifier, GradientMagnitudeModifier) and broken_rule(
+            modifier, earlier, model
+        ):
+            raise SparseSSMError(
+                f"{who} prunes when the calibration pass begins, and {type(earlier).__name__} "
+                "would undo it in the same one; run one after the other, with pipeline independent"
+            )
+        if isinstance(earlier, _SCALING) and modifier.requires_calibration_data:
+            raise SparseSSMError(
+                f"{who}: {type(earlier).__name__} watches the same calibration pass and scales "
+                "what was seen of it; run one after the other, with pipeline independent"
+            )
+    for later in modifiers[own + 1 :] if isinstance(modifier, RemovalModifier) else ():
+        if modifier.distill_steps or isinstance(later, GradientMagnitudeModifier):
+            when = "ends" if modifier.distill_steps else "begins"
+            acts = who if modifier.distill_steps else type(later).__name__
+            raise SparseSSMError(
+                f"{who}: {type(later).__name__} watches the same calibration pass, and {acts} "
+                f"changes all weights when it {when}; run one after the other, with pipeline "
+                "independent"
+            )
+        sums = isinstance(later, MixerModifier) and later.gathers_sums
+        if sums or (modifier.changes_inputs and isinstance(later, _OF_INPUTS)):
+            raise SparseSSMError(
+                f"{who}: {type(later).__name__} watches the same calibration pass and would not "
+                "fit the smaller mixers; run one after the other, with pipeline independent"
+            )
+
+
+def check_works(modifier: Any) -> None:
+    """Refuse modifiers of LLM Compressor that do nothing, or nothing right, beside ours.
+
+    :raises SparseSSMError: naming the modifier, and what does it
+    """
+    who = type(modifier).__name__
+    if isinstance(modifier, _TRAINING_ONLY):
+        raise SparseSSMError(
+            f"{who} acts on the steps of a training, of which oneshot() has none, so it would do "
+            "nothing; SensitivitySparseGPTModifier with solver magnitude prunes by magnitude"
+        )
+    if isinstance(modifier, SpinQuantModifier):
+        raise SparseSSMError(
+            f"{who} rotates what layers hand to each other, and does not know the projections of "
+            "state-space mixers, which would read it rotated; QuIPModifier rotates single layers"
+        )
 
 
 @cache
@@ -108,35 +389,162 @@ def layouts() -> tuple[nn.Module, ...]:
         )
 
 
-def _undone(first: Any, second: Any, model: nn.Module) -> set[str] | None:
-    """What the second modifier would undo of the first; None if they do not both apply."""
-    if isinstance(first, SparseSSMModifier) and isinstance(second, SparseSSMModifier):
-        if first.pruned_value == second.pruned_value:
-            return set()
-        one, two = (_names(m.matching_mixers, model) for m in (first, second))
-    else:
-        one, two = _pruned(first, model), _written(second, model)
-    return one & two if one and two else None
+def broken_rule(first: Any, second: Any, model: nn.Module) -> Rule | None:
+    """The rule that keeps the second modifier from following the first, if there is one.
+
+    :param model: the meta device will do
+    """
+    found = _broken(first, second, model)
+    return found[0] if found is not None else None
 
 
-def _pruned(modifier: Any, model: nn.Module) -> set[str]:
-    """Modules in whose weights a modifier makes zeros, or other values that must stay."""
-    if isinstance(modifier, SparseSSMModifier):
-        return _names(modifier.matching_mixers, model)  # A_log is the mixer's own
-    if isinstance(modifier, SensitivitySparseGPTModifier):
-        return {
-            use
-            for name in _names(modifier.matching_projections, model)
-            for use in weight_holders(model).get(name, [name])
-        }
-    if isinstance(modifier, GradientMagnitudeModifier):
-        # an A_log and a D are the mixer's own
-        return {
-            w.removesuffix(".weight").removesuffix(".A_log").removesuffix(".D")
-            for w in _names(modifier.matching_weights, model)
-        }
-    if not isinstance(modifier, SparsityModifierBase):
-        return set()
+def _broken(first: Any, second: Any, model: nn.Module) -> tuple[Rule, Names] | None:
+    one, two = effects_of(first, model), effects_of(second, model)
+    each = ((rule, rule.broken(one, two)) for rule in RULES)
+    return next(((rule, names) for rule, names in each if names), None)
+
+
+def _shown(names: Iterable[str]) -> str:
+    return min(names).removesuffix(".weight")
+
+
+# -- what modifiers do ---------------------------------------------------------------------
+
+
+def effects_of(modifier: Any, model: nn.Module) -> Effects:
+    """What a modifier does to a model's weights; nothing for those that nobody here knows.
+
+    :param modifier: of this package or of LLM Compressor
+    :param model: the meta device will do
+    """
+    for kind, effects in _EFFECTS:
+        if isinstance(modifier, kind):
+            return effects(modifier, model)
+    return Effects()
+
+
+def _of_transitions(modifier: Any, model: nn.Module) -> Effects:
+    names = frozenset(f"{mixer}.A_log" for mixer in _names(modifier.matching_mixers, model))
+    return Effects(
+        changes=names,
+        pruned=names,
+        value=modifier.pruned_value,
+        patterned=names if modifier.mask_structure is not None else _NONE,
+        overwrites=names,
+        keeps=modifier.pruned_value,
+        own=True,
+    )
+
+
+def _of_projections(modifier: Any, model: nn.Module) -> Effects:
+    names = _NONE
+    with suppress(SparseSSMError):  # does not fit this model, which is said elsewhere
+        holders = weight_holders(model)
+        names = frozenset(
+            f"{use}.weight" if p.attribute == "weight" else use
+            for p in modifier.matching_projections(model)
+            for use in holders.get(p.name, [p.name])
+        )
+    patterned = names if modifier.mask_structure != UNSTRUCTURED else _NONE
+    return Effects(changes=names, pruned=names, patterned=patterned, own=True)
+
+
+def _of_gradients(modifier: Any, model: nn.Module) -> Effects:
+    names = _names(modifier.matching_weights, model)
+    tuned = frozenset(tuned_parameters(model)) if modifier.tune_steps and names else _NONE
+    return Effects(changes=names | tuned, pruned=names, own=True)
+
+
+def _of_removal(modifier: Any, model: nn.Module) -> Effects:
+    if not _names(modifier.matching_mixers, model):
+        return Effects()
+    everything = frozenset(mixer_parameters(model))
+    written, columns = set(), set()
+    for adapter in find_mixers(model):
+        for step in _steps(modifier, adapter):
+            written |= {_parameter(adapter, own) for own in _FITTED[step]}
+            if step == "reconstruct":
+                fitted = {id(parameter) for parameter, _ in adapter.state_parameters()}
+                written |= {
+                    f"{adapter.name}.{own}"
+                    for own, parameter in adapter.mixer.named_parameters()
+                    if id(parameter) in fitted
+                }
+        inputs = ("x_proj.weight", "out_proj.weight") if modifier.changes_inputs else ("A_log",)
+        columns |= {_parameter(adapter, own) for own in inputs}
+    return Effects(
+        changes=everything,
+        overwrites=everything if modifier.distill_steps else everything & written,
+        columns=everything & columns,
+        own=True,
+    )
+
+
+def _of_gptq_with_zeros(modifier: Any, model: nn.Module) -> Effects:
+    names = _weights(quantized_weights(modifier, model))
+    return Effects(changes=names, grid=names)
+
+
+def _of_gptq(modifier: Any, model: nn.Module) -> Effects:
+    names = _weights(quantized_weights(modifier, model))
+    return Effects(changes=names, grid=names, overwrites=names)
+
+
+def _of_sparsegpt(modifier: Any, model: nn.Module) -> Effects:
+    names = _weights(_pruned_upstream(modifier, model))
+    return Effects(
+        changes=names,
+        pruned=names,
+        patterned=names if modifier._prune_m else _NONE,
+        overwrites=_NONE if getattr(modifier, "preserve_sparsity_mask", True) else names,
+    )
+
+
+def _of_scaling(modifier: Any, model: nn.Module) -> Effects:
+    infer = awq_mappings if isinstance(modifier, AWQModifier) else smoothquant_mappings
+    patterns: list[str] = []
+    with suppress(Exception):  # knows no mapping for this model, and says so itself
+        for mapping in modifier.mappings or infer(model):
+            if isinstance(modifier, AWQModifier):
+                patterns += [mapping.smooth_layer, *mapping.balance_layers]
+            else:
+                patterns += tree_leaves(tuple(mapping))
+    found = {name for name, _ in match_named_modules(model, patterns)} if patterns else set()
+    return Effects(changes=_weights(found))
+
+
+def _of_rotation(modifier: Any, model: nn.Module) -> Effects:
+    names = _weights(name for name, _ in _rotated_modules(modifier, model))
+    return Effects(changes=names, overwrites=names, rotated=names)
+
+
+def _of_expert_removal(modifier: Any, model: nn.Module) -> Effects:
+    return Effects(removed=frozenset(n for n, _ in model.named_parameters() if ".experts." in n))
+
+
+_EFFECTS: tuple[tuple[type, Callable[[Any, nn.Module], Effects]], ...] = (
+    (SparseSSMModifier, _of_transitions),
+    (SensitivitySparseGPTModifier, _of_projections),
+    (GradientMagnitudeModifier, _of_gradients),
+    (RemovalModifier, _of_removal),
+    (SparseGPTQModifier, _of_gptq_with_zeros),
+    (GPTQModifier, _of_gptq),
+    (AutoRoundModifier, _of_gptq),
+    (QuantizationMixin, _of_gptq_with_zeros),  # rounds to the nearest, 0 to 0
+    (SparsityModifierBase, _of_sparsegpt),
+    (SmoothQuantModifier, _of_scaling),  # and its subclass of logarithmic equalization
+    (AWQModifier, _of_scaling),
+    (QuIPModifier, _of_rotation),
+    (REAPPruningModifier, _of_expert_removal),
+)
+
+
+def _weights(modules: Iterable[str]) -> Names:
+    return frozenset(f"{name}.weight" for name in modules)
+
+
+def _pruned_upstream(modifier: Any, model: nn.Module) -> set[str]:
+    """Modules that a pruning modifier of LLM Compressor prunes."""
     targets = [modifier.targets] if isinstance(modifier.targets, str) else modifier.targets
     out_of_reach = never_called(model)
     return {
@@ -148,57 +556,52 @@ def _pruned(modifier: Any, model: nn.Module) -> set[str]:
     }
 
 
-def _written(modifier: Any, model: nn.Module) -> set[str]:
-    """Modules in whose zeros a modifier writes."""
-    if isinstance(modifier, SparseGPTModifier):
-        return set() if modifier.preserve_sparsity_mask else _pruned(modifier, model)
-    if isinstance(modifier, GPTQModifier) and not isinstance(modifier, SparseGPTQModifier):
-        return set(quantized_weights(modifier, model))
-    if isinstance(modifier, (StateRemovalModifier, ChannelRemovalModifier)):
-        if modifier.distill_steps:  # all weights of all mixers
-            return {name.rpartition(".")[0] for name in mixer_parameters(model)}
-        return {
-            f"{adapter.name}.{adapter.projection(kind).path}"
-            for adapter in find_mixers(model)
-            for step in _steps(modifier, adapter)
-            for kind in _FITTED.get(step, ())
-            if kind in adapter.projections
-        }
-    return set()
+def _rotated_modules(modifier: Any, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    applied = [(modifier.targets, modifier.ignore)]
+    if modifier.transform_config is not None:
+        groups = modifier.transform_config.config_groups.values()
+        applied = [(args.targets, args.ignore) for group in groups for args in group.apply]
+    as_list = [[[x] if isinstance(x, str) else x for x in both] for both in applied]
+    return [found for both in as_list for found in match_named_modules(model, *both)]
+
+
+def _parameter(adapter: MixerAdapter, own: str) -> str:
+    """Name in the model of a mixer's parameter; a projection's may stand alone in the mixer."""
+    kind = own.removesuffix(".weight")
+    if kind in adapter.projections:
+        found = adapter.projection(kind)
+        own = f"{found.path}.weight" if found.attribute == "weight" else found.path
+    return f"{adapter.name}.{own}"
 
 
 def _steps(modifier: Any, adapter: MixerAdapter) -> Iterable[str]:
     if isinstance(modifier, StateRemovalModifier):
         return modifier.compensations(adapter)
+    assert isinstance(modifier, ChannelRemovalModifier)
     return ("x_proj", "out_proj") if modifier.compensate is None else modifier.compensate
 
 
-def _names(matching: Any, model: nn.Module) -> set[str]:
+def _names(matching: Any, model: nn.Module) -> Names:
     try:
-        return {found.name for found in matching(model)}
+        return frozenset(found.name for found in matching(model))
     except SparseSSMError:  # does not fit this model, which is said elsewhere
-        return set()
+        return _NONE
 
 
-def _message(first: Any, second: Any, name: str) -> str:
-    one, two = type(first).__name__, type(second).__name__
-    if isinstance(second, SparseSSMModifier):
-        return (
-            f"{two} with pruned_value {second.pruned_value} would undo what {one} with "
-            f"{first.pruned_value} has pruned of {name}; give both the same pruned_value"
-        )
-    if isinstance(second, SparseGPTModifier):
-        advice = f"give {two} preserve_sparsity_mask: true, or other targets"
-    elif isinstance(second, GPTQModifier):
-        advice = "SparseGPTQModifier quantizes without that"
-    else:
-        advice = f"put {two} first"
-    return f"{two} would write into the zeros that {one} has made in {name}; {advice}"
+def _check_called(modifier: Any, model: nn.Module) -> None:
+    inside = never_called(model)
+    for name, _ in _rotated_modules(modifier, model):
+        if name in inside:
+            raise SparseSSMError(
+                f"{type(modifier).__name__}: {name} would be rotated, but the model reads its "
+                "weight without calling it, so its inputs would not be; add "
+                f'"re:.*{inside[name]}$" to ignore'
+            )
 
 
 def _check_structure(modifier: Any, model: nn.Module) -> None:
     n, m = modifier._prune_n, modifier._prune_m
-    for name in sorted(_pruned(modifier, model)) if m else ():
+    for name in sorted(_pruned_upstream(modifier, model)) if m else ():
         linear: Any = model.get_submodule(name)
         try:
             check_structure(modifier.mask_structure, linear.weight.shape[-1], n / m)
