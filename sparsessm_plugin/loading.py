@@ -368,6 +368,8 @@ def _listed_shards(index: Path, where: str) -> list[str]:
         shards = list(dict.fromkeys(found.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SparseSSMError(f"{where} is no index of weights: {error!r}"[:400]) from error
+    if not shards:
+        raise SparseSSMError(f"{where} is no index of weights: its weight_map is empty")
     for shard in shards:
         _check_shard(shard, where)
     return shards

@@ -5,7 +5,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,7 @@ import torch
 from compressed_tensors.utils import patch_attr
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration import give_back
@@ -73,13 +73,11 @@ class ModelSource:
                     f"{self.name} holds PEFT adapters; merge the adapters first, with "
                     "merge_and_unload(), and give the folder of the merged model"
                 )
+            # before a config is made of it, which may list all its layers
+            _check_layers(PretrainedConfig.get_config_dict(self.path)[0], self.name)
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-            layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-            if isinstance(layers, int) and layers > _MOST_LAYERS:
-                raise SparseSSMError(
-                    f"{self.name}: config.json states num_hidden_layers: {layers}; models of at "
-                    f"most {_MOST_LAYERS} layers are loaded"
-                )
+            named = getattr(config.get_text_config(), "num_hidden_layers", None)  # as n_layer, say
+            _check_layers({"num_hidden_layers": named}, self.name)
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(
                     config, trust_remote_code=self.trust_remote_code
@@ -125,6 +123,19 @@ class ModelSource:
 
 # Of published models none has a tenth of it, and even an empty model of this many takes a second.
 _MOST_LAYERS = 2048
+
+
+def _check_layers(fields: Mapping[str, Any], model: str) -> None:
+    """Refuse a config that states, on any level, more layers than any model has."""
+    layers = fields.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise SparseSSMError(
+            f"{model}: config.json states num_hidden_layers: {layers}; models of at most "
+            f"{_MOST_LAYERS} layers are loaded"
+        )
+    for inner in fields.values():
+        if isinstance(inner, Mapping):
+            _check_layers(inner, model)
 
 
 class _model_errors:

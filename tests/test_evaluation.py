@@ -85,6 +85,8 @@ def test_sources_that_are_not_there(tmp_path):
         read_texts(tmp_path / "none.txt")
     with pytest.raises(SparseSSMError, match="is a folder"):
         read_texts(tmp_path)
+    with pytest.raises(SparseSSMError, match="'::' is no file and names no data set"):
+        read_texts("::")
     with pytest.raises(SparseSSMError, match="is no file, and no data set of that name") as error:
         read_texts("no-such-data-set-anywhere")
     assert "\n" not in str(error.value)

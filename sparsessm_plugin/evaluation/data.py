@@ -75,6 +75,8 @@ def _read_dataset(name: str, text_field: str) -> list[str]:
     from datasets import load_dataset
 
     dataset, config, split = (*name.split(":", 2), "", "")[:3]
+    if not dataset:
+        raise SparseSSMError(f"{shown(name)} is no file and names no data set")
     try:
         rows = load_dataset(dataset, config or None, split=split or "train")
     except Exception as error:
