@@ -840,6 +840,7 @@ def campaign(options: argparse.Namespace) -> None:
 
     result = Result(options.budget, options.name)
     rows: dict[str, list[Any]] = {}
+    again: dict[str, list[int]] = {}
     path = RESULTS / f"{options.name}.json"
     if options.keep and path.exists():
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -848,6 +849,8 @@ def campaign(options: argparse.Namespace) -> None:
         for section in SECTIONS:
             kind = Kill if section == "kills" else Outcome
             rows[section] = [kind(**row) for row in content.get(section, [])]
+            if options.again:
+                again[section] = [r.number for r in rows[section] if r.verdict not in GOOD]
     servers = [Server() for _ in range(options.jobs)]
     with tempfile.TemporaryDirectory(prefix="reliability-") as folder:
         for name in ("alog-50", "state-50", "whole-50"):  # compiles what is compiled once
@@ -870,13 +873,19 @@ def campaign(options: argparse.Namespace) -> None:
         f"Made by `python benchmarks/reliability.py --seed {options.seed}` on a CPU; {total} "
         f"cases, {faults} of them not right. The same script replays a case with the options "
         "beside it.",
+        *(
+            f"Of the {section}, {', '.join(map(str, cases))} were not right at first and were "
+            "run again after what they showed was mended."
+            for section, cases in again.items()
+            if cases
+        ),
         "",
         "\n\n".join(result.parts),
         *([""] if result.failures else []),
         *(f"{name}: {failure}" for name, failure in result.failures.items()),
     ]
     numbers = {"seed": options.seed, "cases": total, "not right": faults}
-    numbers["failures"] = result.failures
+    numbers["again"], numbers["failures"] = again, result.failures
     numbers |= {name: [asdict(row) for row in rows[name]] for name in SECTIONS if name in rows}
     save(options.name, "\n".join(lines), numbers)
 
