@@ -20,9 +20,9 @@ from sparsessm_plugin.criteria import Unstructured
 from sparsessm_plugin.criteria.values import PRUNED_VALUES
 from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
 from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
-from sparsessm_plugin.mixers import find_mixers
-from sparsessm_plugin.pruning import ModelSource, prune
+from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.recipes import parse_recipe
+from sparsessm_plugin.recipes.pruning import ModelSource, prune
 
 RECIPE = """\
 prune_stage:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparsessm_plugin.files import write_json
-from sparsessm_plugin.pruning import versions
+from sparsessm_plugin.recipes.pruning import versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from transformers import MambaConfig, MambaForCausalLM
 
 from sparsessm_plugin import distributed
-from sparsessm_plugin.pruning import DEMO_MODEL, ModelSource
+from sparsessm_plugin.recipes.pruning import DEMO_MODEL, ModelSource
 
 VOCABULARY = 1024
 SOLVING = ("compress", "allocate")  # stages of a modifier's cost that are no calibration

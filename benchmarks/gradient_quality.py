@@ -26,11 +26,11 @@ from torch import Tensor
 
 from sparsessm_plugin.criteria.importance import choose_pruned, importance
 from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
-from sparsessm_plugin.mixers import MixerAdapter, find_mixers, get_tensor
+from sparsessm_plugin.families import MixerAdapter, find_mixers, get_tensor
 from sparsessm_plugin.modifiers.gradient_magnitude import tuned_parameters
-from sparsessm_plugin.pruning import ModelSource, prune
 from sparsessm_plugin.recipes import parse_recipe
-from sparsessm_plugin.training import Tuner, mean_gradients
+from sparsessm_plugin.recipes.pruning import ModelSource, prune
+from sparsessm_plugin.training.gradients import Tuner, mean_gradients
 
 CALIBRATION = "corpus/calibration.jsonl"
 TESTS = {"corpus": "corpus/validation.jsonl", "wikitext2": "wikitext2/test.detok.txt"}

@@ -28,8 +28,8 @@ from conftest import DEMO, EXPERTS, FAMILIES, MAMBA1, Loader, batches, tiny_mode
 from transformers import AutoTokenizer
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.pruning import prune
 from sparsessm_plugin.recipes import parse_recipe
+from sparsessm_plugin.recipes.pruning import prune
 
 Fields = dict[str, Any]
 IGNORE = ["lm_head", "re:.*dt_proj$", "re:.*router.*", "re:.*gate$"]

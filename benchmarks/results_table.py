@@ -39,8 +39,8 @@ from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tok
 from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
 from sparsessm_plugin.evaluation.tasks import evaluate_tasks, load_tasks
 from sparsessm_plugin.files import write_json
-from sparsessm_plugin.pruning import ModelSource, prune
 from sparsessm_plugin.recipes import CheckedRecipe, load_recipe
+from sparsessm_plugin.recipes.pruning import ModelSource, prune
 
 CALIBRATION = "corpus/calibration.jsonl"
 TEXTS = {

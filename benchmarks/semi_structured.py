@@ -12,7 +12,7 @@ import torch
 from common import save
 from torch import nn
 
-from sparsessm_plugin.acceleration import ShapeTiming, check_support, measure
+from sparsessm_plugin.checkpoints.acceleration import ShapeTiming, check_support, measure
 
 # model -> projection -> (outputs, inputs)
 SHAPES = {

@@ -34,9 +34,9 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 from sparsessm_plugin.backends.products import project
 from sparsessm_plugin.criteria import SALIENCIES, SaliencyInputs, Unstructured, aggregate
 from sparsessm_plugin.evaluation.data import calibration_loader
-from sparsessm_plugin.mixers import MixerAdapter, get_adapter, read_out
-from sparsessm_plugin.pruning import DEMO_MODEL, ModelSource, PruningResult, prune
+from sparsessm_plugin.families import MixerAdapter, get_adapter, read_out
 from sparsessm_plugin.recipes import parse_recipe
+from sparsessm_plugin.recipes.pruning import DEMO_MODEL, ModelSource, PruningResult, prune
 from sparsessm_plugin.recurrence import ScanStatistics
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
 from sparsessm_plugin.solvers.objective import gram

@@ -30,9 +30,9 @@ from common import (
 )
 
 from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
-from sparsessm_plugin.mixers import find_mixers
-from sparsessm_plugin.pruning import ModelSource, prune
+from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.recipes import parse_recipe
+from sparsessm_plugin.recipes.pruning import ModelSource, prune
 
 TEXTS = {
     "corpus": ("corpus/calibration.jsonl", "corpus/validation.jsonl"),

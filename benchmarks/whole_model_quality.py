@@ -33,9 +33,9 @@ from common import (
 )
 
 from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
-from sparsessm_plugin.mixers.fast_forward import fast_forward
-from sparsessm_plugin.pruning import ModelSource, prune
+from sparsessm_plugin.families.fast_forward import fast_forward
 from sparsessm_plugin.recipes import parse_recipe
+from sparsessm_plugin.recipes.pruning import ModelSource, prune
 
 CALIBRATION = "corpus/calibration.jsonl"
 TESTS = {"corpus": "corpus/validation.jsonl", "wikitext2": "wikitext2/test.detok.txt"}

@@ -11,13 +11,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsessm_plugin.acceleration import accelerate
+    from sparsessm_plugin.checkpoints.acceleration import accelerate
+    from sparsessm_plugin.checkpoints.export import load_mamba_ssm
+    from sparsessm_plugin.checkpoints.loading import enable_compressed_loading, load
+    from sparsessm_plugin.checkpoints.runtimes import runtime_support
     from sparsessm_plugin.errors import SparseSSMError
     from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
-    from sparsessm_plugin.evaluation.runtimes import runtime_support
-    from sparsessm_plugin.loading import enable_compressed_loading, load
-    from sparsessm_plugin.mixers import find_mixers
-    from sparsessm_plugin.mixers.fast_forward import fast_forward
+    from sparsessm_plugin.families import find_mixers
+    from sparsessm_plugin.families.fast_forward import fast_forward
     from sparsessm_plugin.modifiers import (
         ChannelRemovalModifier,
         GradientMagnitudeModifier,
@@ -38,14 +39,15 @@ _PUBLIC = {
     "SparseSSMError": "sparsessm_plugin.errors",
     "SparseSSMModifier": "sparsessm_plugin.modifiers",
     "StateRemovalModifier": "sparsessm_plugin.modifiers",
-    "accelerate": "sparsessm_plugin.acceleration",
-    "enable_compressed_loading": "sparsessm_plugin.loading",
+    "accelerate": "sparsessm_plugin.checkpoints.acceleration",
+    "enable_compressed_loading": "sparsessm_plugin.checkpoints.loading",
     "evaluate_perplexity": "sparsessm_plugin.evaluation.perplexity",
-    "fast_forward": "sparsessm_plugin.mixers.fast_forward",
-    "find_mixers": "sparsessm_plugin.mixers",
-    "load": "sparsessm_plugin.loading",
+    "fast_forward": "sparsessm_plugin.families.fast_forward",
+    "find_mixers": "sparsessm_plugin.families",
+    "load": "sparsessm_plugin.checkpoints.loading",
+    "load_mamba_ssm": "sparsessm_plugin.checkpoints.export",
     "recipe_path": "sparsessm_plugin.recipes",
-    "runtime_support": "sparsessm_plugin.evaluation.runtimes",
+    "runtime_support": "sparsessm_plugin.checkpoints.runtimes",
 }
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "fast_forward",
     "find_mixers",
     "load",
+    "load_mamba_ssm",
     "recipe_path",
     "runtime_support",
 ]

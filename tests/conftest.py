@@ -32,7 +32,7 @@ from transformers import (
 )
 
 import sparsessm_plugin
-from sparsessm_plugin.mixers import find_mixers
+from sparsessm_plugin.families import find_mixers
 
 VOCAB = 96
 # Where transformers' own forward runs: with CUDA kernels installed it refuses tensors on the CPU.

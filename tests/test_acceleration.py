@@ -9,8 +9,12 @@ from conftest import VOCAB, tiny_model
 from torch import nn
 
 import sparsessm_plugin
-from sparsessm_plugin import acceleration
-from sparsessm_plugin.acceleration import SemiStructuredLinear, accelerate, is_two_of_four
+from sparsessm_plugin.checkpoints import acceleration
+from sparsessm_plugin.checkpoints.acceleration import (
+    SemiStructuredLinear,
+    accelerate,
+    is_two_of_four,
+)
 from sparsessm_plugin.errors import SparseSSMError
 
 IDS = torch.arange(1, 31).reshape(2, 15)

@@ -10,7 +10,7 @@ from test_modifier import tokenizer
 from transformers import AutoModelForCausalLM
 
 from sparsessm_plugin import ChannelRemovalModifier, SparseSSMError
-from sparsessm_plugin.mixers import find_mixers
+from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.modifiers.channel_removal import block_magnitude, channel_blocks
 from sparsessm_plugin.recipes import parse_recipe
 from sparsessm_plugin.refit.channels import LinearTerm, eliminate_blocks, refit

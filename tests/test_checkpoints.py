@@ -10,7 +10,7 @@ from conftest import FAMILIES, tiny_model
 from safetensors.torch import load_file, save_file
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.pruning import ModelSource
+from sparsessm_plugin.recipes.pruning import ModelSource
 
 A_LOG = "backbone.layers.0.mixer.A_log"
 
@@ -225,7 +225,7 @@ def test_shards_are_read(tmp_path):
 def test_more_layers_than_any_model_has(tmp_path):
     # more than there is memory for, where a list of the layers is made
     change_config(saved(tmp_path), num_hidden_layers=10**12)
-    script = "import sys; from sparsessm_plugin.pruning import ModelSource\n" + (
+    script = "import sys; from sparsessm_plugin.recipes.pruning import ModelSource\n" + (
         "ModelSource(sys.argv[1]).load_skeleton()"
     )
     done = subprocess.run(

@@ -240,7 +240,7 @@ def test_inspect_shows_what_the_layout_has(sparsessm, tmp_path, family, mixer, c
 def test_demo_table(topics):
     from rich.console import Console
 
-    from sparsessm_plugin.demo import run_demo, split_topics
+    from sparsessm_plugin.cli.demo import run_demo, split_topics
 
     training, held_out = split_topics(topics)
     assert len(training) + len(held_out) == len(topics)
@@ -623,7 +623,7 @@ def test_failing_to_save_is_one_line_and_leaves_no_report(
     """Before the work where a first try tells, and after it as tokenizers says it."""
     from transformers import PreTrainedTokenizerBase
 
-    from sparsessm_plugin.pruning import ModelSource
+    from sparsessm_plugin.recipes.pruning import ModelSource
 
     calls, loads = [], []
     own, load = PreTrainedTokenizerBase.save_pretrained, ModelSource.load

@@ -15,10 +15,10 @@ from transformers import (
 )
 
 from sparsessm_plugin import ChannelRemovalModifier, StateRemovalModifier
-from sparsessm_plugin.config_levels import language_field, language_level, language_levels
 from sparsessm_plugin.dependency_graph import apply_config_fields, write_config_fields
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import find_mixers
+from sparsessm_plugin.families import find_mixers
+from sparsessm_plugin.families.config_levels import language_field, language_level, language_levels
 
 
 class Composite(PreTrainedConfig):

@@ -28,7 +28,7 @@ from sparsessm_plugin.dependency_graph import MixerDependencyGraph, apply_config
 from sparsessm_plugin.dependency_graph.surrogate import Mamba1Surrogate
 from sparsessm_plugin.dependency_graph.tensors import format_ranges
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import find_mixers, get_adapter, get_tensor
+from sparsessm_plugin.families import find_mixers, get_adapter, get_tensor
 from sparsessm_plugin.recurrence import scan
 
 _BAMBA = (

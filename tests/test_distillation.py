@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from sparsessm_plugin import ChannelRemovalModifier, StateRemovalModifier
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import find_mixers
-from sparsessm_plugin.modifiers.distillation import (
+from sparsessm_plugin.families import find_mixers
+from sparsessm_plugin.training.distillation import (
     Distillation,
     divergences,
     mixer_parameters,

@@ -10,6 +10,7 @@ from conftest import DEMO, MAMBA1, tiny_model
 from transformers import AutoTokenizer
 
 from sparsessm_plugin import evaluate_perplexity
+from sparsessm_plugin.calibration.vocabulary import check_token_ids
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.evaluation.components import take_inventory
 from sparsessm_plugin.evaluation.data import (
@@ -18,7 +19,6 @@ from sparsessm_plugin.evaluation.data import (
     tokenize,
     windows,
 )
-from sparsessm_plugin.vocabulary import check_token_ids
 
 
 def test_texts_of_files(tmp_path):

@@ -15,9 +15,9 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoTokenizer
 
 from sparsessm_plugin import SparseGPTQModifier, SparseSSMModifier, StateRemovalModifier
+from sparsessm_plugin.checkpoints.experts import check_experts
+from sparsessm_plugin.checkpoints.runtimes import runtime_support
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.evaluation.runtimes import runtime_support
-from sparsessm_plugin.modifiers.experts import check_experts
 from sparsessm_plugin.recipes.conflicts import check_modifiers
 
 IGNORE = ["lm_head", "re:.*dt_proj$"]

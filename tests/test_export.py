@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from sparsessm_plugin import SparseSSMError
-from sparsessm_plugin.export import (
+from sparsessm_plugin.checkpoints.export import (
     _expansion,
     export_mamba_ssm,
     load_mamba_ssm,

@@ -6,7 +6,7 @@ from conftest import DEMO, MAMBA1, Loader, batches, tiny_model
 from test_scan import STATISTICS, random_heads, random_quantities, relative
 
 from sparsessm_plugin import fast_forward
-from sparsessm_plugin.mixers import find_mixers
+from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.recurrence import ScanStatistics, StatisticsRequest, scan
 from sparsessm_plugin.recurrence.quantities import HeadQuantities, MixerQuantities
 

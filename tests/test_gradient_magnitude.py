@@ -19,8 +19,8 @@ from sparsessm_plugin import (
     training,
 )
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.pruning import prune
 from sparsessm_plugin.recipes import load_recipe, parse_recipe
+from sparsessm_plugin.recipes.pruning import prune
 
 ONE_ROUND = {
     "sparsity": 0.5,

@@ -14,11 +14,11 @@ from transformers.models.mamba.modeling_mamba import MambaPreTrainedModel
 
 import sparsessm_plugin
 from sparsessm_plugin import SparseGPTQModifier, loading
+from sparsessm_plugin.checkpoints.loading import enable_compressed_loading
+from sparsessm_plugin.checkpoints.saving import change_config
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.loading import enable_compressed_loading
-from sparsessm_plugin.mixers import find_mixers
-from sparsessm_plugin.modifiers.saving import change_config
-from sparsessm_plugin.pruning import ModelSource
+from sparsessm_plugin.families import find_mixers
+from sparsessm_plugin.recipes.pruning import ModelSource
 
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
 IGNORE = ["lm_head", "re:.*dt_proj$", "re:.*router.*", "re:.*experts.*"]
@@ -84,13 +84,13 @@ for name in sys.argv[2:]:
                 import sparsessm_plugin
                 model = sparsessm_plugin.load(f"{sys.argv[1]}/{name}")
             else:
-                assert "sparsessm_plugin.loading" not in sys.modules
+                assert "sparsessm_plugin.checkpoints.loading" not in sys.modules
                 model = AutoModelForCausalLM.from_pretrained(f"{sys.argv[1]}/{name}")
             found[how] = same(model)
         except Exception as error:
             found[how] = type(error).__name__
         if how == "ours":
-            del sys.modules["sparsessm_plugin.loading"]
+            del sys.modules["sparsessm_plugin.checkpoints.loading"]
 print(json.dumps(results))
 """
 
@@ -258,7 +258,7 @@ def test_nothing_is_mended_at_the_import_of_the_package():
     code = (
         "import sys, sparsessm_plugin, torch\n"
         "assert not any('modeling_mamba' in name for name in sys.modules)\n"
-        "assert 'sparsessm_plugin.loading' not in sys.modules\n"
+        "assert 'sparsessm_plugin.checkpoints.loading' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

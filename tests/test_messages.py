@@ -65,7 +65,7 @@ from sparsessm_plugin.messages import show_messages
 def say():
     shown.clear()
     from loguru import logger
-    for name in ("sparsessm_plugin.training", "llmcompressor.core"):
+    for name in ("sparsessm_plugin.training.gradients", "llmcompressor.core"):
         code = "for say in (log.info, log.warning, log.error): say(name)"
         exec(code, {"__name__": name, "log": logger, "name": name})
     warnings.warn("ours", SparseSSMWarning)
@@ -94,12 +94,12 @@ print(json.dumps([quiet, verbose, again]))
 
 def test_logs_and_warnings_go_to_one_place():
     quiet, verbose, again = fresh_process(SCRIPT, LLM_COMPRESSOR_LOG_LEVEL="INFO")
-    ours = [[level, "sparsessm_plugin.training"] for level in ("warning", "error")]
+    ours = [[level, "sparsessm_plugin.training.gradients"] for level in ("warning", "error")]
     theirs = [["error", "llmcompressor.core"]]
     assert quiet == [*ours, *theirs, ["warning", "ours"], ["warning", "registered"]]
     assert again == verbose
     texts = [text for _, text in verbose]
-    assert texts.count("sparsessm_plugin.training") == 3
+    assert texts.count("sparsessm_plugin.training.gradients") == 3
     assert texts.count("llmcompressor.core") == 3
     assert any(text.startswith("UserWarning: theirs (") for text in texts)
 

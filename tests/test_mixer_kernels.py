@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from sparsessm_plugin import fast_forward
 from sparsessm_plugin.backends import cpu, products, vectors
 from sparsessm_plugin.backends.choice import kernels_for
-from sparsessm_plugin.mixers import find_mixers, read_out
+from sparsessm_plugin.families import find_mixers, read_out
 from sparsessm_plugin.recurrence import ScanStatistics, StatisticsRequest, scan
 
 sizes = st.sampled_from([1, 2, 15, 16, 17, 64, 65, 513])
@@ -138,8 +138,10 @@ def test_mixers_compute_the_same_without_kernels(family, device, monkeypatch):
             for kernels in (True, False):
                 with monkeypatch.context() as patch:
                     if not kernels:
-                        patch.setattr("sparsessm_plugin.mixers.base.kernels_for", lambda x: None)
-                        patch.setattr("sparsessm_plugin.mixers.mamba1.kernels_for", lambda x: None)
+                        patch.setattr("sparsessm_plugin.families.base.kernels_for", lambda x: None)
+                        patch.setattr(
+                            "sparsessm_plugin.families.mamba1.kernels_for", lambda x: None
+                        )
                     found.append(adapter.quantities(x, mask))
         for name in ("u", "dt", "A", "B", "C", "D", "z"):
             assert relative(*(getattr(q, name) for q in found)) < most

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsessm_plugin.backends.choice import REFERENCE
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import TensorAxis, find_mixers, get_adapter, known_mixers
+from sparsessm_plugin.families import TensorAxis, find_mixers, get_adapter, known_mixers
 from sparsessm_plugin.recurrence import scan
 
 

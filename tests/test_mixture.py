@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from sparsessm_plugin.mixers import find_mixers
+from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.modifiers.removal import (
     CalibrationInputs,
     dense_outputs,

@@ -19,12 +19,12 @@ from sparsessm_plugin.families import (
     Part,
     UnitBlock,
     get_model_adapter,
+    get_tensor,
     known_models,
     register_model,
     register_part,
 )
 from sparsessm_plugin.families.parts import Mixer, Norm
-from sparsessm_plugin.mixers import get_tensor
 
 LINEAR, FULL = "linear_attention", "full_attention"
 # more layers than the tiny models have, with every kind that the family knows
@@ -565,7 +565,7 @@ def test_a_family_is_one_class_and_an_axis_of_units_one_part():
 @pytest.mark.parametrize("family", ["jamba", "granitemoehybrid", "nemotron_h", "zamba2"])
 def test_what_llm_compressor_saves_loads_again(family, tmp_path):
     """It writes the config file of the original back, which must then say the new sizes."""
-    from sparsessm_plugin.modifiers.saving import change_config
+    from sparsessm_plugin.checkpoints.saving import change_config
 
     model = deep_model(family)
     graph = ModelDependencyGraph(model)

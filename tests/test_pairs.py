@@ -16,15 +16,15 @@ from pydantic import PrivateAttr
 from test_modifier import run
 
 import sparsessm_plugin as plugin
+from sparsessm_plugin.checkpoints.export import check_mamba_ssm
 from sparsessm_plugin.criteria.values import MEMORYLESS
 from sparsessm_plugin.dependency_graph import MixerDependencyGraph
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.export import check_mamba_ssm
-from sparsessm_plugin.mixers import find_mixers
+from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.modifiers.removal import RemovalModifier
-from sparsessm_plugin.pruning import ModelSource
 from sparsessm_plugin.recipes import load_recipe
 from sparsessm_plugin.recipes.conflicts import RULES, broken_rule, check_works
+from sparsessm_plugin.recipes.pruning import ModelSource
 
 DOCS = Path(__file__).parents[1] / "docs" / "composing.md"
 STEPS = {"distill_steps": 2, "distill_learning_rate": 1e-5}

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import VOCAB, tiny_model
 
-from sparsessm_plugin.mixers import find_mixers
-from sparsessm_plugin.mixers.fast_forward import fast_forward
-from sparsessm_plugin.modifiers.probe import Probe
+from sparsessm_plugin.allocation.probe import Probe
+from sparsessm_plugin.families import find_mixers
+from sparsessm_plugin.families.fast_forward import fast_forward
 
 
 def little(rows=5, length=300, left=False):

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 from sparsessm_plugin import cli, progress
 from sparsessm_plugin.cost import Cost
 from sparsessm_plugin.progress import Stage, clock, shown
-from sparsessm_plugin.pruning import prune
 from sparsessm_plugin.recipes import parse_recipe
+from sparsessm_plugin.recipes.pruning import prune
 
 RECIPE = """\
 prune_stage:

@@ -6,7 +6,7 @@ from conftest import DEMO, Loader, batches, fresh_process, tiny_model
 from llmcompressor import active_session, oneshot
 from transformers import AutoTokenizer
 
-from sparsessm_plugin.evaluation.runtimes import runtime_support
+from sparsessm_plugin.checkpoints.runtimes import runtime_support
 from sparsessm_plugin.recipes import load_recipe, parse_recipe, recipe_names, recipe_path
 
 # One layer wide enough for groups of 128 weights, and for a quarter of the channels to go in 64s.
@@ -42,7 +42,7 @@ for case in sys.argv[2:]:
         import sparsessm_plugin
         model = sparsessm_plugin.load(folder)
     else:
-        assert "sparsessm_plugin.loading" not in sys.modules
+        assert "sparsessm_plugin.checkpoints.loading" not in sys.modules
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
         logits = model(expected["input_ids"]).logits  # unpacks the weights, too

@@ -10,9 +10,9 @@ from conftest import DEMO, FAMILIES, tiny_model
 from safetensors.torch import save_file
 
 import sparsessm_plugin
+from sparsessm_plugin.checkpoints.export import export_mamba_ssm
+from sparsessm_plugin.checkpoints.runtimes import runtime_support
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.evaluation.runtimes import runtime_support
-from sparsessm_plugin.export import export_mamba_ssm
 
 RUNTIMES = ["transformers", "transformers + sparsessm_plugin", "vLLM", "mamba-ssm"]
 PACKED = {
@@ -239,7 +239,7 @@ def test_what_cannot_be_read(tmp_path):
 def test_it_reads_and_loads_nothing():
     code = (
         "import sys\n"
-        "from sparsessm_plugin.evaluation.runtimes import runtime_support\n"
+        "from sparsessm_plugin.checkpoints.runtimes import runtime_support\n"
         f"assert len(runtime_support({str(DEMO)!r})) == 4\n"
         "assert not {'torch', 'transformers', 'safetensors', 'llmcompressor'} & set(sys.modules)\n"
     )

@@ -16,7 +16,7 @@ from sparsessm_plugin import fast_forward
 from sparsessm_plugin.backends.choice import REFERENCE
 from sparsessm_plugin.backends.vectors import exp
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import find_mixers
+from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.recurrence import ScanStatistics, StatisticsRequest, scan, ssd
 from sparsessm_plugin.recurrence.quantities import HeadQuantities, MixerQuantities
 
@@ -378,7 +378,7 @@ def test_fast_forward_leaves_cached_calls_to_the_model(family, monkeypatch):
     model = tiny_model(family).to(DEVICE)
     ids = torch.randint(1, 96, (2, 9), device=DEVICE)
     calls = []
-    module = import_module("sparsessm_plugin.mixers.fast_forward")
+    module = import_module("sparsessm_plugin.families.fast_forward")
     read_out = module.read_out
     monkeypatch.setattr(module, "read_out", lambda a, q: calls.append(q) or read_out(a, q))
 
@@ -446,7 +446,7 @@ def test_fast_forward_ignores_models_without_known_mixers():
 
 
 def test_offered_scan_is_used_once():
-    from sparsessm_plugin.mixers.fast_forward import offer
+    from sparsessm_plugin.families.fast_forward import offer
 
     model = tiny_model("mamba")
     adapter = find_mixers(model)[0]

@@ -22,7 +22,7 @@ from sparsessm_plugin import fast_forward
 from sparsessm_plugin import recurrence as package
 from sparsessm_plugin.backends import choice
 from sparsessm_plugin.backends.choice import REFERENCE
-from sparsessm_plugin.mixers import find_mixers
+from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.modifiers.removal import CalibrationInputs
 from sparsessm_plugin.recurrence import ScanStatistics, StatisticsRequest, scan, scan_states
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
@@ -255,7 +255,7 @@ def test_views_need_not_be_contiguous():
 @kernels_run
 @pytest.mark.parametrize("family", ["mamba", "jamba"])
 def test_fast_forward_gives_the_models_own_logits(family, monkeypatch):
-    module = import_module("sparsessm_plugin.mixers.fast_forward")
+    module = import_module("sparsessm_plugin.families.fast_forward")
     monkeypatch.setattr(
         module, "read_out", lambda adapter, q: adapter.out_input(q, scan(q, backend=GPU))
     )
@@ -325,7 +325,7 @@ def test_steps_of_single_channels(batch, length, channels, kernel, biased, padde
 @kernels_run
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "jamba"])
 def test_quantities_are_those_without_kernels(family, monkeypatch):
-    modules = [import_module(f"sparsessm_plugin.mixers.{name}") for name in ("base", "mamba1")]
+    modules = [import_module(f"sparsessm_plugin.families.{name}") for name in ("base", "mamba1")]
     gpu = import_module("sparsessm_plugin.backends.gpu")
     adapter = find_mixers(tiny_model(family).to(DEVICE))[0]
     hidden_states = torch.randn(2, 19, adapter.sizes.hidden_size, device=DEVICE)
@@ -358,7 +358,7 @@ def test_quantities_are_those_without_kernels(family, monkeypatch):
 def test_where_fast_forward_replaces(
     family, device, bound, backend, replaced, in_half, monkeypatch
 ):
-    module = import_module("sparsessm_plugin.mixers.fast_forward")
+    module = import_module("sparsessm_plugin.families.fast_forward")
     monkeypatch.setattr(module, "scans_in_kernels", lambda mixer: bound)
     monkeypatch.setattr(module, "backend_for", lambda device: backend)
     forward = module._Forward(find_mixers(tiny_model(family))[0])
@@ -370,7 +370,7 @@ def test_where_fast_forward_replaces(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_that_scan_are_told_apart(family, monkeypatch):
     """Bound for the convolution or for decoding alone, they leave the scan in plain torch."""
-    module = import_module("sparsessm_plugin.mixers.kernels")
+    module = import_module("sparsessm_plugin.families.kernels")
     mixer = find_mixers(tiny_model(family))[0].mixer
     scans = [name for name in module.bound_kernels(mixer) if "scan" in name]
     assert scans

@@ -12,7 +12,7 @@ from test_sensitivity import hooked, record
 from sparsessm_plugin import SparseSSMModifier, evaluate_perplexity, find_mixers
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.evaluation import sensitivity
-from sparsessm_plugin.evaluation.sensitivity import (
+from sparsessm_plugin.evaluation.component_loss import (
     BY,
     count_measurements,
     hold_back,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from sparsessm_plugin import SparseSSMModifier, StateRemovalModifier
 from sparsessm_plugin.dependency_graph import MixerDependencyGraph
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import find_mixers
+from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.modifiers.removal import CalibrationInputs
 from sparsessm_plugin.recipes import parse_recipe
 

@@ -15,7 +15,7 @@ from sparsessm_plugin.criteria.states import (
     StateStatistics,
     lowest,
 )
-from sparsessm_plugin.mixers import find_mixers
+from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.modifiers.removal import CalibrationInputs
 from sparsessm_plugin.modifiers.state_removal import gather, mixing_gram, per_skip_entry, row_norms
 from sparsessm_plugin.recurrence import scan, scan_states

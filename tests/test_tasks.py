@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.evaluation.tasks import evaluate_tasks, load_tasks, local_task_names
-from sparsessm_plugin.mixers.fast_forward import fast_forward
+from sparsessm_plugin.families.fast_forward import fast_forward
 
 sparsessm, refused = test_cli.sparsessm, test_cli.refused
 VOCABULARY = 2048  # of the demo's tokenizer

@@ -20,13 +20,13 @@ from sparsessm_plugin import (
     StateRemovalModifier,
     training,
 )
-from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.modifiers.contexts import (
+from sparsessm_plugin.calibration.contexts import (
     hooks_disabled,
     quantization_disabled,
     undisturbed,
 )
-from sparsessm_plugin.training import held_on, on_compute_device
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.training.gradients import held_on, on_compute_device
 
 
 class Tied(nn.Module):

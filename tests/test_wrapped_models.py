@@ -21,9 +21,9 @@ from sparsessm_plugin import (
     SparseSSMModifier,
     StateRemovalModifier,
 )
+from sparsessm_plugin.checkpoints.loading import check_unwrapped
 from sparsessm_plugin.cli import app
-from sparsessm_plugin.loading import check_unwrapped
-from sparsessm_plugin.pruning import ModelSource
+from sparsessm_plugin.recipes.pruning import ModelSource
 
 OURS = {
     "states": lambda: StateRemovalModifier(keep=4),

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from sparsessm_plugin.calibration.vocabulary import check_token_ids
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.vocabulary import check_token_ids
 
 
 class CalibrationBatches(Sequence[Any]):

@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sparsessm_plugin.config_levels import (
+from sparsessm_plugin.dependency_graph.layer_lists import in_words_of
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.families.config_levels import (
     Path,
     get_field,
     holds,
     language_level,
     language_levels,
 )
-from sparsessm_plugin.dependency_graph.layer_lists import in_words_of
-from sparsessm_plugin.errors import SparseSSMError
 
 # Names under which configs state one and the same size. Runtimes differ in what they read, so all
 # that are there must say the same. `num_heads`, `head_dim` and `intermediate_size` speak of the

@@ -19,7 +19,7 @@ from sparsessm_plugin.dependency_graph.tensors import (
 )
 from sparsessm_plugin.dependency_graph.views import Recorder, View, make_pruners
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import MixerAdapter, get_tensor
+from sparsessm_plugin.families import MixerAdapter, get_tensor
 
 
 class _Surrogates(nn.ModuleDict):

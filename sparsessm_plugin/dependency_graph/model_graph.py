@@ -27,8 +27,14 @@ from sparsessm_plugin.dependency_graph.tensors import (
     without,
 )
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families import Layer, ModelAdapter, get_model_adapter
-from sparsessm_plugin.mixers import MixerAdapter, check_not_quantized, get_tensor
+from sparsessm_plugin.families import (
+    Layer,
+    MixerAdapter,
+    ModelAdapter,
+    check_not_quantized,
+    get_model_adapter,
+    get_tensor,
+)
 
 Indices = Iterable[int] | Mapping[str, Iterable[int]]
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch_pruning.pruner.function import BasePruningFunc
 
-from sparsessm_plugin.families import ModelAdapter, UnitBlock
+from sparsessm_plugin.families import ModelAdapter, TensorAxis, UnitBlock
 from sparsessm_plugin.families.parts import Norm, Part
-from sparsessm_plugin.mixers import TensorAxis
 
 
 class _OneNode(torch.autograd.Function):

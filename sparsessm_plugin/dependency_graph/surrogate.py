@@ -26,10 +26,10 @@ from sparsessm_plugin.dependency_graph.views import (
     View,
 )
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import MixerAdapter
-from sparsessm_plugin.mixers.mamba1 import Mamba1Adapter
-from sparsessm_plugin.mixers.mamba2 import Mamba2Adapter
-from sparsessm_plugin.mixers.zamba import ZambaAdapter
+from sparsessm_plugin.families import MixerAdapter
+from sparsessm_plugin.families.mamba1 import Mamba1Adapter
+from sparsessm_plugin.families.mamba2 import Mamba2Adapter
+from sparsessm_plugin.families.zamba import ZambaAdapter
 
 # long enough for the recurrence and the convolution to show
 TRACE_LENGTH = 4

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_pruning.pruner.function import BasePruningFunc
 
-from sparsessm_plugin.mixers import MixerAdapter, get_tensor
+from sparsessm_plugin.families import MixerAdapter, get_tensor
 
 Dims = tuple[str, ...]
 

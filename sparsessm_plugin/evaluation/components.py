@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsessm_plugin.criteria.values import MEMORYLESS
-from sparsessm_plugin.mixers import MixerAdapter, find_mixers
+from sparsessm_plugin.families import MixerAdapter, find_mixers
 
 
 @dataclass

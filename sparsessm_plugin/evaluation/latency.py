@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.families.base import iter_mixers
+from sparsessm_plugin.families.kernels import bound_kernels
 from sparsessm_plugin.files import write_bytes
-from sparsessm_plugin.mixers.base import iter_mixers
-from sparsessm_plugin.mixers.kernels import bound_kernels
 
 PREFILL = "prefill"
 DECODE = "decode"

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sparsessm_plugin.backends.products import fast_products
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers.fast_forward import fast_forward
+from sparsessm_plugin.families.fast_forward import fast_forward
 
 
 @dataclass(frozen=True)

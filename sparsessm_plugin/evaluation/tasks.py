@@ -21,8 +21,8 @@ from weakref import WeakKeyDictionary
 import yaml
 
 from sparsessm_plugin.errors import SparseSSMError, cut, shown
+from sparsessm_plugin.families.fast_forward import fast_forward
 from sparsessm_plugin.files import parse_json
-from sparsessm_plugin.mixers.fast_forward import fast_forward
 
 _CONFIGS = Path(__file__).parent / "task_configs"
 _FEWSHOT_SEED = 1234  # lm-eval's default

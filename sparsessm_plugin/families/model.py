@@ -20,6 +20,7 @@ from compressed_tensors.offload import disable_onloading
 from torch import Tensor, nn
 
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.families.base import MixerAdapter, TensorAxis, get_adapter
 from sparsessm_plugin.families.parts import (
     Attention,
     Embedding,
@@ -32,7 +33,6 @@ from sparsessm_plugin.families.parts import (
     find_parts,
     set_existing,
 )
-from sparsessm_plugin.mixers import MixerAdapter, TensorAxis, get_adapter
 
 
 @dataclass(frozen=True)

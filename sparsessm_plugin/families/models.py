@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.families.base import MixerAdapter
 from sparsessm_plugin.families.model import ModelAdapter, register_model
-from sparsessm_plugin.mixers import MixerAdapter
 
 
 @register_model

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration import CalibrationBatches, fix_batches, give_back
+from sparsessm_plugin.calibration.contexts import forget_traces, of_quantization
+from sparsessm_plugin.checkpoints.experts import check_experts_of_session
+from sparsessm_plugin.checkpoints.loading import check_unwrapped
+from sparsessm_plugin.checkpoints.saving import change_config
 from sparsessm_plugin.cost import Cost
 from sparsessm_plugin.errors import SparseSSMError, shown
-from sparsessm_plugin.files import check_path, read_json, write_report
-from sparsessm_plugin.loading import check_unwrapped
-from sparsessm_plugin.mixers import (
+from sparsessm_plugin.families import (
     MixerAdapter,
     check_not_quantized,
     find_mixers,
@@ -31,11 +33,9 @@ from sparsessm_plugin.mixers import (
     is_mixer,
     iter_mixers,
 )
-from sparsessm_plugin.mixers.fast_forward import fast_forward
-from sparsessm_plugin.modifiers.contexts import forget_traces, of_quantization
-from sparsessm_plugin.modifiers.experts import check_experts_of_session
+from sparsessm_plugin.families.fast_forward import fast_forward
+from sparsessm_plugin.files import check_path, read_json, write_report
 from sparsessm_plugin.modifiers.fields import MEANINGLESS, check_computed, check_given
-from sparsessm_plugin.modifiers.saving import change_config
 from sparsessm_plugin.patterns import check_pattern, check_patterns
 from sparsessm_plugin.progress import Stage
 

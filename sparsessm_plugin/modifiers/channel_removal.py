@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import MixerAdapter, get_tensor
+from sparsessm_plugin.families import MixerAdapter, get_tensor
 from sparsessm_plugin.modifiers.removal import (
     CalibrationInputs,
     RemovalModifier,

@@ -16,6 +16,11 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
+from sparsessm_plugin.calibration.contexts import (
+    hooks_disabled,
+    of_quantization,
+    quantization_disabled,
+)
 from sparsessm_plugin.criteria.importance import (
     Importance,
     Schedule,
@@ -25,20 +30,15 @@ from sparsessm_plugin.criteria.importance import (
 )
 from sparsessm_plugin.criteria.values import MEMORYLESS
 from sparsessm_plugin.errors import SparseSSMError, shown
-from sparsessm_plugin.mixers import (
+from sparsessm_plugin.families import (
     MixerAdapter,
     check_not_quantized,
     find_mixers,
     router_names,
 )
 from sparsessm_plugin.modifiers.calibration import MixerModifier
-from sparsessm_plugin.modifiers.contexts import (
-    hooks_disabled,
-    of_quantization,
-    quantization_disabled,
-)
-from sparsessm_plugin.modifiers.distillation import Distillation
-from sparsessm_plugin.training import (
+from sparsessm_plugin.training.distillation import Distillation
+from sparsessm_plugin.training.gradients import (
     LossFunction,
     NonFiniteGradients,
     Tuner,
@@ -359,7 +359,7 @@ class GradientMagnitudeModifier(MixerModifier):
         :param batches: calibration data
         :return: the report
         :raises SparseSSMError: see :meth:`matching_weights` and
-            :func:`sparsessm_plugin.training.loss_of`
+            :func:`sparsessm_plugin.training.gradients.loss_of`
         """
         state = State()
         state.update(model=model, calib_data=batches, copy_data=False)

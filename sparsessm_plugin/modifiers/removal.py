@@ -18,17 +18,17 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
-from sparsessm_plugin.config_levels import language_field
+from sparsessm_plugin.checkpoints.saving import change_config
 from sparsessm_plugin.cost import kept
 from sparsessm_plugin.dependency_graph import MixerDependencyGraph
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import MixerAdapter, iter_mixers
+from sparsessm_plugin.families import MixerAdapter, iter_mixers
+from sparsessm_plugin.families.config_levels import language_field
 from sparsessm_plugin.modifiers.calibration import MixerModifier
-from sparsessm_plugin.modifiers.distillation import Distillation
-from sparsessm_plugin.modifiers.saving import change_config
 from sparsessm_plugin.recurrence import scan
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
 from sparsessm_plugin.refit.compensation import RIDGES, USUAL_RIDGE, Regression, best_ridge
+from sparsessm_plugin.training.distillation import Distillation
 
 # Tokens that a pass over the calibration inputs looks at together.
 _TOKENS = 8192

@@ -22,33 +22,33 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
+from sparsessm_plugin.allocation.probe import Probe
 from sparsessm_plugin.allocation.sparsity import (
     optimal_allocation,
     paper_allocation,
     uniform_allocation,
 )
 from sparsessm_plugin.backends.precision import tf32
+from sparsessm_plugin.calibration.contexts import hooks_disabled, quantization_disabled
 from sparsessm_plugin.cost import has_room
 from sparsessm_plugin.cost import kept as where_there_is_room
 from sparsessm_plugin.errors import SparseSSMError, shown
-from sparsessm_plugin.mixers import (
+from sparsessm_plugin.families import (
     MixerAdapter,
     check_not_quantized,
     find_mixers,
     read_out,
     router_names,
 )
-from sparsessm_plugin.mixers.fast_forward import offer
+from sparsessm_plugin.families.fast_forward import offer
+from sparsessm_plugin.families.shared_weights import of_several_names, weight_holders
 from sparsessm_plugin.modifiers.calibration import (
     MixerModifier,
     check_finite_input,
     check_quoted,
     what_enters,
 )
-from sparsessm_plugin.modifiers.contexts import hooks_disabled, quantization_disabled
-from sparsessm_plugin.modifiers.probe import Probe
 from sparsessm_plugin.modifiers.removal import CalibrationInputs
-from sparsessm_plugin.modifiers.shared_weights import of_several_names, weight_holders
 from sparsessm_plugin.progress import Stage
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
 from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure, parse_structure

@@ -34,20 +34,20 @@ from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration import CalibrationBatches, give_back
+from sparsessm_plugin.calibration.contexts import forget_traces
+from sparsessm_plugin.checkpoints.experts import check_experts_of_session
+from sparsessm_plugin.checkpoints.loading import check_unwrapped
+from sparsessm_plugin.checkpoints.saving import change_config
 from sparsessm_plugin.errors import SparseSSMError, shown
-from sparsessm_plugin.loading import check_unwrapped
-from sparsessm_plugin.mixers import check_not_quantized, is_mixer, iter_mixers
+from sparsessm_plugin.families import check_not_quantized, is_mixer, iter_mixers
+from sparsessm_plugin.families.shared_weights import weight_holders
 from sparsessm_plugin.modifiers.calibration import (
     check_new,
     check_recipe,
     note_ids,
     read_batches,
 )
-from sparsessm_plugin.modifiers.contexts import forget_traces
-from sparsessm_plugin.modifiers.experts import check_experts_of_session
 from sparsessm_plugin.modifiers.fields import MEANINGLESS, check_computed, check_given
-from sparsessm_plugin.modifiers.saving import change_config
-from sparsessm_plugin.modifiers.shared_weights import weight_holders
 from sparsessm_plugin.patterns import check_patterns
 from sparsessm_plugin.solvers.gptq import masked_gptq
 

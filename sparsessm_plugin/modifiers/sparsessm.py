@@ -24,8 +24,8 @@ from sparsessm_plugin.criteria import (
 )
 from sparsessm_plugin.criteria.values import PRUNED_VALUES
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import MixerAdapter, read_out
-from sparsessm_plugin.mixers.fast_forward import offer
+from sparsessm_plugin.families import MixerAdapter, read_out
+from sparsessm_plugin.families.fast_forward import offer
 from sparsessm_plugin.modifiers.calibration import MixerModifier, check_quoted
 from sparsessm_plugin.recurrence import PrunedValue, ScanStatistics
 

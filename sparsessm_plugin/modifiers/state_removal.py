@@ -18,7 +18,7 @@ from sparsessm_plugin.criteria.states import (
     lowest,
 )
 from sparsessm_plugin.errors import SparseSSMError, shown
-from sparsessm_plugin.mixers import MixerAdapter
+from sparsessm_plugin.families import MixerAdapter
 from sparsessm_plugin.modifiers.removal import (
     CalibrationInputs,
     RemovalModifier,

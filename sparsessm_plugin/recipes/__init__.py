@@ -62,7 +62,7 @@ class CheckedRecipe:
             fit, weights that cannot be quantized, a modifier that writes into what an earlier
             one has pruned, or a pattern that takes too long on the names of the modules
         """
-        from sparsessm_plugin.mixers import find_mixers
+        from sparsessm_plugin.families import find_mixers
         from sparsessm_plugin.recipes.conflicts import check_modifiers
 
         find_mixers(model)

@@ -42,8 +42,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
 
+from sparsessm_plugin.checkpoints.experts import check_experts
 from sparsessm_plugin.errors import SparseSSMError, shown
-from sparsessm_plugin.mixers import MixerAdapter, find_mixers
+from sparsessm_plugin.families import MixerAdapter, find_mixers
+from sparsessm_plugin.families.shared_weights import weight_holders
 from sparsessm_plugin.modifiers import (
     ChannelRemovalModifier,
     GradientMagnitudeModifier,
@@ -53,11 +55,8 @@ from sparsessm_plugin.modifiers import (
     StateRemovalModifier,
 )
 from sparsessm_plugin.modifiers.calibration import MixerModifier
-from sparsessm_plugin.modifiers.distillation import mixer_parameters
-from sparsessm_plugin.modifiers.experts import check_experts
 from sparsessm_plugin.modifiers.gradient_magnitude import tuned_parameters
 from sparsessm_plugin.modifiers.removal import RemovalModifier
-from sparsessm_plugin.modifiers.shared_weights import weight_holders
 from sparsessm_plugin.modifiers.sparse_gptq import (
     check_quantized,
     check_quantizes,
@@ -65,6 +64,7 @@ from sparsessm_plugin.modifiers.sparse_gptq import (
     quantized_weights,
 )
 from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure
+from sparsessm_plugin.training.distillation import mixer_parameters
 
 # What a removal writes new values into, by what it fits again; reconstruct depends on the family.
 _FITTED = {

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import iter_mixers
+from sparsessm_plugin.families import iter_mixers
 
 # Microseconds a call, of several calls made one after the other.
 Timer = Callable[[Sequence[Callable[[], Any]]], float]

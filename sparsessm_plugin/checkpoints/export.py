@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.families import find_mixers
+from sparsessm_plugin.families.base import MixerSizes
 from sparsessm_plugin.files import write_json
-from sparsessm_plugin.mixers import find_mixers
-from sparsessm_plugin.mixers.base import MixerSizes
 
 FORMATS = ("mamba_ssm",)
 CONFIG_NAME = "config.json"

@@ -1,6 +1,6 @@
 """What a state-space mixer is to the rest of the package.
 
-Nothing outside :mod:`sparsessm_plugin.mixers` knows an attribute name of transformers.
+Nothing outside :mod:`sparsessm_plugin.families` knows an attribute name of transformers.
 
 Shapes: b batch, L sequence length, D channels (``intermediate_size``), N state size,
 R rank of dt (``time_step_rank``), K width of the convolution; in the Mamba-2 layout also

@@ -12,9 +12,9 @@ from llmcompressor.pytorch.utils.helpers import tensors_to_device
 from torch import Tensor
 
 from sparsessm_plugin import distributed
-from sparsessm_plugin.modifiers.contexts import undisturbed
-from sparsessm_plugin.modifiers.distillation import divergences
-from sparsessm_plugin.modifiers.replay import Replay
+from sparsessm_plugin.calibration.contexts import undisturbed
+from sparsessm_plugin.calibration.replay import Replay
+from sparsessm_plugin.training.distillation import divergences
 
 _ROWS, _LENGTH = 4, 256  # of the data that predictions are looked at with
 _TOGETHER = 8  # changes of one layer whose effects are computed in one batch

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from sparsessm_plugin.backends.choice import kernels_for
 from sparsessm_plugin.backends.products import project
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers.base import (
+from sparsessm_plugin.families.base import (
     MixerProjection,
     MixerSizes,
     TensorAxis,
@@ -17,7 +17,7 @@ from sparsessm_plugin.mixers.base import (
     linear_shape,
     register_adapter,
 )
-from sparsessm_plugin.mixers.mamba1 import Mamba1Adapter
+from sparsessm_plugin.families.mamba1 import Mamba1Adapter
 from sparsessm_plugin.recurrence.quantities import GroupedQuantities
 
 # what stands in the mixer itself, one matrix a head

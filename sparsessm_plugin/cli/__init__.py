@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from sparsessm_plugin.checkpoints.runtimes import RuntimeSupport
+    from sparsessm_plugin.evaluation.component_loss import Sensitivity
     from sparsessm_plugin.evaluation.components import Inventory
     from sparsessm_plugin.evaluation.latency import Latency
     from sparsessm_plugin.evaluation.perplexity import Perplexity
-    from sparsessm_plugin.evaluation.runtimes import RuntimeSupport
-    from sparsessm_plugin.evaluation.sensitivity import Sensitivity
 
 app = typer.Typer(
     help="Prune state-space language models.",
@@ -153,9 +153,9 @@ def prune(
         write_json,
     )
     from sparsessm_plugin.progress import shown as bars_shown
-    from sparsessm_plugin.pruning import check_saving, save, versions
-    from sparsessm_plugin.pruning import prune as run_recipe
     from sparsessm_plugin.recipes import load_recipe
+    from sparsessm_plugin.recipes.pruning import check_saving, save, versions
+    from sparsessm_plugin.recipes.pruning import prune as run_recipe
 
     rank, ranks = distributed.rank(), distributed.world_size()
     # everything that can be wrong is looked at before the weights are
@@ -273,7 +273,7 @@ def evaluate(
     source = _source(model, trust_remote_code, dtype, device, allow_unused_tensors)
     from sparsessm_plugin.evaluation.components import take_inventory
     from sparsessm_plugin.files import write_json
-    from sparsessm_plugin.pruning import versions
+    from sparsessm_plugin.recipes.pruning import versions
 
     vocab_size = _vocab_size(source.load_skeleton())
     tokenizer = source.load_tokenizer()
@@ -485,12 +485,12 @@ def inspect(
     _quiet(verbose)
     source = _source(model, trust_remote_code, dtype, "cpu", allow_unused_tensors)
     from sparsessm_plugin.evaluation.components import take_inventory
-    from sparsessm_plugin.mixers import find_mixers
+    from sparsessm_plugin.families import find_mixers
 
     find_mixers(source.load_skeleton())  # an unknown model is refused before its weights load
     _print_inventory(model, take_inventory(source.load()))
     if Path(source.path).is_dir():
-        from sparsessm_plugin.evaluation.runtimes import runtime_support
+        from sparsessm_plugin.checkpoints.runtimes import runtime_support
 
         _print_runtimes(runtime_support(source.path))
 
@@ -535,9 +535,9 @@ def bench(
         measure_latency,
         plot_latency,
     )
+    from sparsessm_plugin.families import find_mixers
     from sparsessm_plugin.files import write_json
-    from sparsessm_plugin.mixers import find_mixers
-    from sparsessm_plugin.pruning import versions
+    from sparsessm_plugin.recipes.pruning import versions
 
     if plot is not None:
         check_matplotlib()
@@ -619,17 +619,17 @@ def sensitivity(
     _new_file("--output", output, ".json")
     _new_file("--plot", plot, ".png")
     source = _source(model, trust_remote_code, dtype, device, allow_unused_tensors)
-    from sparsessm_plugin.evaluation.data import calibration_loader
-    from sparsessm_plugin.evaluation.latency import check_matplotlib
-    from sparsessm_plugin.evaluation.sensitivity import (
+    from sparsessm_plugin.evaluation.component_loss import (
         check_settings,
         count_measurements,
         hold_back,
         measure_sensitivity,
         plot_sensitivity,
     )
+    from sparsessm_plugin.evaluation.data import calibration_loader
+    from sparsessm_plugin.evaluation.latency import check_matplotlib
     from sparsessm_plugin.files import write_json
-    from sparsessm_plugin.pruning import versions
+    from sparsessm_plugin.recipes.pruning import versions
 
     check_settings(shares, solver, parts)
     if plot is not None:
@@ -682,7 +682,7 @@ def export(
 ) -> None:
     """Write a Mamba or Mamba-2 model, without tokenizer, in another runtime's layout."""
     _quiet(verbose)
-    from sparsessm_plugin.export import FORMATS, check_mamba_ssm, export_mamba_ssm
+    from sparsessm_plugin.checkpoints.export import FORMATS, check_mamba_ssm, export_mamba_ssm
     from sparsessm_plugin.files import (
         REPORT_NAME,
         check_output_directory,
@@ -690,7 +690,7 @@ def export(
         output_directory,
         write_json,
     )
-    from sparsessm_plugin.pruning import versions
+    from sparsessm_plugin.recipes.pruning import versions
 
     _choice("--format", format_, FORMATS)
     source = _source(model, trust_remote_code, dtype, "cpu", allow_unused_tensors)
@@ -708,7 +708,7 @@ def export(
         }
         write_json(folder / REPORT_NAME, report)
     out.print(
-        f"saved to {escape(str(output))}; load it with sparsessm_plugin.export.load_mamba_ssm, "
+        f"saved to {escape(str(output))}; load it with sparsessm_plugin.load_mamba_ssm, "
         f"the tokenizer is still that of {escape(model)}",
         soft_wrap=True,
     )
@@ -721,7 +721,7 @@ def demo(
 ) -> None:
     """Compare the pruning criteria on the packaged demo checkpoint; needs no download."""
     _quiet(False)
-    from sparsessm_plugin.demo import run_demo
+    from sparsessm_plugin.cli.demo import run_demo
 
     run_demo(out, num_samples, max_seq_length)
 
@@ -926,7 +926,7 @@ def _source(
     _choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     _choice("--device", device, ("auto", "cpu", "cuda"))
     _regular_files(name)
-    from sparsessm_plugin.pruning import ModelSource
+    from sparsessm_plugin.recipes.pruning import ModelSource
 
     if device == "cuda":
         import torch
@@ -957,8 +957,8 @@ def _vocab_size(skeleton: Any) -> int:
 def _windows(
     source: str, tokenizer: Any, length: int, vocab_size: int, text_field: str
 ) -> "Tensor":
+    from sparsessm_plugin.calibration.vocabulary import check_token_ids
     from sparsessm_plugin.evaluation.data import read_texts, tokenize, windows
-    from sparsessm_plugin.vocabulary import check_token_ids
 
     tokens = tokenize(read_texts(source, text_field), tokenizer)
     samples = windows(tokens, length, source)
@@ -1018,7 +1018,7 @@ def _load_tasks(names: list[str], data: Path | None, limit: int | None) -> Any:
 
 
 def _has_mixers(model: Any) -> bool:
-    from sparsessm_plugin.mixers import iter_mixers
+    from sparsessm_plugin.families import iter_mixers
 
     return next(iter(iter_mixers(model)), None) is not None
 
@@ -1053,7 +1053,7 @@ _UNITS = {
 
 
 def _print_pruned(report: dict[str, Any], output: Path) -> None:
-    from sparsessm_plugin.modifiers.saving import NOTE_NAME
+    from sparsessm_plugin.checkpoints.saving import NOTE_NAME
 
     before, after = report["before"], report["after"]
     table = Table("", "before", "after", box=None)
@@ -1157,7 +1157,7 @@ def _print_inventory(name: str, inventory: "Inventory") -> None:
 
 
 def _print_sensitivity(result: "Sensitivity") -> None:
-    from sparsessm_plugin.evaluation.sensitivity import ratio_tables
+    from sparsessm_plugin.evaluation.component_loss import ratio_tables
 
     out.print(f"dense perplexity {result.dense:.4f}; in the tables, perplexity over it")
     for ratios in ratio_tables(result):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sparsessm_plugin.backends.choice import kernels_for
 from sparsessm_plugin.backends.products import fast_products, project
-from sparsessm_plugin.mixers.base import (
+from sparsessm_plugin.families.base import (
     MixerAdapter,
     MixerSizes,
     TensorAxis,

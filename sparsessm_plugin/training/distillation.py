@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsessm_plugin import distributed
+from sparsessm_plugin.calibration.contexts import of_quantization, undisturbed
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import iter_mixers
-from sparsessm_plugin.mixers.fast_forward import fast_forward
-from sparsessm_plugin.modifiers.contexts import of_quantization, undisturbed
-from sparsessm_plugin.training import Tuner, on_compute_device, to_device
+from sparsessm_plugin.families import iter_mixers
+from sparsessm_plugin.families.fast_forward import fast_forward
+from sparsessm_plugin.training.gradients import Tuner, on_compute_device, to_device
 
 _DENSE = "dense_hidden_states"  # in a batch: (b, L, hidden_size) what the dense head multiplied
 # How far the logits may be from a multiple of what the head gives, relative, in any dtype.

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsessm_plugin.mixers.bamba import BambaAdapter
-from sparsessm_plugin.mixers.base import register_adapter
+from sparsessm_plugin.families.bamba import BambaAdapter
+from sparsessm_plugin.families.base import register_adapter
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
 
 

@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from sparsessm_plugin.checkpoints.loading import read_header
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.files import read_json
-from sparsessm_plugin.loading import read_header
 
 Answer = Literal["yes", "no", "unknown"]
 
@@ -306,7 +306,10 @@ def _mamba_ssm(checkpoint: _Checkpoint) -> RuntimeSupport:
     name = "mamba-ssm"
     if checkpoint.is_mamba_ssm:
         return _answer(
-            name, _kernel_problems(checkpoint), [], ("by sparsessm_plugin.export.load_mamba_ssm",)
+            name,
+            _kernel_problems(checkpoint),
+            [],
+            ("by sparsessm_plugin.load_mamba_ssm",),
         )
     if checkpoint.model_type not in ("mamba", "mamba2"):
         return RuntimeSupport(name, "no", (f"it has no {checkpoint.model_type} model",))

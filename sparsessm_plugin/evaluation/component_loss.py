@@ -25,9 +25,9 @@ from sparsessm_plugin.criteria.values import PRUNED_VALUES
 from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.evaluation.latency import check_matplotlib
 from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
+from sparsessm_plugin.families import MixerAdapter, find_mixers, read_out
+from sparsessm_plugin.families.fast_forward import fast_forward, offer
 from sparsessm_plugin.files import write_bytes
-from sparsessm_plugin.mixers import MixerAdapter, find_mixers, read_out
-from sparsessm_plugin.mixers.fast_forward import fast_forward, offer
 from sparsessm_plugin.modifiers import SensitivitySparseGPTModifier
 from sparsessm_plugin.modifiers.calibration import check_finite_input, what_enters
 from sparsessm_plugin.modifiers.sensitivity import gram_of, input_of

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from sparsessm_plugin.mixers.base import register_adapter
-from sparsessm_plugin.mixers.zamba2 import Zamba2Adapter
+from sparsessm_plugin.families.base import register_adapter
+from sparsessm_plugin.families.zamba2 import Zamba2Adapter
 
 
 @register_adapter

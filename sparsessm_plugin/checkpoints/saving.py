@@ -2,7 +2,7 @@
 
 Its ``save_pretrained`` puts the config file of the original checkpoint in the place of the
 one that transformers has written, which brings the old sizes back. What it does to experts is
-told in :mod:`sparsessm_plugin.modifiers.experts`.
+told in :mod:`sparsessm_plugin.checkpoints.experts`.
 """
 
 import json
@@ -21,10 +21,10 @@ from llmcompressor.transformers.compression.compressed_tensors_utils import (
 from loguru import logger
 
 from sparsessm_plugin import distributed
+from sparsessm_plugin.checkpoints.experts import loadable_experts
+from sparsessm_plugin.checkpoints.loading import find_file, needs_load
 from sparsessm_plugin.dependency_graph import apply_config_fields, write_config_fields
 from sparsessm_plugin.files import write_bytes, write_config
-from sparsessm_plugin.loading import find_file, needs_load
-from sparsessm_plugin.modifiers.experts import loadable_experts
 
 NOTE_NAME = "LOADING.md"
 _NOTE = """\

@@ -26,8 +26,8 @@ from sparsessm_plugin.cost import kept as where_there_is_room
 from sparsessm_plugin.distributed import reduce_sum, world_size
 from sparsessm_plugin.distributed import total as distributed_total
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers import get_adapter, iter_mixers
-from sparsessm_plugin.mixers.fast_forward import fast_forward
+from sparsessm_plugin.families import get_adapter, iter_mixers
+from sparsessm_plugin.families.fast_forward import fast_forward
 
 IGNORED_LABEL = -100  # what transformers' losses leave out
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sparsessm_plugin.backends.products import project
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.mixers.base import (
+from sparsessm_plugin.families.base import (
     MixerAdapter,
     MixerSizes,
     TensorAxis,

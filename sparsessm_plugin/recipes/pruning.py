@@ -22,20 +22,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration import give_back
-from sparsessm_plugin.config_levels import language_field
-from sparsessm_plugin.cost import halved, has_room, peak_memory_bytes, reset_peak_memory, shortage
-from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning
-from sparsessm_plugin.loading import (
+from sparsessm_plugin.checkpoints.loading import (
     check_loaded,
     check_stored,
     check_unwrapped,
     load,
     read_checkpoint,
 )
+from sparsessm_plugin.cost import halved, has_room, peak_memory_bytes, reset_peak_memory, shortage
+from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning
+from sparsessm_plugin.families.config_levels import language_field
 from sparsessm_plugin.recipes import CheckedRecipe
 
 DEMO_MODEL = "mamba-demo-0.7m"
-_ASSETS = Path(__file__).parent / "assets"
+_ASSETS = Path(__file__).parents[1] / "assets"
 
 
 @dataclass(frozen=True)
@@ -254,8 +254,8 @@ def _run(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from llmcompressor import active_session, oneshot
 
-    from sparsessm_plugin.modifiers.contexts import forget_traces
-    from sparsessm_plugin.modifiers.saving import change_config
+    from sparsessm_plugin.calibration.contexts import forget_traces
+    from sparsessm_plugin.checkpoints.saving import change_config
 
     try:
         with _library_bars():

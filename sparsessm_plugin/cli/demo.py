@@ -21,8 +21,8 @@ from rich.table import Table
 from sparsessm_plugin.criteria.values import PRUNED_VALUES
 from sparsessm_plugin.evaluation.data import calibration_loader, tokenize, windows
 from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
-from sparsessm_plugin.pruning import DEMO_MODEL, ModelSource, prune
 from sparsessm_plugin.recipes import parse_recipe
+from sparsessm_plugin.recipes.pruning import DEMO_MODEL, ModelSource, prune
 
 DOCUMENTED = (
     "argparse",

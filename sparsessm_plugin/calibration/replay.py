@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsessm_plugin.mixers import iter_mixers
+from sparsessm_plugin.families import iter_mixers
 
 
 class Replay:

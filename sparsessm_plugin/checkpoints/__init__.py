@@ -1,0 +1,1 @@
+"""Checkpoints: loading, saving, other layouts, and the runtimes that load them."""

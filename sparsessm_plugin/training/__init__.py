@@ -1,0 +1,1 @@
+"""Gradients and steps through a whole model, and distillation."""
