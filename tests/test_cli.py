@@ -33,6 +33,7 @@ def sparsessm(monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["sparsessm", *map(str, arguments)])
+        monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # and not pytest's
         code = 0
         handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -537,6 +538,30 @@ def test_a_run_that_is_stopped_after_its_result_stands_there_says_so(
     assert found == code
     assert "out was written before" in stderr
     assert (tmp_path / "out" / "sparsessm_report.json").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_within_a_destructor_is_one_line(
+    sparsessm, monkeypatch, text_file, tmp_path, number, code
+):
+    class Gone:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    own = recipes.load_recipe
+    monkeypatch.setattr(recipes, "load_recipe", lambda name: (Gone(), own(name))[1])
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        found, _, stderr = sparsessm(
+            *("prune", DEMO, "--recipe", "alog-50", "--calibration", text_file, *SHORT),
+            *("--output", tmp_path / "out"),
+        )
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+    assert found == code
+    assert [line for line in stderr.splitlines() if not line.startswith("warning")] == [
+        f"error: {'interrupted' if code == 130 else 'terminated'}; nothing was written"
+    ]
 
 
 def test_full_disk(tmp_path, text_file):

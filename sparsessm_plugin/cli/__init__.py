@@ -751,6 +751,7 @@ def main() -> None:
     # a terminated run tidies up like an interrupted one
     _signals.clear()
     _outputs.clear()
+    sys.unraisablehook = _unraisable
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored
         signal.signal(signal.SIGINT, _stop)
@@ -838,6 +839,12 @@ _signals: list[int] = []
 def _stop(number: int, frame: Any) -> None:
     _signals.append(number)
     _check_signals()
+
+
+def _unraisable(ignored: Any) -> None:
+    """Say nothing of a stop that came within a destructor: it is looked for again."""
+    if not isinstance(ignored.exc_value, (_Terminated, KeyboardInterrupt)):
+        sys.__unraisablehook__(ignored)
 
 
 def _check_signals() -> None:
