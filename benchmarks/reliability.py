@@ -850,7 +850,8 @@ def campaign(options: argparse.Namespace) -> None:
             kind = Kill if section == "kills" else Outcome
             rows[section] = [kind(**row) for row in content.get(section, [])]
             if options.again:
-                again[section] = [r.number for r in rows[section] if r.verdict not in GOOD]
+                wrong = {row.number for row in rows[section] if row.verdict not in GOOD}
+                again[section] = sorted(wrong | set(content.get("again", {}).get(section, [])))
     servers = [Server() for _ in range(options.jobs)]
     with tempfile.TemporaryDirectory(prefix="reliability-") as folder:
         for name in ("alog-50", "state-50", "whole-50"):  # compiles what is compiled once
