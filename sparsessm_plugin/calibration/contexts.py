@@ -5,26 +5,40 @@ hooks would observe, and scales that nothing has set yet would quantize, what th
 there for.
 """
 
+import sys
 from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import repeat
 from typing import Any
 
 import torch
 import torch.fx._symbolic_trace as symbolic_trace
 from compressed_tensors.utils import patch_attr, patch_attrs
-from llmcompressor.modifiers.utils.hooks import HooksMixin
-from llmcompressor.utils.helpers import disable_cache, eval_context
 from torch import nn
 
 
 @contextmanager
 def hooks_disabled(keep: Set[Any] = frozenset()) -> Iterator[None]:
-    """No hooks of modifiers, but those of some handles."""
-    with (
-        patch_attr(HooksMixin, "_HOOKS_DISABLED", True),
-        HooksMixin.disable_hooks(keep=set(keep)),
-    ):
+    """No hooks of LLM Compressor's modifiers, but those of some handles."""
+    module = sys.modules.get("llmcompressor.modifiers.utils.hooks")
+    if module is None:  # nobody has any
+        yield
+        return
+    mixin = module.HooksMixin
+    with patch_attr(mixin, "_HOOKS_DISABLED", True), mixin.disable_hooks(keep=set(keep)):
+        yield
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode, and no cache."""
+    training = model.training
+    with ExitStack() as stack:
+        if hasattr(model, "config"):
+            text_config = getattr(model.config, "text_config", model.config)
+            stack.enter_context(patch_attr(text_config, "use_cache", False))
+        stack.callback(model.train, training)
+        model.eval()
         yield
 
 
@@ -45,8 +59,7 @@ def undisturbed(model: Any) -> Iterator[None]:
     """The model's own predictions: no hooks, caches, quantization or gradients."""
     with (
         hooks_disabled(),
-        eval_context(model),
-        disable_cache(model),
+        evaluating(model),
         quantization_disabled(model),
         torch.no_grad(),
     ):

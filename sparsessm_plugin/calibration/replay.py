@@ -15,11 +15,13 @@ class Replay:
 
     Layers are the members of the ModuleList that holds the first mixer.
 
+    Attributes: ``layers``, by name, in order.
+
     :param model: any model with a mixer
     """
 
     def __init__(self, model: nn.Module):
-        self._layers: dict[str, nn.Module] = {}
+        self.layers: dict[str, nn.Module] = {}
         self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._outputs: dict[str, list[Any]] = {}
         name = next(name for name, _ in iter_mixers(model))
@@ -28,13 +30,13 @@ class Replay:
             parent = model.get_submodule(".".join(parts[:i]))
             if isinstance(parent, nn.ModuleList):
                 prefix = ".".join(parts[:i])
-                self._layers = {f"{prefix}.{j}": layer for j, layer in enumerate(parent)}
+                self.layers = {f"{prefix}.{j}": layer for j, layer in enumerate(parent)}
                 break
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Keep what each layer is called with and gives in the one forward pass inside."""
-        self._outputs = {name: [] for name in self._layers}
+        self._outputs = {name: [] for name in self.layers}
         handles = []
 
         def keep(name: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -42,7 +44,7 @@ class Replay:
             self._outputs[name].append(output)
 
         try:
-            for name, layer in self._layers.items():
+            for name, layer in self.layers.items():
                 hook = partial(keep, name)
                 handles.append(layer.register_forward_hook(hook, with_kwargs=True))
             yield
@@ -69,7 +71,7 @@ class Replay:
 
     def layer(self, name: str) -> str | None:
         """The layer that a module stands in, if it and all before it were called once each."""
-        for layer_name in self._layers:
+        for layer_name in self.layers:
             if len(self._outputs.get(layer_name, [])) != 1:
                 return None
             if name == layer_name or name.startswith(f"{layer_name}."):
@@ -79,7 +81,7 @@ class Replay:
     def output(self, layer: str) -> Any:
         """What a layer, as it is now, makes of what it was called with; see :meth:`layer`."""
         args, kwargs = self._calls[layer]
-        return self._layers[layer](*args, **kwargs)
+        return self.layers[layer](*args, **kwargs)
 
     @contextmanager
     def after(self, layer: str, output: Any) -> Iterator[None]:
@@ -92,7 +94,7 @@ class Replay:
         replaced: list[tuple[nn.Module, Any]] = []
         try:
             for name, output in outputs:
-                layer = self._layers[name]
+                layer = self.layers[name]
                 replaced.append((layer, vars(layer).get("forward")))
                 layer.forward = lambda *args, output=output, **kwargs: output
             yield
@@ -104,7 +106,7 @@ class Replay:
                     layer.forward = forward
 
     def _before(self, name: str) -> list[str]:
-        layers = list(self._layers)
+        layers = list(self.layers)
         for i, layer_name in enumerate(layers):
             if name == layer_name or name.startswith(f"{layer_name}."):
                 return layers[:i]

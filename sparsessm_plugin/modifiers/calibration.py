@@ -98,15 +98,7 @@ class MixerModifier(Modifier):
     @classmethod
     def _check_report_path(cls, value: str | None) -> str | None:
         if value is not None:
-            check_path(value)
-        if value is not None and not value.endswith(".json"):
-            raise ValueError(f"must end with .json, got {shown(value)}")
-        if value is not None and not Path(value).absolute().parent.is_dir():
-            raise ValueError(f"the folder of {shown(value)} does not exist")
-        if value is not None and not os.access(Path(value).absolute().parent, os.W_OK):
-            raise ValueError(f"the folder of {shown(value)} cannot be written to")
-        if value is not None and Path(value).exists() and not _is_report(Path(value)):
-            raise ValueError(f"{shown(value)} exists and is no report of a modifier")
+            check_report_path(value)
         return value
 
     # -- for subclasses --------------------------------------------------------------
@@ -315,7 +307,7 @@ class MixerModifier(Modifier):
             outputs_collected_again()
             give_back(self._batches)
             for other in active_session().lifecycle.recipe.modifiers:
-                if isinstance(other, MixerModifier):  # nobody tells them
+                if other is not self and hasattr(other, "release"):  # nobody tells them
                     other.release()
             raise
 
@@ -380,15 +372,21 @@ def check_finite_input(name: str, x: Tensor) -> None:
         )
 
 
-def check_quoted(structure: Any) -> None:
-    """Refuse what YAML makes of an N:M structure without quotes, a sexagesimal number.
+def check_report_path(path: str) -> None:
+    """Refuse a path to which no report can be written, or where something else is.
 
-    :raises ValueError: showing how to write it
+    :raises ValueError: saying what is wrong with it
     """
-    if isinstance(structure, int):
-        raise ValueError(
-            f'must be quoted, as in "2:4"; YAML reads it as the number {structure} otherwise'
-        )
+    check_path(path)
+    if not path.endswith(".json"):
+        raise ValueError(f"must end with .json, got {shown(path)}")
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"the folder of {shown(path)} does not exist")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"the folder of {shown(path)} cannot be written to")
+    if Path(path).exists() and not _is_report(Path(path)):
+        raise ValueError(f"{shown(path)} exists and is no report of a modifier")
 
 
 # transformers' files that were given the name, and a token of everybody who asks for that

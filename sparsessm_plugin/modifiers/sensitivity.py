@@ -42,16 +42,16 @@ from sparsessm_plugin.families import (
 )
 from sparsessm_plugin.families.fast_forward import offer
 from sparsessm_plugin.families.shared_weights import of_several_names, weight_holders
-from sparsessm_plugin.modifiers.calibration import (
-    MixerModifier,
-    check_finite_input,
-    check_quoted,
-    what_enters,
-)
+from sparsessm_plugin.modifiers.calibration import MixerModifier, check_finite_input, what_enters
 from sparsessm_plugin.modifiers.removal import CalibrationInputs
 from sparsessm_plugin.progress import Stage
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
-from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure, parse_structure
+from sparsessm_plugin.selection.masks import (
+    UNSTRUCTURED,
+    check_quoted,
+    check_structure,
+    parse_structure,
+)
 from sparsessm_plugin.solvers.objective import (
     DAMPENING,
     damped_inverse_cholesky,

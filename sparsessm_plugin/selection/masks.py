@@ -1,6 +1,7 @@
 """Which entries of a projection stay, given a score of each."""
 
 import re
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,17 @@ from sparsessm_plugin.errors import SparseSSMError, shown
 
 UNSTRUCTURED = "0:0"
 _COUNTED = 16  # the largest groups that are ranked by comparing all pairs
+
+
+def check_quoted(structure: Any) -> None:
+    """Refuse what YAML makes of an N:M structure without quotes, a sexagesimal number.
+
+    :raises ValueError: showing how to write it
+    """
+    if isinstance(structure, int):
+        raise ValueError(
+            f'must be quoted, as in "2:4"; YAML reads it as the number {structure} otherwise'
+        )
 
 
 def parse_structure(structure: str) -> tuple[int, int]:

@@ -1,0 +1,7 @@
+"""One file a method: a model and batches in, a changed model and a result out. No framework."""
+
+from sparsessm_plugin.methods.base import MethodResult, MethodSettings, MixerMethod
+from sparsessm_plugin.methods.run import run
+from sparsessm_plugin.methods.transitions import prune_transitions
+
+__all__ = ["MethodResult", "MethodSettings", "MixerMethod", "prune_transitions", "run"]

@@ -1,0 +1,53 @@
+"""Run a method on a plain model; no framework is needed."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from sparsessm_plugin.calibration import CalibrationBatches
+from sparsessm_plugin.calibration.passes import layer_by_layer
+from sparsessm_plugin.methods.base import MethodResult, MixerMethod
+
+
+class Position:
+    """The number of the batch that passes the model."""
+
+    def __init__(self) -> None:
+        self._index = 0
+
+    def move(self, index: int) -> None:
+        self._index = index
+
+    def __call__(self) -> int:
+        return self._index
+
+
+def run(method: MixerMethod[Any], model: Any, batches: Iterable[Any] | None) -> MethodResult:
+    """Change a model in place, layer by layer, each with what the changed layers before it give.
+
+    :param method: with its settings; used once
+    :param model: transformers model
+    :param batches: what the model's forward takes: ``input_ids`` (b, L) and, where rows are
+        padded, ``attention_mask`` (b, L); None for settings that need no data
+    :return: what was done
+    :raises SparseSSMError: what does not fit, before anything is changed where that can be known
+    """
+    with method.released_on_error():
+        method.prepare(model)
+        data = None
+        if method.settings.reads_data:
+            data = CalibrationBatches.draw(method.who, batches or ())
+            data.check_vocabulary(model.get_input_embeddings().num_embeddings)
+        handles: list[Any] = []
+        at = Position()
+        method.current_batch = at
+        try:
+            for module, hook in method.begin(data):
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            if data is not None and handles:
+                layer_by_layer(model, data, at.move, method.layers_done)
+            method.end()
+        finally:
+            for handle in handles:
+                handle.remove()
+            method.release()
+    return method.result()
