@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import DEMO, Loader, batches, state, tiny_model
-from datasets import Dataset
+from datasets import Dataset, IterableDatasetDict
 from llmcompressor import oneshot
 from loguru import logger
 from transformers import AutoTokenizer
@@ -175,6 +175,29 @@ def test_streams_are_read_once(tokenizer, pipeline):
     loader = torch.utils.data.DataLoader(_Stream(), batch_size=2)
     oneshot(model=model, recipe=chosen, dataset=loader, processor=tokenizer, pipeline=pipeline)
     assert all(layer["tokens"] == 54 for layer in chosen.report()["layers"])
+
+
+def test_data_that_llm_compressor_does_not_take(tokenizer):
+    """docs/recipes.md quotes what it says, and what to do instead."""
+
+    def run(data):
+        chosen = m.SparseSSMModifier(sparsity=0.5)
+        model = tiny_model("mamba", vocab_size=len(tokenizer))
+        settings = {"processor": tokenizer, "splits": "train", "max_seq_length": 64}
+        oneshot(model=model, recipe=chosen, dataset=data, **settings)
+        return chosen.report()["layers"][0]["pruned"]
+
+    messages = [[{"role": "user", "content": text}] for text in SOME * 2]
+    chats = Dataset.from_dict({"messages": messages})
+    with pytest.raises(ValueError, match="num_samples should be a positive integer value"):
+        run(chats)
+    assert run(chats.map(lambda row: {"text": row["messages"][0]["content"]})) == 256
+    rows = Dataset.from_dict({"text": SOME * 2})
+    with pytest.raises(ValueError, match="No split specified and 'train' split not found"):
+        run(rows.to_iterable_dataset())
+    with pytest.raises(TypeError):
+        run(IterableDatasetDict({"train": rows.to_iterable_dataset()}))
+    assert run(Dataset.from_list(list(rows.to_iterable_dataset().take(3)))) == 256
 
 
 @pytest.mark.parametrize("fails", [False, True])

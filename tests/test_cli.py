@@ -327,8 +327,25 @@ def test_too_little_and_empty_calibration_text(refused, tmp_path):
     text.write_text("too short")
     message = refused("prune", DEMO, *options)
     assert "too few for one window of 2048" in message
-    text.write_text("")
-    assert "holds no text" in refused("prune", DEMO, *options)
+    for blank in ("", "\n \n\t\n"):
+        text.write_text(blank)
+        assert "holds no text" in refused("prune", DEMO, *options)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": ""}\n\n{"text": "  "}\n')
+    assert f"{rows} holds no text" in refused("prune", DEMO, *options[:-1], rows)
+
+
+def test_blank_rows_of_calibration_text_are_left_out(sparsessm, tmp_path, topics):
+    written = []
+    for name, blanks in (("without", []), ("with", ["", " \n"])):
+        rows = [text for row in list(topics.values())[:4] for text in (*blanks, row, *blanks)]
+        file, out = tmp_path / f"{name}.jsonl", tmp_path / name
+        file.write_text("\n\n".join(json.dumps({"text": row}) for row in rows))
+        options = ("--calibration", file, "--num-samples", 4, "--max-seq-length", 64)
+        code, _, stderr = sparsessm("prune", DEMO, "--recipe", "alog-50", *options, "--output", out)
+        assert code in (0, None), stderr
+        written.append((out / "model.safetensors").read_bytes())
+    assert written[0] == written[1]
 
 
 def test_models_that_cannot_be_used(refused, tmp_path, text_file):
