@@ -10,6 +10,7 @@ import torch
 from conftest import MAMBA1, batches, tiny_model
 from test_mixers import module_output, recomputed, relative
 from test_modifier import run
+from test_scan import STATISTICS
 from torch import nn
 
 from sparsessm_plugin import (
@@ -19,6 +20,7 @@ from sparsessm_plugin import (
     find_mixers,
 )
 from sparsessm_plugin.modifiers.removal import CalibrationInputs
+from sparsessm_plugin.recurrence import ScanStatistics, StatisticsRequest, scan
 from sparsessm_plugin.solvers.objective import Solved
 from sparsessm_plugin.solvers.projections import SOLVERS
 
@@ -72,6 +74,31 @@ def test_outputs_at_real_positions(monkeypatch, family, side, kernels):
             alone = module_output(adapter, hidden_states[row : row + 1, kept])[0]
             same = side == "right" or bool(kept.all())
             assert (relative(found[row, kept], alone) < 1e-4) == same
+
+
+@pytest.mark.parametrize("family", MAMBA1)
+def test_statistics_of_A_log(family, side):
+    """Those of the rows one by one, without padding."""
+    adapter, mask = find_mixers(biased_model(family))[0], mask_of(side).bool()
+    sizes = adapter.sizes
+    hidden_states = torch.randn(*mask.shape, sizes.hidden_size)
+    request = StatisticsRequest(True, True, "zero")
+    together, separate = (
+        ScanStatistics(request, sizes.intermediate_size, sizes.state_size) for _ in range(2)
+    )
+    with torch.no_grad():
+        q = adapter.quantities(hidden_states, mask)
+        scan(q, together)
+        for row, real in enumerate(mask):
+            if side == "right":
+                alone = adapter.quantities(hidden_states[row : row + 1, real])
+            else:  # what the look-back of the convolution finds is not that of the row alone
+                cut = {k: getattr(q, k)[row : row + 1, real] for k in ("u", "dt", "B", "C", "z")}
+                alone = type(q)(**cut, A=q.A, D=q.D)
+            scan(alone, separate)
+    assert together.tokens == separate.tokens == sum(REAL)
+    for name in STATISTICS:
+        assert relative(getattr(together, name), getattr(separate, name)) < 1e-5, name
 
 
 def looked_at(adapter, hidden_states, mask):
