@@ -16,6 +16,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsessm_plugin import cli, recipes
+from sparsessm_plugin.cli import tables
 from sparsessm_plugin.evaluation.data import read_texts, tokenize, windows
 from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
 
@@ -238,16 +239,19 @@ def test_inspect_shows_what_the_layout_has(sparsessm, tmp_path, family, mixer, c
     assert cells(stdout, "A_log")[3:] == [f"{zeros / 2:.2%}", *("0.00%" for _ in states)]
 
 
-def test_demo_table(topics):
-    from rich.console import Console
-
-    from sparsessm_plugin.cli.demo import run_demo, split_topics
+def test_demo_table(topics, capsys):
+    from sparsessm_plugin.recipes.demo import run_demo, split_topics
 
     training, held_out = split_topics(topics)
     assert len(training) + len(held_out) == len(topics)
     assert held_out
-    with open(os.devnull, "w") as nowhere:
-        rows = run_demo(Console(file=nowhere), num_samples=4, max_seq_length=256)
+    result = run_demo(num_samples=4, max_seq_length=256)
+    rows = result.rows
+    tables.print_demo(result)
+    shown = capsys.readouterr().out
+    for row in rows[1:]:
+        (line,) = (line for line in shown.splitlines() if row["criterion"] in line)
+        assert f"{row['zero']['docstrings']:.2f}" in line
     assert [row["criterion"] for row in rows] == [
         "dense",
         "magnitude",
@@ -543,7 +547,9 @@ def test_a_signal_that_an_import_loses_still_stops(
 def test_a_run_that_is_stopped_after_its_result_stands_there_says_so(
     sparsessm, monkeypatch, text_file, tmp_path, number, code
 ):
-    monkeypatch.setattr(cli, "_print_pruned", lambda *arguments: signal.raise_signal(number))
+    monkeypatch.setattr(
+        cli.prune.tables, "print_pruned", lambda *arguments: signal.raise_signal(number)
+    )
     earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         found, _, stderr = sparsessm(

@@ -9,11 +9,13 @@ import time
 
 import pytest
 import test_cli
+import typer
 from conftest import DEMO, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsessm_plugin import cli, files, processes
+from sparsessm_plugin.cli.options import command_line, repeated
 from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning
 from sparsessm_plugin.evaluation import comparison
 from sparsessm_plugin.evaluation.comparison import Spread, markdown, summarize
@@ -501,4 +503,41 @@ def test_fingerprint_sees_every_byte(tmp_path):
     ],
 )
 def test_several_values_of_an_option(given, understood):
-    assert cli._repeated(given.split()) == understood.split()
+    assert repeated(given.split()) == understood.split()
+
+
+def of_command(name):
+    return typer.main.get_command(cli.app).commands[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("prune", {"recipe", "output", "seed", "text"}),
+        ("evaluate", {"output", "num_samples"}),
+    ],
+)
+def test_compare_knows_every_option_of_what_it_runs(name, own):
+    known, asked = ({p.name: p for p in of_command(n).params} for n in ("compare", name))
+    assert asked.keys() - own <= known.keys()
+    for option in asked.keys() - own:
+        assert known[option].default == asked[option].default, option
+        assert known[option].opts == asked[option].opts
+        assert known[option].multiple == asked[option].multiple
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--calibration a=b.txt --max-seq-length 8 --trust-remote-code --device cpu",
+        "--tasks a,b --tasks c --text x=y --text z --limit 3 --tasks-data d --eval-samples 2",
+        "--allow-unused-tensors --text-field -x --batch-size 1",
+    ],
+)
+def test_a_command_line_says_what_was_given(line):
+    given = ["M", "--recipes", "R", "--output", "O", *line.split()]
+    command = of_command("compare")
+    values = command.make_context("compare", list(given)).params
+    again = ["M", *command_line(command, values)]
+    assert command.make_context("compare", list(again)).params == values
+    assert set(given) <= set(again)

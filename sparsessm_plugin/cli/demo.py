@@ -1,181 +1,21 @@
-"""``sparsessm demo``: every criterion on the packaged checkpoint, with nothing to download.
+"""``sparsessm demo``."""
 
-The checkpoint was trained on the documentation topics that come with Python
-(``pydoc_data.topics``) and on prose. Calibration text is taken from the topics of the running
-interpreter, evaluation text from those that were kept from training, and, since the checkpoint
-knows the other topics by heart and recites when it meets their style, from docstrings of the
-standard library as well.
-"""
-
-import hashlib
-import inspect
-import time
-from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
-
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-
-from sparsessm_plugin.criteria.values import PRUNED_VALUES
-from sparsessm_plugin.evaluation.data import calibration_loader, tokenize, windows
-from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
-from sparsessm_plugin.recipes import parse_recipe
-from sparsessm_plugin.recipes.pruning import DEMO_MODEL, ModelSource, prune
-
-DOCUMENTED = (
-    "argparse",
-    "collections",
-    "configparser",
-    "difflib",
-    "fractions",
-    "ipaddress",
-    "logging",
-    "optparse",
-    "statistics",
-    "string",
-    "subprocess",
-    "tarfile",
-    "textwrap",
-    "threading",
-    "unittest",
-    "uuid",
-    "zipfile",
-)
-
-RECIPE = """\
-prune_stage:
-  prune_modifiers:
-    SparseSSMModifier:
-      sparsity: 0.5
-      saliency: {saliency}
-      pruned_value: {pruned_value}
-"""
+from sparsessm_plugin.cli import tables
+from sparsessm_plugin.cli.console import err, quiet
+from sparsessm_plugin.cli.options import NumSamples, SeqLength
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of the table: a criterion by the name it goes by."""
+def demo(
+    num_samples: NumSamples = 64,
+    max_seq_length: SeqLength = 512,
+) -> None:
+    """Compare the pruning criteria on the packaged demo checkpoint; needs no download."""
+    quiet(False)
+    from rich.progress import Progress
 
-    name: str
-    saliency: str
+    from sparsessm_plugin.recipes.demo import count_models, run_demo
 
-
-ROWS = (
-    Row("magnitude", "magnitude"),
-    Row("paper", "hessian"),
-    Row("published code", "transition"),
-    Row("output_error", "output_error"),
-)
-
-
-def split_topics(topics: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Topics that the checkpoint was trained on, and those that it never saw.
-
-    A topic is held out if the SHA-1 of its key begins with 0 or 1, one in eight.
-    """
-    held_out = {k for k in topics if hashlib.sha1(k.encode()).hexdigest()[0] in "01"}
-    training = [topics[k] for k in sorted(topics) if k not in held_out]
-    return training, [topics[k] for k in sorted(held_out)]
-
-
-def standard_library_docstrings() -> list[str]:
-    """Documentation of some modules of the running interpreter, a document each."""
-    documents = []
-    for name in DOCUMENTED:
-        module = import_module(name)
-        parts = [module.__doc__]
-        for _, member in sorted(vars(module).items()):
-            if getattr(member, "__module__", None) == name:
-                parts.append(inspect.getdoc(member))
-        documents.append("\n\n".join(part for part in parts if part))
-    return documents
-
-
-def run_demo(
-    console: Console, num_samples: int = 64, max_seq_length: int = 512
-) -> list[dict[str, Any]]:
-    """Prune half of A_log by each criterion, for both meanings of "pruned", and print a table.
-
-    :param console: where to print
-    :param num_samples: calibration windows
-    :param max_seq_length: tokens a window, for calibration and evaluation
-    :return: a dictionary a row: criterion, then for each meaning the perplexities and seconds
-    """
-    from pydoc_data.topics import topics
-
-    source = ModelSource(DEMO_MODEL, device="cpu")
-    tokenizer = source.load_tokenizer()
-    training, held_out = split_topics(topics)
-    samples = windows(tokenize(training, tokenizer), max_seq_length, "pydoc_data.topics")
-    texts = {
-        "topics": windows(tokenize(held_out, tokenizer), max_seq_length, "held-out topics"),
-        "docstrings": windows(
-            tokenize(standard_library_docstrings(), tokenizer), max_seq_length, "docstrings"
-        ),
-    }
-
-    def measure(model: Any) -> dict[str, float]:
-        return {
-            name: evaluate_perplexity(model, text, batch_size=8).perplexity
-            for name, text in texts.items()
-        }
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("pruning", total=len(ROWS) * len(PRUNED_VALUES) + 1)
-        dense = measure(source.load())
-        # loads or compiles the scan, so that the first criterion does not pay for it
-        _prune(source, "output_error", "zero", samples[:1], 1, tokenizer)
-        progress.advance(task)
-        rows: list[dict[str, Any]] = [{"criterion": "dense", **dense}]
-        for row in ROWS:
-            cells: dict[str, Any] = {"criterion": row.name}
-            for pruned_value in PRUNED_VALUES:
-                model, seconds = _prune(
-                    source, row.saliency, pruned_value, samples, num_samples, tokenizer
-                )
-                cells[pruned_value] = {**measure(model), "seconds": seconds}
-                progress.advance(task)
-            rows.append(cells)
-    console.print(_table(rows))
-    sizes = ", ".join(f"{len(text)} x {max_seq_length} of {name}" for name, text in texts.items())
-    console.print(
-        f"{DEMO_MODEL}, half of A_log pruned; {min(num_samples, len(samples))} x "
-        f"{max_seq_length} calibration tokens; perplexity on {sizes}.\n"
-        "topics: held out of training. The checkpoint knows the other topics by heart and recites "
-        "them\nhere, so losing memory can even help. docstrings: plain prose of the standard "
-        "library."
-    )
-    return rows
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("criterion")
-    for pruned_value in PRUNED_VALUES:
-        for column in (f"{pruned_value}:\ntopics", "\ndocstrings", "\nseconds"):
-            table.add_column(column, justify="right")
-    for row in rows:
-        cells = [row["criterion"]]
-        for pruned_value in PRUNED_VALUES:
-            measured = row.get(pruned_value, row)
-            seconds = f"{measured['seconds']:.1f}" if "seconds" in measured else ""
-            cells += [f"{measured['topics']:.1f}", f"{measured['docstrings']:.2f}", seconds]
-        table.add_row(*cells)
-    return table
-
-
-def _prune(
-    source: ModelSource,
-    saliency: str,
-    pruned_value: str,
-    samples: Any,
-    num_samples: int,
-    tokenizer: Any,
-) -> tuple[Any, float]:
-    recipe = parse_recipe(RECIPE.format(saliency=saliency, pruned_value=pruned_value), "demo")
-    model = source.load()
-    started = time.perf_counter()
-    loader = calibration_loader(samples, num_samples, batch_size=8)
-    result = prune(model, recipe, loader, tokenizer)
-    return result.model, time.perf_counter() - started
+    with Progress(console=err, transient=True) as bar:
+        task = bar.add_task("pruning", total=count_models())
+        result = run_demo(num_samples, max_seq_length, lambda: bar.advance(task))
+    tables.print_demo(result)

@@ -69,8 +69,8 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
-    """Result of :func:`measure_sensitivity`.
+class ComponentLoss:
+    """Result of :func:`measure_component_loss`.
 
     :param kinds: A_log where it is pruned, and the projections in the order of the data
     :param layers: names of the mixers
@@ -151,7 +151,7 @@ def hold_back(samples: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def measure_sensitivity(
+def measure_component_loss(
     model: Any,
     calibration: Iterable[Mapping[str, Tensor]],
     samples: Tensor,
@@ -160,7 +160,7 @@ def measure_sensitivity(
     by: Sequence[str] = BY,
     batch_size: int = 1,
     progress: Callable[[int], Any] | None = None,
-) -> Sensitivity:
+) -> ComponentLoss:
     """Prune parts of a model one at a time and measure the perplexity.
 
     Parts are the projections of the mixers and, where it has an entry for every state, A_log, whose
@@ -216,7 +216,7 @@ def measure_sensitivity(
                     progress(1)
     finally:
         model.train(training)
-    return Sensitivity(
+    return ComponentLoss(
         kinds=tuple(dict.fromkeys(part.kind for part in parts)),
         layers=tuple(dict.fromkeys(part.layer for part in parts)),
         sparsities=tuple(sparsities),
@@ -231,7 +231,7 @@ def measure_sensitivity(
 
 
 def check_settings(sparsities: Sequence[float], solver: str, by: Sequence[str]) -> None:
-    """Refuse what :func:`measure_sensitivity` cannot do, before a model is loaded.
+    """Refuse what :func:`measure_component_loss` cannot do, before a model is loaded.
 
     :raises SparseSSMError: naming the value and what is allowed
     """
@@ -246,7 +246,7 @@ def check_settings(sparsities: Sequence[float], solver: str, by: Sequence[str]) 
 
 
 def count_measurements(model: nn.Module, sparsities: Sequence[float], by: Sequence[str]) -> int:
-    """How many measurements :func:`measure_sensitivity` will make; the meta device will do."""
+    """How many measurements :func:`measure_component_loss` will make; the meta device will do."""
     adapters = find_mixers(model)
     kinds = {p.kind: None for p in _projections(model)}
     single = len(_projections(model))
@@ -389,9 +389,9 @@ class RatioTable:
     ratios: tuple[tuple[float, ...], ...]
 
 
-def ratio_tables(sensitivity: Sensitivity) -> list[RatioTable]:
+def ratio_tables(losses: ComponentLoss) -> list[RatioTable]:
     """Everything that was measured, as tables for a person."""
-    s = sensitivity
+    s = losses
     by_sparsity = "sparsity", tuple(f"{sparsity:.0%}" for sparsity in s.sparsities)
     layers = "layer", tuple(_layer_number(name, i) for i, name in enumerate(s.layers))
     kinds = "kind", s.kinds
@@ -421,7 +421,7 @@ def ratio_tables(sensitivity: Sensitivity) -> list[RatioTable]:
     return [table for table in tables if not math.isnan(table.ratios[0][0])]
 
 
-def plot_sensitivity(sensitivity: Sensitivity, path: str | os.PathLike[str]) -> None:
+def plot_component_loss(losses: ComponentLoss, path: str | os.PathLike[str]) -> None:
     """Draw the tables as heat maps into a PNG file.
 
     The file appears complete or not at all.
@@ -432,8 +432,8 @@ def plot_sensitivity(sensitivity: Sensitivity, path: str | os.PathLike[str]) -> 
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    tables = ratio_tables(sensitivity)
-    highest = max(measurement.ratio for measurement in sensitivity.measurements) - 1
+    tables = ratio_tables(losses)
+    highest = max(measurement.ratio for measurement in losses.measurements) - 1
     norm = LogNorm(_LEAST_SHOWN, max(highest, 10 * _LEAST_SHOWN), clip=True)
     widths = [max(3, len(table.columns[1])) for table in tables]
     height = max(len(table.rows[1]) for table in tables)
@@ -443,8 +443,8 @@ def plot_sensitivity(sensitivity: Sensitivity, path: str | os.PathLike[str]) -> 
     )
     axes = figure.subplots(1, len(tables), squeeze=False, width_ratios=widths)[0]
     for panel, table in zip(axes, tables, strict=True):
-        losses = [[max(ratio - 1, _LEAST_SHOWN) for ratio in row] for row in table.ratios]
-        image = panel.imshow(losses, norm=norm, cmap="YlOrRd", aspect="auto")
+        increases = [[max(ratio - 1, _LEAST_SHOWN) for ratio in row] for row in table.ratios]
+        image = panel.imshow(increases, norm=norm, cmap="YlOrRd", aspect="auto")
         panel.set_xticks(range(len(table.columns[1])), table.columns[1])
         panel.set_yticks(range(len(table.rows[1])), table.rows[1])
         panel.set_xlabel(table.columns[0])
@@ -454,7 +454,7 @@ def plot_sensitivity(sensitivity: Sensitivity, path: str | os.PathLike[str]) -> 
             continue
         for y, row in enumerate(table.ratios):
             for x, ratio in enumerate(row):
-                ink = "white" if norm(losses[y][x]) > _DARK else "black"
+                ink = "white" if norm(increases[y][x]) > _DARK else "black"
                 text = f"{ratio:.3f}" if ratio < 10 else f"{ratio:.0f}"
                 panel.text(x, y, text, ha="center", va="center", fontsize=7, color=ink)
     figure.colorbar(image, ax=axes, label="perplexity / dense - 1")

@@ -1,4 +1,4 @@
-"""Component sensitivity: what is measured, and that the model is as it was afterwards."""
+"""Component loss: what is measured, and that the model is as it was afterwards."""
 
 import json
 
@@ -11,12 +11,12 @@ from test_sensitivity import hooked, record
 
 from sparsessm_plugin import SparseSSMModifier, evaluate_perplexity, find_mixers
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.evaluation import sensitivity
+from sparsessm_plugin.evaluation import component_loss
 from sparsessm_plugin.evaluation.component_loss import (
     BY,
     count_measurements,
     hold_back,
-    measure_sensitivity,
+    measure_component_loss,
     ratio_tables,
 )
 from sparsessm_plugin.solvers.magnitude import magnitude
@@ -36,7 +36,7 @@ def perplexity(model):
 def test_every_part_is_measured_as_if_it_alone_had_been_pruned(family):
     model = tiny_model(family)
     before = state(model)
-    result = measure_sensitivity(model, batches(), SAMPLES, (0.7, 0.4), "magnitude")
+    result = measure_component_loss(model, batches(), SAMPLES, (0.7, 0.4), "magnitude")
     assert same(state(model), before)
     assert not any(module._forward_pre_hooks for module in model.modules())
     adapters = find_mixers(model)
@@ -66,7 +66,7 @@ def test_every_part_is_measured_as_if_it_alone_had_been_pruned(family):
 
 
 def test_A_log_is_pruned_as_its_modifier_prunes_it():
-    result = measure_sensitivity(tiny_model("mamba"), batches(), SAMPLES, (0.5,), by=("kind",))
+    result = measure_component_loss(tiny_model("mamba"), batches(), SAMPLES, (0.5,), by=("kind",))
     pruned = tiny_model("mamba")
     run(pruned, SparseSSMModifier(sparsity=0.5), pipeline="basic")
     expected = perplexity(pruned) / perplexity(tiny_model("mamba"))
@@ -75,7 +75,7 @@ def test_A_log_is_pruned_as_its_modifier_prunes_it():
 
 def test_projections_get_the_hessians_of_the_dense_model(monkeypatch):
     calls, model, ready = record(monkeypatch), tiny_model("mamba"), batches(padded=True)
-    measure_sensitivity(model, ready, SAMPLES, (0.5,), "sparsegpt", ("module",))
+    measure_component_loss(model, ready, SAMPLES, (0.5,), "sparsegpt", ("module",))
     inputs = hooked(tiny_model("mamba"), "backbone.layers.1.mixer.in_proj", ready)
     kept = [batch["attention_mask"].bool() for batch in ready]
     x = torch.cat([y[mask] for y, mask in zip(inputs, kept, strict=True)])
@@ -85,7 +85,7 @@ def test_projections_get_the_hessians_of_the_dense_model(monkeypatch):
 
 
 def test_single_modules_are_measured_at_the_middle_sparsity_only():
-    result = measure_sensitivity(
+    result = measure_component_loss(
         tiny_model("mamba"), batches(1), SAMPLES, (0.2, 0.5, 0.8), "wanda", ("module",)
     )
     assert {found.sparsity for found in result.measurements} == {0.5}
@@ -104,9 +104,9 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
             raise KeyboardInterrupt
         return evaluate_perplexity(model, samples, batch_size)
 
-    monkeypatch.setattr(sensitivity, "evaluate_perplexity", fail)
+    monkeypatch.setattr(component_loss, "evaluate_perplexity", fail)
     with pytest.raises(KeyboardInterrupt):
-        measure_sensitivity(model, batches(1), SAMPLES, (0.5,), "magnitude")
+        measure_component_loss(model, batches(1), SAMPLES, (0.5,), "magnitude")
     assert calls == [True, False, False]
     assert same(state(model), before)
     assert model.training
@@ -114,12 +114,12 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
 
 def test_no_text_and_nan():
     with pytest.raises(SparseSSMError, match="no calibration text"):
-        measure_sensitivity(tiny_model("mamba"), [], SAMPLES)
+        measure_component_loss(tiny_model("mamba"), [], SAMPLES)
     model = tiny_model("mamba")
     with torch.no_grad():
         model.backbone.layers[1].norm.weight[3] = float("inf")
     with pytest.raises(SparseSSMError, match=r"layers\.1\.mixer: its input holds NaN"):
-        measure_sensitivity(model, batches(1), SAMPLES)
+        measure_component_loss(model, batches(1), SAMPLES)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -142,7 +142,7 @@ SHORT = ("--num-samples", 4, "--eval-samples", 2, "--max-seq-length", 32)
 def test_command_writes_numbers_and_a_picture(sparsessm, text_file, tmp_path):  # noqa: F811
     output, plot = tmp_path / "s.json", tmp_path / "s.png"
     code, stdout, stderr = sparsessm(
-        *("sensitivity", DEMO, "--calibration", text_file, *SHORT, "--sparsities", "0.5, 0.9"),
+        *("component-loss", DEMO, "--calibration", text_file, *SHORT, "--sparsities", "0.5, 0.9"),
         *("--by", "kind, layer", "--solver", "wanda", "--output", output, "--plot", plot),
     )
     assert code == 0, stderr
@@ -171,12 +171,12 @@ def test_command_writes_numbers_and_a_picture(sparsessm, text_file, tmp_path):  
 )
 def test_bad_arguments(refused, text_file, tmp_path, arguments, message):  # noqa: F811
     options = ("--calibration", text_file, "--output", tmp_path / "s.json", *SHORT)
-    assert message in refused("sensitivity", DEMO, *options, *arguments)
+    assert message in refused("component-loss", DEMO, *options, *arguments)
 
 
 def test_one_window_is_too_few(refused, tmp_path):  # noqa: F811
     text = tmp_path / "short.txt"
     text.write_text("a few words " * 6)
     options = ("--calibration", text, "--output", tmp_path / "s.json")
-    message = refused("sensitivity", DEMO, *options, "--max-seq-length", 30)
+    message = refused("component-loss", DEMO, *options, "--max-seq-length", 30)
     assert "cannot be calibrated on and held back" in message

@@ -1,0 +1,65 @@
+"""``sparsessm export``."""
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from sparsessm_plugin.cli.console import out, quiet
+from sparsessm_plugin.cli.inputs import source_of
+from sparsessm_plugin.cli.options import (
+    Dtype,
+    ModelArgument,
+    Result,
+    Trust,
+    Unused,
+    Verbose,
+    choice,
+    not_the_model,
+)
+from sparsessm_plugin.cli.stopping import will_write
+
+
+def export(
+    model: ModelArgument,
+    output: Result,
+    format_: Annotated[
+        str, typer.Option("--format", help="mamba_ssm, the authors' own runtime.")
+    ] = "mamba_ssm",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+    allow_unused_tensors: Unused = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a Mamba or Mamba-2 model, without tokenizer, in another runtime's layout."""
+    quiet(verbose)
+    from sparsessm_plugin.checkpoints.export import FORMATS, check_mamba_ssm, export_mamba_ssm
+    from sparsessm_plugin.files import (
+        REPORT_NAME,
+        check_output_directory,
+        list_files,
+        output_directory,
+        write_json,
+    )
+    from sparsessm_plugin.recipes.pruning import versions
+
+    choice("--format", format_, FORMATS)
+    source = source_of(model, trust_remote_code, dtype, "cpu", allow_unused_tensors)
+    check_output_directory(output)
+    will_write(output)
+    not_the_model(output, model)
+    check_mamba_ssm(source.load_skeleton())
+    with output_directory(output) as folder:
+        export_mamba_ssm(source.load(), folder)
+        report = {
+            "model": model,
+            "format": format_,
+            "versions": versions(),
+            "files": list_files(folder),
+        }
+        write_json(folder / REPORT_NAME, report)
+    out.print(
+        f"saved to {escape(str(output))}; load it with sparsessm_plugin.load_mamba_ssm, "
+        f"the tokenizer is still that of {escape(model)}",
+        soft_wrap=True,
+    )

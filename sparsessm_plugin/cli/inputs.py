@@ -1,0 +1,75 @@
+"""The models, texts and tasks that options name, loaded or refused in one line."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsessm_plugin.cli.console import progress
+from sparsessm_plugin.cli.options import choice
+from sparsessm_plugin.errors import SparseSSMError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsessm_plugin.evaluation.perplexity import Perplexity
+
+
+def source_of(
+    name: str, trust_remote_code: bool, dtype: str, device: str, allow_unused_tensors: bool
+) -> Any:
+    choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    choice("--device", device, ("auto", "cpu", "cuda"))
+    _regular_files(name)
+    from sparsessm_plugin.recipes.pruning import ModelSource
+
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise SparseSSMError("--device cuda: no CUDA device is available")
+    return ModelSource(name, trust_remote_code, dtype, device, allow_unused_tensors)
+
+
+def _regular_files(model: str) -> None:
+    """Refuse a folder with a pipe or a device in it: whoever reads that may wait for ever."""
+    if os.path.isdir(model):
+        for file in Path(model).iterdir():
+            if file.exists() and not file.is_file() and not file.is_dir():
+                raise SparseSSMError(f"model {model}: {file.name} is no regular file")
+
+
+def vocab_size_of(skeleton: Any) -> int:
+    return skeleton.get_input_embeddings().num_embeddings
+
+
+def windows_of(
+    source: str, tokenizer: Any, length: int, vocab_size: int, text_field: str
+) -> "Tensor":
+    from sparsessm_plugin.calibration.vocabulary import check_token_ids
+    from sparsessm_plugin.evaluation.data import read_texts, tokenize, windows
+
+    tokens = tokenize(read_texts(source, text_field), tokenizer)
+    samples = windows(tokens, length, source)
+    check_token_ids(samples, vocab_size, source)
+    return samples
+
+
+def load_tasks(names: list[str], data: Path | None, limit: int | None) -> Any:
+    if not names:
+        return None
+    from sparsessm_plugin.evaluation.tasks import load_tasks
+
+    return load_tasks(names, data, limit)
+
+
+def has_mixers(model: Any) -> bool:
+    from sparsessm_plugin.families import iter_mixers
+
+    return next(iter(iter_mixers(model)), None) is not None
+
+
+def measure_perplexity(model: Any, samples: "Tensor", batch_size: int, label: str) -> "Perplexity":
+    from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
+
+    with progress(f"perplexity, {label}", len(samples)) as advance:
+        return evaluate_perplexity(model, samples, batch_size, advance)

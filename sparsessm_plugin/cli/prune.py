@@ -1,0 +1,186 @@
+"""``sparsessm prune``."""
+
+import os
+import time
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparsessm_plugin.cli import tables
+from sparsessm_plugin.cli.console import err, quiet, show
+from sparsessm_plugin.cli.inputs import measure_perplexity, source_of, vocab_size_of, windows_of
+from sparsessm_plugin.cli.options import (
+    CALIBRATION,
+    PIPELINES,
+    BatchSize,
+    Device,
+    Dtype,
+    ModelArgument,
+    NumSamples,
+    Pipeline,
+    Result,
+    Seed,
+    SeqLength,
+    TextField,
+    Trust,
+    Unused,
+    Verbose,
+    choice,
+    not_the_model,
+)
+from sparsessm_plugin.cli.stopping import check_signals, will_write
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def _on_ranks(command: "Callable[..., None]") -> "Callable[..., None]":
+    """Let ``prune`` run on all ranks of torchrun, where it was started so; rank 0 prints."""
+
+    @wraps(command)
+    def run(**options: Any) -> None:
+        quiet(options["verbose"])
+        if not options["verbose"]:  # bars of ours say more
+            os.environ.setdefault("TQDM_DISABLE", "1")
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return command(**options)
+        # torchrun gives each rank one thread unless it is told otherwise
+        os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        import torch
+
+        from sparsessm_plugin import distributed
+
+        with distributed.start(options["device"] != "cpu" and torch.cuda.is_available()):
+            if distributed.rank() == 0:
+                return command(**options)
+            nowhere = open(os.devnull, "w")  # noqa: SIM115 - loggers keep it
+            with redirect_stdout(nowhere), redirect_stderr(nowhere):
+                return command(**options)
+
+    return run
+
+
+@_on_ranks
+def prune(
+    model: ModelArgument,
+    recipe: Annotated[str, typer.Option(help="YAML file, or a name from `sparsessm recipes`.")],
+    output: Result,
+    calibration: Annotated[str | None, CALIBRATION] = None,
+    num_samples: NumSamples = 64,
+    max_seq_length: SeqLength = 2048,
+    batch_size: BatchSize = 4,
+    text: Annotated[
+        str | None, typer.Option(help="Also measure perplexity on this text, before and after.")
+    ] = None,
+    text_field: TextField = "text",
+    pipeline: Pipeline = "independent",
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+    allow_unused_tensors: Unused = False,
+    verbose: Verbose = False,
+) -> None:
+    """Prune a model with a recipe and save it; under torchrun, on several ranks together."""
+    choice("--pipeline", pipeline, PIPELINES)
+    source = source_of(model, trust_remote_code, dtype, device, allow_unused_tensors)
+    from tempfile import TemporaryDirectory
+
+    from sparsessm_plugin import distributed
+    from sparsessm_plugin.evaluation.components import take_inventory
+    from sparsessm_plugin.evaluation.data import calibration_loader
+    from sparsessm_plugin.files import (
+        REPORT_NAME,
+        check_output_directory,
+        list_files,
+        output_directory,
+        reports_held,
+        write_json,
+    )
+    from sparsessm_plugin.progress import shown as bars_shown
+    from sparsessm_plugin.recipes import load_recipe
+    from sparsessm_plugin.recipes.pruning import check_saving, save, versions
+    from sparsessm_plugin.recipes.pruning import prune as run_recipe
+
+    rank, ranks = distributed.rank(), distributed.world_size()
+    # everything that can be wrong is looked at before the weights are
+    check_output_directory(output)
+    will_write(output)
+    not_the_model(output, model)
+    checked = load_recipe(recipe)
+    checked.check_data(calibration)
+    skeleton = source.load_skeleton()
+    checked.check_model(skeleton)
+    vocab_size = vocab_size_of(skeleton)
+    tokenizer = source.load_tokenizer()
+    loader, calibration_report = None, None
+    if calibration is not None:
+        samples = windows_of(calibration, tokenizer, max_seq_length, vocab_size, text_field)
+        if len(samples) < num_samples:
+            show(
+                "warning",
+                f"{calibration} gives {len(samples)} windows of {max_seq_length} tokens, fewer "
+                f"than the {num_samples} asked for; using them all",
+            )
+        loader = calibration_loader(samples, num_samples, batch_size, seed, (rank, ranks))
+        calibration_report = {
+            "source": calibration,
+            "samples": min(num_samples, len(samples)),
+            "max_seq_length": max_seq_length,
+            "seed": seed,
+        }
+    text_samples = None
+    if text is not None and rank == 0:
+        text_samples = windows_of(text, tokenizer, max_seq_length, vocab_size, text_field)
+
+    # LLM Compressor's save wants every rank, and writes on rank 0
+    with reports_held(), output_directory(output) if rank == 0 else TemporaryDirectory() as place:
+        folder = Path(place)
+        check_saving(skeleton, tokenizer, folder)
+        started = time.perf_counter()
+        dense = source.load()
+        loading = time.perf_counter() - started
+        before = take_inventory(dense).to_dict()
+        perplexity: dict[str, Any] = {}
+        if text_samples is not None:
+            result = measure_perplexity(dense, text_samples, batch_size, "dense ")
+            perplexity = {"text": text, "before": result.to_dict()}
+        # several bars at once garble each other
+        with nullcontext() if verbose else bars_shown(err):
+            pruned = run_recipe(
+                dense, checked, loader, tokenizer, pipeline, source.load, trust_remote_code
+            )
+        inventory = take_inventory(pruned.model)
+        if text_samples is not None:
+            result = measure_perplexity(pruned.model, text_samples, batch_size, "pruned")
+            perplexity["after"] = result.to_dict()
+            perplexity["ratio"] = result.perplexity / perplexity["before"]["perplexity"]
+        distributed.gather("saving", None)  # patient, unlike the backends
+        started = time.perf_counter()
+        check_signals()
+        save(pruned.model, tokenizer, folder)
+        report = {
+            "model": model,
+            "recipe": {"name": recipe, "yaml": checked.text},
+            "calibration": calibration_report,
+            "before": before,
+            "after": inventory.to_dict(),
+            "perplexity": perplexity or None,
+            "modifiers": pruned.reports,
+            "seconds": {
+                "load": round(loading, 3),
+                "oneshot": round(pruned.seconds, 3),
+                "save": round(time.perf_counter() - started, 3),
+            },
+            "tokens_per_second": round(pruned.tokens / pruned.seconds, 1),
+            "peak_memory_bytes": pruned.peak_memory_bytes,
+            "ranks": ranks,
+            "versions": versions(),
+            "files": list_files(folder),
+        }
+        write_json(folder / REPORT_NAME, report)
+    tables.print_pruned(report, output)

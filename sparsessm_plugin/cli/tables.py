@@ -1,0 +1,222 @@
+"""Results of the commands as tables."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from sparsessm_plugin.cli.console import out
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from sparsessm_plugin.checkpoints.runtimes import RuntimeSupport
+    from sparsessm_plugin.evaluation.component_loss import ComponentLoss
+    from sparsessm_plugin.evaluation.components import Inventory
+    from sparsessm_plugin.evaluation.latency import Latency
+    from sparsessm_plugin.recipes.demo import DemoResult
+
+
+# plural of what removal modifiers count, over all mixers
+_UNITS = {
+    "state": "states",
+    "channels": "channels",
+    "heads": "heads",
+    "head_dim": "channels a head",
+}
+
+
+def print_pruned(report: dict[str, Any], output: Path) -> None:
+    from sparsessm_plugin.checkpoints.saving import NOTE_NAME
+
+    before, after = report["before"], report["after"]
+    table = Table("", "before", "after", box=None)
+    table.add_row("parameters", f"{before['parameters']:,}", f"{after['parameters']:,}")
+    table.add_row("zeros", f"{before['zeros']:,}", f"{after['zeros']:,}")
+    if report["perplexity"]:
+        measured = report["perplexity"]
+        table.add_row(
+            "perplexity",
+            f"{measured['before']['perplexity']:.3f}",
+            f"{measured['after']['perplexity']:.3f}  (x {measured['ratio']:.4f})",
+        )
+    out.print(table)
+    for modifier in report["modifiers"]:
+        total = modifier["total"]
+        unit = total.get("unit")  # what whole parts were removed of; single entries are pruned
+        done, things = (
+            ("removed", _UNITS.get(unit, unit)) if unit is not None else ("pruned", "entries")
+        )
+        if "zeros" in total:  # quantized: what was pruned before stayed so
+            done = "kept zero"
+        layers = modifier.get("layers")
+        stay = ""
+        if unit is not None and layers:  # the same in every mixer
+            stay = f"; {layers[0]['after']} of {layers[0]['before']} stay in each mixer"
+        out.print(
+            f"{modifier['modifier']}: {done} {total['pruned']:,} of {total['entries']:,} {things} "
+            f"({total['sparsity']:.2%}) in {total['seconds']:.1f} s{stay}"
+        )
+    out.print(f"saved to {escape(str(output))}", soft_wrap=True)
+    if NOTE_NAME in report["files"]:
+        out.print(
+            "plain transformers fails on out_proj of this checkpoint or rescales it; load it with "
+            f"sparsessm_plugin.load, see {NOTE_NAME} there",
+            soft_wrap=True,
+        )
+
+
+def print_tasks(report: dict[str, Any]) -> None:
+    table = Table("task", "samples", "metric", "value", "standard error", box=None)
+    inner = {name for result in report["tasks"].values() for name in result["subtasks"]}
+    for name, result in report["tasks"].items():
+        if name in inner and name not in report["tasks_asked_for"]:
+            continue
+        for metric, number in result["metrics"].items():
+            error = f"± {number['stderr']:.4f}" if number["stderr"] is not None else ""
+            samples = f"{result['samples']:,}"
+            table.add_row(escape(name), samples, metric, f"{number['value']:.4f}", error)
+    out.print(table)
+
+
+def print_runtimes(runtimes: "Iterable[RuntimeSupport]") -> None:
+    out.print("\nLoads in")
+    for runtime in runtimes:
+        out.print(f"  {runtime.runtime}: {runtime.answer}", highlight=False)
+        for reason in runtime.reasons:
+            out.print(f"    {reason}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_inventory(name: str, inventory: "Inventory") -> None:
+    mixers = inventory.mixers
+    families = sorted({adapter.family for adapter in mixers})
+    out.print(
+        f"{escape(name)}: {len(mixers)} state-space mixers ({', '.join(families)}), "
+        f"{inventory.parameters:,} parameters",
+        soft_wrap=True,
+    )
+    # with one A_log a head there is no entry that could make a state forget
+    memoryless = ["memoryless"] if any(a.has_state_transitions for a in mixers) else []
+    table = Table("component", "parameters", "share", "zeros", *memoryless, box=None)
+    for kind, component in inventory.components.items():
+        if component.parameters:
+            table.add_row(
+                kind,
+                f"{component.parameters:,}",
+                f"{component.parameters / inventory.parameters:.2%}",
+                f"{component.zeros / component.parameters:.2%}",
+                f"{component.memoryless / component.parameters:.2%}"
+                if component.memoryless is not None
+                else "",
+            )
+    out.print(table)
+    kinds = [kind for kind in inventory.components if kind in mixers[0].projections]
+    letters = {"D": "channels", "N": "states"}
+    if memoryless:
+        letters["R"] = "rank of dt"
+    if not all(a.has_state_transitions for a in mixers):
+        letters |= {"H": "heads", "P": "channels a head", "G": "groups"}
+    letters["K"] = "convolution"
+    table = Table("mixer", *letters, "A_log", *memoryless, *kinds, box=None)
+    legend = ", ".join(f"{letter} {meaning}" for letter, meaning in letters.items())
+    table.title = f"zeros by mixer ({legend})"
+    table.title_justify = "left"
+    for adapter in mixers:
+        layer, sizes = inventory.layers[adapter.name], adapter.sizes
+        numbers = {
+            "D": sizes.intermediate_size,
+            "N": sizes.state_size,
+            "R": sizes.time_step_rank,
+            "H": sizes.num_heads,
+            "P": sizes.head_dim,
+            "G": sizes.n_groups,
+            "K": sizes.conv_kernel_size,
+        }
+        A_log = layer["A_log"]
+        table.add_row(
+            adapter.name,
+            *(str(numbers[letter]) for letter in letters),
+            f"{A_log.zeros / A_log.parameters:.1%}",
+            *([f"{(A_log.memoryless or 0) / A_log.parameters:.1%}"] if memoryless else []),
+            *(f"{layer[kind].zeros / layer[kind].parameters:.1%}" for kind in kinds),
+        )
+    out.print(table)
+
+
+def print_component_loss(result: "ComponentLoss") -> None:
+    from sparsessm_plugin.evaluation.component_loss import ratio_tables
+
+    out.print(f"dense perplexity {result.dense:.4f}; in the tables, perplexity over it")
+    for ratios in ratio_tables(result):
+        kind, names = ratios.rows
+        table = Table(kind, *ratios.columns[1], title=ratios.title, title_justify="left", box=None)
+        for name, row in zip(names, ratios.ratios, strict=True):
+            table.add_row(name, *(f"{ratio:.4f}" for ratio in row))
+        out.print(table)
+
+
+def print_latency(latency: "Latency") -> None:
+    from sparsessm_plugin.evaluation.latency import PREFILL, describe_kernels
+
+    compared = len(latency.models) > 1
+    speedup = ["speedup"] if compared else []
+    table = Table("", "batch", "model", "ms a pass", "spread", "tokens/s", *speedup, box=None)
+    for phase in latency.phases:
+        for size in latency.batch_sizes:
+            for name in latency.models:
+                timing = latency.timing(name, phase, size)
+                table.add_row(
+                    phase,
+                    str(size),
+                    escape(name),
+                    f"{timing.milliseconds:.3f}",
+                    f"± {timing.spread:.1%}",
+                    f"{timing.tokens_per_second:,.0f}",
+                    *([f"{latency.speedup(name, phase, size):.3f}"] if compared else []),
+                )
+    out.print(table)
+    first = latency.caches[latency.models[0]]
+    relative = ["share"] if compared else []
+    table = Table("", "recurrent", "convolution", "attention", "total", *relative, box=None)
+    table.title = f"bytes of cache a sequence, after {latency.prompt_length} tokens"
+    table.title_justify = "left"
+    for name, cache in latency.caches.items():
+        numbers = (cache.recurrent, cache.convolution, cache.attention, cache.total)
+        share = [f"{cache.total / first.total:.3f}"] if compared else []
+        table.add_row(escape(name), *(f"{number:,}" for number in numbers), *share)
+    out.print(table)
+    repeats = len(latency.timing(latency.models[0], PREFILL, latency.batch_sizes[0]).seconds)
+    out.print(
+        f"medians of {repeats} repeats; prefill reads {latency.prompt_length} tokens a sequence, "
+        f"decode produces {latency.decode_steps}, one a pass; "
+        + (f"speedup is against {escape(latency.models[0])}; " if compared else "")
+        + "kernels: "
+        + "; ".join(dict.fromkeys(describe_kernels(k) for k in latency.kernels.values())),
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def print_demo(result: "DemoResult") -> None:
+    table = Table("criterion")
+    for pruned_value in result.pruned_values:
+        for column in (f"{pruned_value}:\ntopics", "\ndocstrings", "\nseconds"):
+            table.add_column(column, justify="right")
+    for row in result.rows:
+        cells = [row["criterion"]]
+        for pruned_value in result.pruned_values:
+            measured = row.get(pruned_value, row)
+            seconds = f"{measured['seconds']:.1f}" if "seconds" in measured else ""
+            cells += [f"{measured['topics']:.1f}", f"{measured['docstrings']:.2f}", seconds]
+        table.add_row(*cells)
+    out.print(table)
+    tokens = f"x {result.max_seq_length}"
+    sizes = ", ".join(f"{count} {tokens} of {name}" for name, count in result.windows.items())
+    out.print(
+        f"{result.model}, half of A_log pruned; {result.calibration_windows} {tokens} calibration "
+        f"tokens; perplexity on {sizes}.\n"
+        "topics: held out of training. The checkpoint knows the other topics by heart and recites "
+        "them\nhere, so losing memory can even help. docstrings: plain prose of the standard "
+        "library."
+    )
