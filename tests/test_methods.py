@@ -58,9 +58,9 @@ def test_a_method_that_fails_leaves_the_model_alone():
     model = tiny_model("mamba")
     before = state(model)
     hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
+    zeros = torch.zeros(2, 5, dtype=torch.long)
+    empty = {"input_ids": zeros, "attention_mask": zeros}
     with pytest.raises(SparseSSMError, match="all 4 samples are empty"):
-        empty = {"input_ids": torch.zeros(2, 5, dtype=torch.long)}
-        empty["attention_mask"] = torch.zeros(2, 5, dtype=torch.long)
         prune_transitions(model, [empty, empty], sparsity=0.5)
     bad = {"input_ids": torch.full((2, 5), 10**6)}
     with pytest.raises(SparseSSMError, match="1000000"):
