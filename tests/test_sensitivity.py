@@ -505,6 +505,70 @@ def test_inputs_that_are_not_finite(target_output):
     assert nothing_left_behind(model)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale", "begins"),
+    [
+        (torch.float16, 1e5, "the output of backbone.layers.1.mixer.in_proj in float16"),
+        (torch.bfloat16, 1e25, "the scan output of backbone.layers.1.mixer behind its gate"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("allocation", "layers", "where"),
+    [("optimal", 2, "conv1d"), ("optimal", 3, "layers.2.mixer: its input"), ("uniform", 2, "")],
+)
+def test_half_precision_that_overflows(dtype, scale, begins, allocation, layers, where):
+    """The message names projection, first tensor and what has become of the model."""
+    model = tiny_model("mamba", num_hidden_layers=layers).to(dtype)
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.in_proj.weight.mul_(scale)
+        assert model.backbone.layers[1].mixer.in_proj.weight.isfinite().all()
+    dense = weights(model)
+    with pytest.raises(SparseSSMError) as error:
+        run(model, modifier(allocation=allocation))
+    message = str(error.value)
+    assert f"NaN or infinite values first appear in {begins}" in message
+    assert message.startswith("backbone.layers.")
+    assert where in message
+    pruned = [name for name, w in weights(model).items() if not torch.equal(w, dense[name])]
+    if pruned:  # in the order in which data passes them, up to where the numbers end
+        said = f"{len(pruned)} of 10 projections are pruned already, the last of them "
+        assert allocation == "uniform"
+        assert said in message
+        assert message.rpartition(" ")[2] in pruned
+    else:
+        assert allocation == "optimal"
+        assert message.endswith("; nothing was pruned")
+    assert nothing_left_behind(model)
+
+
+def test_predictions_that_overflow():
+    """Behind the last mixer, where no Hessian shows it."""
+    model = tiny_model("mamba").half()
+    with torch.no_grad():
+        model.backbone.norm_f.weight.fill_(6e4)
+    with pytest.raises(SparseSSMError) as error:
+        run(model, modifier(allocation="optimal"))
+    assert "first appear in the output of lm_head in float16" in str(error.value)
+    assert str(error.value).endswith("nothing was pruned")
+
+
+@pytest.mark.parametrize("sparsity", [0.95, 0.98])
+def test_few_weights_are_kept_where_they_matter(sparsity):
+    """The optimal allocation is one at any sparsity: less where nothing reads the output."""
+    model = tiny_model("mamba")
+    useless = "backbone.layers.1.mixer.out_proj"
+    with torch.no_grad():
+        model.get_submodule(useless).weight.mul_(1e-4)
+    chosen = modifier(sparsity=sparsity, allocation="optimal")
+    run(model, chosen)
+    shares = {layer["name"]: layer["sparsity"] for layer in chosen.report()["layers"]}
+    sizes = {name: w.numel() for name, w in weights(model).items()}
+    assert sum(zeros(model).values()) == round(sparsity * sum(sizes.values()))
+    kept = {name: 1 - share for name, share in shares.items()}
+    assert kept[useless] == pytest.approx((1 - sparsity) / 4, abs=2 / sizes[useless])
+    assert max(kept.values()) > 1.2 * (1 - sparsity)
+
+
 def test_hessians_a_few_layers_at_a_time_change_nothing(monkeypatch):
     """As on a GPU whose memory does not take them all."""
     first_pass, passes, found = SensitivitySparseGPTModifier._first_pass, [], []

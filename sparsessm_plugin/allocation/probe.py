@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration.contexts import undisturbed
+from sparsessm_plugin.calibration.finite import is_finite
 from sparsessm_plugin.calibration.replay import Replay
 from sparsessm_plugin.training.distillation import divergences
 
@@ -36,6 +37,11 @@ class Probe:
         self._replay = Replay(model)
         with undisturbed(model), self._replay.recorded():
             self._reference = model(**self._batch).logits
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the model's own predictions are numbers."""
+        return is_finite(self._reference)
 
     def divergences(
         self,

@@ -30,6 +30,8 @@ from sparsessm_plugin.allocation.sparsity import (
 )
 from sparsessm_plugin.backends.precision import tf32
 from sparsessm_plugin.calibration.contexts import hooks_disabled, quantization_disabled
+from sparsessm_plugin.calibration.finite import is_finite
+from sparsessm_plugin.calibration.overflow import first_overflow
 from sparsessm_plugin.cost import has_room
 from sparsessm_plugin.cost import kept as where_there_is_room
 from sparsessm_plugin.errors import SparseSSMError, shown
@@ -42,7 +44,7 @@ from sparsessm_plugin.families import (
 )
 from sparsessm_plugin.families.fast_forward import offer
 from sparsessm_plugin.families.shared_weights import of_several_names, weight_holders
-from sparsessm_plugin.modifiers.calibration import MixerModifier, check_finite_input, what_enters
+from sparsessm_plugin.modifiers.calibration import MixerModifier, what_enters
 from sparsessm_plugin.modifiers.removal import CalibrationInputs
 from sparsessm_plugin.progress import Stage
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
@@ -72,9 +74,12 @@ _UPDATING = ("sparsegpt", "alps")  # solvers that write new values into what is 
 _TARGET_SHARE = {"own": 0.0, "mixer": 1.0, "half_way": 0.5, "dense": 1.0}
 _OF_DENSE_PREFIX = ("half_way", "dense")
 _CURVE = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
+# From the last of these on, and up to a sparsity of 1, whose error is the output's whole energy.
+_SPARSE_CURVE = (0.97, 0.98, 0.99, 0.995, 1.0)
 _CURVE_ROWS, _CURVE_BLOCKS = 64, 20  # of more inputs than 20 blocks have, blocks are larger
 # The optimal allocation raises no projection's sparsity further than this above the mean.
 _MOST_MORE = 0.3
+_LEAST_KEPT = 0.25  # where the curve goes further, of the share that is kept on average
 _PROBE_SPARSITY = 0.5  # that each projection's harm is measured at
 _LEAST_DIVERGENCE = 1e-9  # nats a token
 # On a GPU, so many bytes of the dense model's Hessians are held at once; others wait their turn.
@@ -202,6 +207,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
     _losses: dict[str, list[float]] = PrivateAttr(default_factory=dict)
     _probe: Probe | None = PrivateAttr(default=None)
     _state: Any = PrivateAttr(default=None)
+    _model: Any = PrivateAttr(default=None)
     _layers: list[dict[str, Any]] = PrivateAttr(default_factory=list)
     _first_pass_seconds: float = PrivateAttr(default=0.0)
     _gather_seconds: float = PrivateAttr(default=0.0)
@@ -365,7 +371,10 @@ class SensitivitySparseGPTModifier(MixerModifier):
         self._called_again = of_several_names(state.model)
         for name, projection in self._linears.items():
             if not torch.isfinite(projection.weight).all():
-                raise SparseSSMError(f"{name}.weight holds NaN or infinite values")
+                raise SparseSSMError(
+                    f"{name}.weight holds NaN or infinite values; nothing was pruned"
+                )
+        self._model = state.model
 
     # -- calibration -----------------------------------------------------------------
 
@@ -459,6 +468,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
                     model(**tensors_to_device(batch, device))
                 stage.advance()
         self.remove_hooks(handles)
+        self._check_sums(group, self._hessians)
 
     def _dense_hook(
         self,
@@ -479,7 +489,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         """
         hidden_states, attention_mask = what_enters(args, kwargs)
         with self._released_on_error():
-            check_finite_input(adapter.name, hidden_states)
+            self._check_input(adapter.name, hidden_states)
             if keep:
                 inputs = self._dense_inputs.setdefault(adapter.name, CalibrationInputs())
                 inputs.add(hidden_states, attention_mask)
@@ -503,7 +513,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         with torch.no_grad(), self._released_on_error():
             x = args[0]
             self.batches.check_ids()
-            check_finite_input(projection.name, x)
+            self._check_input(projection.name, x)
             mask = _mask_for(x, self.batches.mask(self._state.current_batch_idx))
             products = gram_of(projection, x, x, mask)
             self._add_hessian(projection, products, _count(projection, x, mask))
@@ -522,6 +532,18 @@ class SensitivitySparseGPTModifier(MixerModifier):
         return [
             p for p in self._projections.values() if p.adapter and p.adapter.name == adapter.name
         ]
+
+    def _observe_hook(
+        self,
+        adapter: MixerAdapter,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        if adapter.name in self._pending:
+            with torch.no_grad(), self._released_on_error():
+                self._check_input(adapter.name, what_enters(args, kwargs)[0])
+        super()._observe_hook(adapter, module, args, kwargs)
 
     def observe(
         self, adapter: MixerAdapter, hidden_states: Tensor, attention_mask: Tensor | None
@@ -600,7 +622,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         }
         self._sensitivities |= _of_all_ranks("traces of Hessians", traces)
         assert self.sparsity is not None
-        decides = 0 < self.sparsity < _CURVE[-1] and not self._zeros_suffice
+        decides = self.sparsity > 0 and not self._zeros_suffice
         if self.allocation == "optimal" and decides:
             own = [p for p in group if p.name in hessians]  # of several ranks
             losses = self._losses_of(own, hessians)
@@ -630,14 +652,23 @@ class SensitivitySparseGPTModifier(MixerModifier):
         if not self._losses:
             enough = self._zeros_suffice and self.sparsity
             return there if enough else uniform_allocation(sizes, self.sparsity)
+        highest = min(_CURVE[-1], self.sparsity + _MOST_MORE)
+        if len(self._curve) > len(_CURVE):
+            highest = 1 - _LEAST_KEPT * (1 - self.sparsity)
         return optimal_allocation(
-            _CURVE,
+            self._curve,
             [self._losses[p.name] for p in projections],
             sizes,
             self.sparsity,
             lowest=[count / size for count, size in zip(there, sizes, strict=True)],
-            highest=max(self.sparsity, min(_CURVE[-1], self.sparsity + _MOST_MORE)),
+            highest=highest,
         )
+
+    @property
+    def _curve(self) -> tuple[float, ...]:
+        """The sparsities at which losses are measured; more of them where few entries stay."""
+        assert self.sparsity is not None
+        return _CURVE if self.sparsity < _CURVE[-1] else (*_CURVE, *_SPARSE_CURVE)
 
     @torch.no_grad()
     def _losses_of(
@@ -653,6 +684,11 @@ class SensitivitySparseGPTModifier(MixerModifier):
         """
         if self._probe is None:
             self._probe = Probe(self._state.model, self.batches)
+            if not self._probe.is_finite:
+                raise SparseSSMError(
+                    "the dense model predicts NaN or infinite values on the calibration data; "
+                    f"{self._where_they_begin()}; {self._state_in_memory}"
+                )
         by_name = {p.name: p for p in projections}
         by_tensor = {p.tensor: p for p in projections}
         everywhere = {
@@ -680,7 +716,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
                 curve = error_curve(
                     weight,
                     hessians[name].to(weight.device),
-                    _CURVE,
+                    self._curve,
                     rows=_CURVE_ROWS,
                     block_size=max(self.block_size, weight.shape[-1] // _CURVE_BLOCKS),
                     dampening_frac=self.dampening_frac,
@@ -724,6 +760,8 @@ class SensitivitySparseGPTModifier(MixerModifier):
                     kept,
                     keep=stage == _STAGES[1] and fits and any(p.kind == "out_proj" for p in own),
                 )
+                self._check_sums(members, hessians)
+                self._check_sums(members, crosses)
                 owners = _owners(members)
                 hessians = _sum_to_owners(f"Hessians of {adapter.name}", hessians, owners)
                 crosses = _sum_to_owners(f"cross terms of {adapter.name}", crosses, owners)
@@ -740,6 +778,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         with torch.no_grad(), self._released_on_error():
             if self.requires_calibration_data:
                 self._sum_tokens(projections)
+            self._check_sums(projections, self._hessians)
             owners = _owners(projections)
             hessians = _sum_to_owners("Hessians", self._hessians, owners)
             for projection in projections:
@@ -807,7 +846,9 @@ class SensitivitySparseGPTModifier(MixerModifier):
                 **known,
             )
         except SparseSSMError as error:
-            raise SparseSSMError(f"{name} cannot be pruned: {error}") from error
+            raise SparseSSMError(
+                f"{name} cannot be pruned: {error}; {self._state_in_memory}"
+            ) from error
         stored = solved.weight.to(weight.dtype)
         wrong = relative_error(weight, stored, hessian) if self.requires_calibration_data else None
         pruned = int((~solved.mask).sum())
@@ -824,6 +865,55 @@ class SensitivitySparseGPTModifier(MixerModifier):
             "relative_error": wrong,
             "seconds": round(time.perf_counter() - started, 3),
         }
+
+    # -- numbers that are none -------------------------------------------------------
+
+    def _check_input(self, name: str, x: Tensor) -> None:
+        """:raises SparseSSMError: what enters a layer holds NaN or infinite values"""
+        if not is_finite(x):
+            raise SparseSSMError(
+                f"{name}: its input holds NaN or infinite values during calibration; "
+                f"{self._where_they_begin()}; {self._state_in_memory}"
+            )
+
+    def _check_sums(self, projections: list[_Projection], sums: dict[str, Tensor]) -> None:
+        """:raises SparseSSMError: sums of products are not finite, for the first in their order"""
+        order = [kind for stage in _STAGES for kind in stage] + [_LINEAR]
+        layers = list(dict.fromkeys(p.adapter.name if p.adapter else p.name for p in projections))
+        for p in sorted(
+            (p for p in projections if p.name in sums),
+            key=lambda p: (
+                layers.index(p.adapter.name if p.adapter else p.name),
+                order.index(p.kind),
+            ),
+        ):
+            diagonal = sums[p.name].diagonal(dim1=-2, dim2=-1)
+            if not is_finite(diagonal):
+                raise SparseSSMError(
+                    f"{p.name} cannot be pruned: the sum of squares of its calibration input is "
+                    f"not finite; {self._where_they_begin()}; {self._state_in_memory}"
+                )
+
+    def _where_they_begin(self) -> str:
+        place = None
+        try:
+            place = first_overflow(self._model, self.batches)
+        except Exception as error:  # the mistake to tell of is the one that led here
+            logger.debug(f"looking for the first tensor that is not finite failed: {error}")
+        if place is None:
+            return "all that the modules give is finite, so the squares are more than float32 holds"
+        return f"NaN or infinite values first appear in {place}"
+
+    @property
+    def _state_in_memory(self) -> str:
+        """What has become of the model when a run fails."""
+        if not self._layers:
+            return "nothing was pruned"
+        names = [layer["name"] for layer in self._layers]
+        return (
+            f"of the model in memory {len(names)} of {len(self._projections)} projections are "
+            f"pruned already, the last of them {names[-1]}"
+        )
 
     def _check_seen(self, name: str, tokens: int) -> None:
         if tokens == 0:
@@ -873,7 +963,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         self._dense_outs.clear()
         self._hessians.clear()
         self._probe = None
-        self._state = None
+        self._state = self._model = None
 
 
 class _Seen(Exception):

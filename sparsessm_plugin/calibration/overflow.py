@@ -1,0 +1,98 @@
+"""Where in a model NaN or infinite values first appear, for messages."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from compressed_tensors.offload import get_execution_device
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from sparsessm_plugin.calibration.contexts import undisturbed
+from sparsessm_plugin.calibration.finite import is_finite
+from sparsessm_plugin.families import MixerAdapter, find_mixers, read_out
+from sparsessm_plugin.families.fast_forward import fast_forward
+
+
+class _Found(Exception):
+    """Ends a forward pass at the first tensor that is not finite."""
+
+
+def first_overflow(model: Any, batches: Iterable[Mapping[str, Any]]) -> str | None:
+    """The first tensor that is not finite when data passes a model as it is now.
+
+    Runs the model again, so it is for errors only.
+
+    :param model: transformers model
+    :param batches: what its forward takes
+    :return: such as ``the output of backbone.layers.1.mixer.in_proj``; None if all is finite
+    """
+    adapters = {id(adapter.mixer): adapter for adapter in find_mixers(model)}
+    device = get_execution_device(model)
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if _all_finite(output):
+            return
+        adapter = adapters.get(id(module))
+        place = None if adapter is None else _inside(adapter, args, kwargs)
+        found.append(place or f"the output of {name or 'the model'}{_with_weights(module)}")
+        raise _Found
+
+    # a mixer's own modules are looked at in the order of its data, with all that lies between
+    inside = {id(m) for a in adapters.values() for m in a.mixer.modules() if m is not a.mixer}
+    handles = [
+        module.register_forward_hook(partial(look, name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if id(module) not in inside
+    ]
+    try:
+        with undisturbed(model), fast_forward(model):
+            for batch in batches:
+                with suppress(_Found):
+                    model(**{key: value.to(device) for key, value in batch.items()})
+                if found:
+                    return found[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None
+
+
+def _inside(adapter: MixerAdapter, args: Any, kwargs: Any) -> str | None:
+    """The first tensor in a mixer, whose projections need not be called as modules."""
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    quantities = adapter.quantities(hidden_states, kwargs.get("attention_mask"))
+    x_proj = "x_proj" if "x_proj" in quantities.inputs else "conv1d"  # which makes B and C
+    dt_proj = "dt_proj" if "dt_proj" in quantities.inputs else "in_proj"
+    made: list[tuple[str, list[Tensor]]] = [
+        ("in_proj", [quantities.inputs["conv1d"], quantities.z]),
+        ("conv1d", [quantities.u]),
+        (x_proj, [quantities.B, quantities.C]),
+        (dt_proj, [quantities.dt]),
+    ]
+    if x_proj in quantities.inputs and "dt_proj" in quantities.inputs:
+        made[2][1].append(quantities.inputs["dt_proj"])
+    for kind, tensors in made:
+        if not _all_finite(tensors):
+            projection = adapter.projection(kind)
+            name = ".".join(filter(None, (adapter.name, projection.path)))
+            return f"the output of {name}{_with_weights(projection.module)}"
+    if not _all_finite(read_out(adapter, quantities)):
+        return f"the scan output of {adapter.name} behind its gate"
+    return f"the output of {adapter.name}.{adapter.projection('out_proj').path}"
+
+
+def _all_finite(value: Any) -> bool:
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return all(is_finite(tensor) for tensor in tensors if tensor.is_floating_point())
+
+
+def _with_weights(module: nn.Module) -> str:
+    """What to add if the module's own weights are no numbers; else its type of number."""
+    own = list(module.parameters(recurse=False))
+    if not _all_finite(own):
+        return ", whose weights hold such values"
+    kinds = {str(p.dtype).removeprefix("torch.") for p in own}
+    return f" in {kinds.pop()}" if len(kinds) == 1 else ""
