@@ -188,7 +188,7 @@ def test_a_singular_hessian_is_dampened_more_with_one_warning():
     weight, _, keep = problem()
     hessian = torch.ones(COLUMNS, COLUMNS)  # rank 1
     args, scale, zero_point = grid(weight * keep, GRIDS[2].values[0])
-    with pytest.warns(RuntimeWarning, match="dampening raised from 0 to") as caught:
+    with pytest.warns(RuntimeWarning, match="dampening was raised from 0 to") as caught:
         result = solve(weight * keep, hessian, keep, args, scale, zero_point, dampening=0.0)
     assert len(caught) == 1
     assert result.dampening > 0
@@ -222,5 +222,5 @@ def test_what_does_not_fit_is_refused():
             activation_order=True,
             rescale=lambda w: (w[:, :1], None),
         )
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(ValueError, match="cannot be inverted"):
         call(weight, hessian * float("nan"), keep, scale=scale)

@@ -16,11 +16,11 @@ from sparsessm_plugin import (
     SparseSSMModifier,
     fast_forward,
     find_mixers,
-    training,
 )
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.recipes import load_recipe, parse_recipe
 from sparsessm_plugin.recipes.pruning import prune
+from sparsessm_plugin.training import gradients as training
 
 ONE_ROUND = {
     "sparsity": 0.5,
@@ -272,7 +272,7 @@ def test_tuning_leaves_zeros_outside_of_the_targets():
 
 
 def test_targets_and_ignore():
-    names = lambda **fields: {w.name for w in modifier(**fields).matching_weights(model)}  # noqa: E731
+    names = lambda **fields: {w.parameter_name for w in modifier(**fields).matching_weights(model)}  # noqa: E731
     model = tiny_model("jamba")
     everything = names()
     assert everything == set(prunable(model))
@@ -344,7 +344,7 @@ def test_a_loss_of_the_users(kind):
     ready = [{"series": torch.randn(4, 9, 3, generator=generator)} for _ in range(2)]
     chosen = modifier(importance=kind, loss_fn=squared_error, rounds=2, tune_steps=2, sparsity=0.7)
     report = chosen.apply(model, ready)
-    weights = {w.name: w.tensor for w in chosen.matching_weights(model)}
+    weights = {w.parameter_name: w.parameter for w in chosen.matching_weights(model)}
     assert {"enter.weight", "leave.weight"} < set(weights)
     assert zeros(weights) == round(0.7 * sum(w.numel() for w in weights.values()))
     assert report["settings"]["loss_fn"] == "squared_error"

@@ -207,7 +207,7 @@ def test_tie_break_decides_between_equal_scores():
     "text", ["", "2", "2:", "0:4", "4:4", "5:4", "-1:4", "a:b", "2:4:8", "2.5:4"]
 )
 def test_impossible_mask_structure(text):
-    with pytest.raises(SparseSSMError, match="0 < N < M") as error:
+    with pytest.raises(SparseSSMError, match="0 < n < m") as error:
         SemiStructured.parse(text)
     assert repr(text) in str(error.value)
 

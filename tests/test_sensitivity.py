@@ -340,8 +340,9 @@ def test_saved_checkpoint_reloads_in_a_process_without_the_package(tmp_path, fam
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sparsity": 1.0}, "at least 0 and less than 1, got 1.0"),
-        ({"sparsity": -0.1}, "at least 0 and less than 1, got -0.1"),
+        ({"sparsity": 1.0}, "between 0 and 1, both excluded, got 1.0"),
+        ({"sparsity": 0.0}, "between 0 and 1, both excluded, got 0.0"),
+        ({"sparsity": -0.1}, "between 0 and 1, both excluded, got -0.1"),
         ({"sparsity": float("nan")}, "got nan"),
         ({}, "give sparsity, or mask_structure"),
         ({"mask_structure": "4:2"}, "got '4:2'"),

@@ -149,7 +149,8 @@ def paper(inputs: StateInputs) -> Tensor:
     votes = torch.zeros_like(score).scatter_(-1, lowest, 1.0)
     votes = (votes * (score.sum(-1, keepdim=True) > 0)).sum(0)  # (G, N)
     total = score.sum(0)
-    rank = total.argsort(dim=-1).argsort(dim=-1).double() / total.shape[-1]
+    order = total.argsort(dim=-1, stable=True)
+    rank = order.argsort(dim=-1).double() / total.shape[-1]  # a permutation: nothing is equal
     return rank - votes
 
 

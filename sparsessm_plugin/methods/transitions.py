@@ -26,7 +26,7 @@ from sparsessm_plugin.families.fast_forward import offer
 from sparsessm_plugin.methods.base import MethodResult, MixerMethod, TargetSettings, Total
 from sparsessm_plugin.methods.run import run
 from sparsessm_plugin.recurrence import PrunedValue, ScanStatistics
-from sparsessm_plugin.selection.masks import check_quoted
+from sparsessm_plugin.selection.masks import check_quoted, check_sparsity
 from sparsessm_plugin.selection.patterns import Pattern, SemiStructured, Unstructured
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -53,9 +53,7 @@ class TransitionSettings(TargetSettings):
     @field_validator("sparsity")
     @classmethod
     def _check_sparsity(cls, value: float | None) -> float | None:
-        if value is not None and not 0.0 < value < 1.0:
-            raise ValueError(f"must be between 0 and 1, both excluded, got {value}")
-        return value
+        return check_sparsity(value)
 
     @field_validator("mask_structure", mode="before")
     @classmethod

@@ -23,6 +23,7 @@ from sparsessm_plugin.modifiers.removal import (
 )
 from sparsessm_plugin.recurrence import scan
 from sparsessm_plugin.refit.channels import LinearTerm, eliminate_blocks, refit
+from sparsessm_plugin.selection.masks import check_sparsity
 
 Axis = Literal["channels", "heads", "head_dim"]
 
@@ -81,9 +82,7 @@ class ChannelRemovalModifier(RemovalModifier):
     @field_validator("sparsity")
     @classmethod
     def _check_sparsity(cls, value: float | None) -> float | None:
-        if value is not None and not 0.0 < value < 1.0:
-            raise ValueError(f"must be between 0 and 1, both excluded, got {value}")
-        return value
+        return check_sparsity(value)
 
     @field_validator("compensate", mode="before")
     @classmethod

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -34,9 +33,10 @@ from sparsessm_plugin.families import (
     MixerAdapter,
     check_not_quantized,
     find_mixers,
-    router_names,
 )
+from sparsessm_plugin.families.prunable import PrunableWeight, prunable_weights, vocabulary_names
 from sparsessm_plugin.modifiers.calibration import MixerModifier
+from sparsessm_plugin.selection.masks import check_sparsity
 from sparsessm_plugin.training.distillation import Distillation
 from sparsessm_plugin.training.gradients import (
     LossFunction,
@@ -45,25 +45,6 @@ from sparsessm_plugin.training.gradients import (
     mean_gradients,
     on_compute_device,
 )
-
-_LINEAR = "linear"  # kind of what stands outside of the mixers
-_OF_MIXER = ("A_log", "D")
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """A tensor to prune, and where it stands."""
-
-    name: str
-    kind: str
-    module_name: str
-    module: Any
-    attribute: str
-    mixer: str | None = None
-
-    @property
-    def tensor(self) -> nn.Parameter:
-        return getattr(self.module, self.attribute)
 
 
 class GradientMagnitudeModifier(MixerModifier):
@@ -145,7 +126,7 @@ class GradientMagnitudeModifier(MixerModifier):
     # a function cannot be written into a recipe
     loss_fn: LossFunction | None = Field(default=None, exclude=True)
 
-    _weights: dict[str, _Weight] = PrivateAttr(default_factory=dict)
+    _weights: dict[str, PrunableWeight] = PrivateAttr(default_factory=dict)
     _layers: list[dict[str, Any]] = PrivateAttr(default_factory=list)
     _rounds: list[dict[str, Any]] = PrivateAttr(default_factory=list)
     _non_finite: NonFiniteGradients = PrivateAttr(default_factory=NonFiniteGradients)
@@ -155,10 +136,8 @@ class GradientMagnitudeModifier(MixerModifier):
 
     @field_validator("sparsity")
     @classmethod
-    def _check_sparsity(cls, value: float) -> float:
-        if not 0.0 < value < 1.0:
-            raise ValueError(f"must be between 0 and 1, both excluded, got {value}")
-        return value
+    def _check_sparsity(cls, value: float | None) -> float | None:
+        return check_sparsity(value)
 
     @model_validator(mode="after")
     def _check_together(self) -> "GradientMagnitudeModifier":
@@ -197,7 +176,7 @@ class GradientMagnitudeModifier(MixerModifier):
         self.matching_weights(model)
         return find_mixers(model)
 
-    def matching_weights(self, model: nn.Module) -> list[_Weight]:
+    def matching_weights(self, model: nn.Module) -> list[PrunableWeight]:
         """The weights that ``targets`` and ``ignore`` leave, in model order.
 
         :raises SparseSSMError: the model has no known mixer, a pattern matches nothing that can be
@@ -235,9 +214,9 @@ class GradientMagnitudeModifier(MixerModifier):
         return [w for name, w in known.items() if name in names]
 
     def prepare(self, state: State) -> None:
-        self._weights = {w.name: w for w in self.matching_weights(state.model)}
+        self._weights = {w.parameter_name: w for w in self.matching_weights(state.model)}
         for name, weight in self._weights.items():
-            tensor = weight.tensor.detach()
+            tensor = weight.weight
             if not tensor.is_meta and not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
                 raise SparseSSMError(f"{name} holds NaN or infinite values; nothing was pruned")
 
@@ -260,7 +239,7 @@ class GradientMagnitudeModifier(MixerModifier):
         self._seconds = time.perf_counter() - started
 
     def _prune(self, model: nn.Module, batches: Sequence[Any]) -> None:
-        tensors = {name: weight.tensor for name, weight in self._weights.items()}
+        tensors = {name: weight.parameter for name, weight in self._weights.items()}
         pruned = {name: tensor.detach() == 0 for name, tensor in tensors.items()}
         zero_before = {name: int(mask.sum()) for name, mask in pruned.items()}
         start = sum(zero_before.values()) / sum(mask.numel() for mask in pruned.values())
@@ -426,41 +405,13 @@ def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _prunable(model: nn.Module) -> dict[str, _Weight]:
-    """Every weight that may be pruned, by name, in model order; a shared one once."""
-    adapters = {a.name: a for a in find_mixers(model)}
-    own = {a.name: [a.projection(kind) for kind in a.projections] for a in adapters.values()}
-    projections = {id(p.module): (p.kind, name) for name, ps in own.items() for p in ps}
-    seen, routers = _vocabulary_weights(model), router_names(model)
-    found: dict[str, _Weight] = {}
-
-    def add(weight: _Weight) -> None:
-        tensor = getattr(weight.module, weight.attribute, None)
-        if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
-            return  # packed, or absent
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[weight.name] = weight
-
-    for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        if name in adapters:
-            for kind in _OF_MIXER:
-                add(_Weight(prefix + kind, kind, name, module, kind, name))
-            for p in own[name]:
-                if p.module is module:  # a parameter without a layer
-                    add(_Weight(prefix + p.path, p.kind, name, module, p.attribute, name))
-        elif id(module) in projections:
-            kind, mixer = projections[id(module)]
-            add(_Weight(f"{prefix}weight", kind, name, module, "weight", mixer))
-        elif isinstance(module, nn.Linear) and name not in routers:
-            add(_Weight(f"{prefix}weight", _LINEAR, name, module, "weight"))
+def _prunable(model: nn.Module) -> dict[str, PrunableWeight]:
+    """Every weight that may be pruned, by name of its parameter, in model order."""
+    with disable_onloading():  # the parameters themselves, wherever they are
+        seen = {id(model.get_submodule(name).weight) for name in vocabulary_names(model)}
+        found = {}
+        for weight in prunable_weights(model, recurrent=True):
+            if id(weight.parameter) not in seen:
+                seen.add(id(weight.parameter))
+                found[weight.parameter_name] = weight
     return found
-
-
-def _vocabulary_weights(model: Any) -> set[int]:
-    """Identities of what embeds tokens and what predicts them."""
-    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    if hasattr(model, "get_output_embeddings"):
-        modules.append(model.get_output_embeddings())
-    return {id(module.weight) for module in modules if module is not None}

@@ -28,6 +28,7 @@ from sparsessm_plugin.modifiers.calibration import MixerModifier
 from sparsessm_plugin.recurrence import scan
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
 from sparsessm_plugin.refit.compensation import RIDGES, USUAL_RIDGE, Regression, best_ridge
+from sparsessm_plugin.solvers.objective import relative
 from sparsessm_plugin.training.distillation import Distillation
 
 # Tokens that a pass over the calibration inputs looks at together.
@@ -385,4 +386,4 @@ def relative_error(small: MixerAdapter, inputs: CalibrationInputs, targets: list
         wrong += float(masked_error(target, output, q.mask).double().square().sum())
         total += float(masked_error(target, torch.zeros_like(target), q.mask).square().sum())
     wrong, total = distributed.total("error of the output", wrong, total)
-    return wrong / total if total else 0.0
+    return relative(wrong, total)

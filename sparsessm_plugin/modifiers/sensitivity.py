@@ -3,7 +3,6 @@
 import math
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -40,9 +39,14 @@ from sparsessm_plugin.families import (
     check_not_quantized,
     find_mixers,
     read_out,
-    router_names,
 )
 from sparsessm_plugin.families.fast_forward import offer
+from sparsessm_plugin.families.prunable import (
+    LINEAR,
+    PrunableWeight,
+    prunable_weights,
+    vocabulary_names,
+)
 from sparsessm_plugin.families.shared_weights import of_several_names, weight_holders
 from sparsessm_plugin.modifiers.calibration import MixerModifier, what_enters
 from sparsessm_plugin.modifiers.removal import CalibrationInputs
@@ -51,6 +55,7 @@ from sparsessm_plugin.recurrence.quantities import MixerQuantities
 from sparsessm_plugin.selection.masks import (
     UNSTRUCTURED,
     check_quoted,
+    check_sparsity,
     check_structure,
     parse_structure,
 )
@@ -68,7 +73,6 @@ from sparsessm_plugin.solvers.sparsegpt import error_curve
 # What is pruned together; a later stage sees what the stages before have left of its inputs.
 _STAGES = (("in_proj",), ("conv1d", "x_proj", "dt_proj"), ("out_proj",))
 _VARYING = ("in_proj", "out_proj")  # kinds that the paper's allocation varies
-_LINEAR = "linear"  # kind of what stands outside of the mixers
 _UPDATING = ("sparsegpt", "alps")  # solvers that write new values into what is kept
 # share of W* in the mean of W and W* that is pruned
 _TARGET_SHARE = {"own": 0.0, "mixer": 1.0, "half_way": 0.5, "dense": 1.0}
@@ -84,44 +88,6 @@ _PROBE_SPARSITY = 0.5  # that each projection's harm is measured at
 _LEAST_DIVERGENCE = 1e-9  # nats a token
 # On a GPU, so many bytes of the dense model's Hessians are held at once; others wait their turn.
 _MOST_HESSIANS = 8 * 2**30
-
-
-@dataclass(frozen=True)
-class _Projection:
-    """A weight to prune, and the mixer it belongs to if it does.
-
-    :param name: of the layer, or of a parameter that stands alone in its mixer
-    :param kind: a projection's name in its mixer, or ``linear``
-    :param module: what holds the weight
-    :param attribute: the weight's name there
-    :param others: further layers that hold this very weight, as blocks at several depths do
-    """
-
-    name: str
-    kind: str
-    module: Any
-    adapter: MixerAdapter | None = None
-    attribute: str = "weight"
-    others: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def weight(self) -> Tensor:
-        """(out, in), of a conv1d (D, 1, K); with a matrix for each head (heads, out, in)."""
-        return getattr(self.module, self.attribute).detach()
-
-    @property
-    def tensor(self) -> str:
-        """The weight's name in the model."""
-        return f"{self.name}.weight" if self.attribute == "weight" else self.name
-
-    @property
-    def entries(self) -> int:
-        return self.weight.numel()
-
-    @property
-    def uses(self) -> dict[str, Any]:
-        """Every layer that multiplies by the weight, by name."""
-        return {self.name: self.module, **dict(self.others)}
 
 
 class SensitivitySparseGPTModifier(MixerModifier):
@@ -150,7 +116,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
     - on_calibration_end: prune what is left, remove the hooks
     - on_finalize: restore the mixers, write the report
 
-    :param sparsity: share of zeros in [0, 1), over all projections together; zeros of an earlier
+    :param sparsity: share of zeros in (0, 1), over all projections together; zeros of an earlier
         pruning stay and count. May be left out if ``mask_structure`` says it
     :param mask_structure: ``"0:0"`` unstructured, or ``"n:m"``: n zeros in every m inputs
     :param solver: ``alps`` (default) | ``sparsegpt`` | ``wanda`` | ``magnitude``; the last two
@@ -192,8 +158,8 @@ class SensitivitySparseGPTModifier(MixerModifier):
     dampening_frac: float = Field(default=DAMPENING, ge=0.0, allow_inf_nan=False)
     offload_hessians: bool = False
 
-    _projections: dict[str, _Projection] = PrivateAttr(default_factory=dict)
-    _linears: dict[str, _Projection] = PrivateAttr(default_factory=dict)
+    _projections: dict[str, PrunableWeight] = PrivateAttr(default_factory=dict)
+    _linears: dict[str, PrunableWeight] = PrivateAttr(default_factory=dict)
     _done: set[int] = PrivateAttr(default_factory=set)
     _called_again: set[int] = PrivateAttr(default_factory=set)
     _zeros: dict[str, int] = PrivateAttr(default_factory=dict)
@@ -217,9 +183,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
     @field_validator("sparsity")
     @classmethod
     def _check_sparsity(cls, value: float | None) -> float | None:
-        if value is not None and not 0.0 <= value < 1.0:
-            raise ValueError(f"must be at least 0 and less than 1, got {value}")
-        return value
+        return check_sparsity(value)
 
     @field_validator("mask_structure", mode="before")
     @classmethod
@@ -293,7 +257,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         }
         return list(adapters.values())
 
-    def matching_projections(self, model: nn.Module) -> list[_Projection]:
+    def matching_projections(self, model: nn.Module) -> list[PrunableWeight]:
         """What ``targets`` and ``ignore`` leave, checked against the settings.
 
         :raises SparseSSMError: see :meth:`matching_mixers`
@@ -301,9 +265,9 @@ class SensitivitySparseGPTModifier(MixerModifier):
         check_not_quantized(model)
         who = type(self).__name__
         adapters = find_mixers(model)
-        known = _prunable(model, adapters)
+        known = {p.name: p for p in prunable_weights(model)}
         shared = {other: name for name, p in known.items() for other, _ in p.others}
-        by_mixer = {a.name: {n for n, p in known.items() if p.adapter is a} for a in adapters}
+        by_mixer = {a.name: {n for n, p in known.items() if p.mixer == a.name} for a in adapters}
 
         def named(pattern: str) -> tuple[set[str], set[str]]:
             """Names of projections that a pattern stands for, and of all that it matches."""
@@ -322,7 +286,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
                 raise SparseSSMError(f"{who}.ignore: {shown(pattern)} matches nothing in the model")
             ignored |= found | matched
         names = {n for n, p in known.items() if p.adapter} if not self.targets else set()
-        never = _vocabulary_modules(model) if self.targets else set()
+        never = vocabulary_names(model) if self.targets else set()
         for target in self.targets:
             found, matched = named(target)
             vocabulary = never & (matched - ignored)
@@ -346,7 +310,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         self._check_projections(model, projections)
         return projections
 
-    def _check_projections(self, model: nn.Module, projections: list[_Projection]) -> None:
+    def _check_projections(self, model: nn.Module, projections: list[PrunableWeight]) -> None:
         who = type(self).__name__
         holders = weight_holders(model)
         for projection in projections:
@@ -408,11 +372,11 @@ class SensitivitySparseGPTModifier(MixerModifier):
             keep = False
         self._probe = None
 
-    def _groups(self) -> list[list[_Projection]]:
+    def _groups(self) -> list[list[PrunableWeight]]:
         """The projections in parts whose Hessians a GPU holds at once; one without allocation."""
         if self.allocation == "uniform":
             return [[]]
-        groups: list[list[_Projection]] = [[]]
+        groups: list[list[PrunableWeight]] = [[]]
         held = 0
         for projection in self._projections.values():
             on_gpu = get_execution_device(projection.module).type == "cuda"
@@ -425,7 +389,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         return groups
 
     @torch.no_grad()
-    def _first_pass(self, state: State, group: list[_Projection], keep: bool) -> None:
+    def _first_pass(self, state: State, group: list[PrunableWeight], keep: bool) -> None:
         """Run the dense model over the data.
 
         :param group: the projections whose Hessians are summed up
@@ -478,7 +442,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         kwargs: dict[str, Any],
         *,
         keep: bool,
-        members: list[_Projection],
+        members: list[PrunableWeight],
         last: bool,
     ) -> None:
         """Look at what enters a mixer of the dense model.
@@ -506,7 +470,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         offer(adapter.mixer, hidden_states, attention_mask, out_input)
 
     def _linear_hook(
-        self, projection: _Projection, module: nn.Module, args: tuple[Any, ...]
+        self, projection: PrunableWeight, module: nn.Module, args: tuple[Any, ...]
     ) -> None:
         if projection.name not in self._linears:
             return
@@ -518,7 +482,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
             products = gram_of(projection, x, x, mask)
             self._add_hessian(projection, products, _count(projection, x, mask))
 
-    def _add_hessian(self, projection: _Projection, gram: Tensor, tokens: int) -> None:
+    def _add_hessian(self, projection: PrunableWeight, gram: Tensor, tokens: int) -> None:
         name = projection.name
         self._tokens[name] = self._tokens.get(name, 0) + tokens
         if name in self._hessians:
@@ -528,7 +492,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
                 gram.cpu() if self.offload_hessians else where_there_is_room(gram)
             )
 
-    def _of(self, adapter: MixerAdapter) -> list[_Projection]:
+    def _of(self, adapter: MixerAdapter) -> list[PrunableWeight]:
         return [
             p for p in self._projections.values() if p.adapter and p.adapter.name == adapter.name
         ]
@@ -607,7 +571,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
                 )
                 self._zeros.update(zip(names, counts, strict=True))
 
-    def _measure(self, group: list[_Projection]) -> None:
+    def _measure(self, group: list[PrunableWeight]) -> None:
         """Traces of Hessians and, for the optimal allocation, losses; forget the Hessians."""
         if not group:
             return
@@ -630,7 +594,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         self._hessians.clear()
         self._tokens.clear()
 
-    def _sum_tokens(self, projections: list[_Projection]) -> None:
+    def _sum_tokens(self, projections: list[PrunableWeight]) -> None:
         """Count the tokens that all ranks have seen."""
         counts = distributed.gather("tokens of projections", self._tokens)
         for projection in projections:
@@ -645,7 +609,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         entries = sum(p.entries for p in self._projections.values())
         return sum(self._zeros_before.values()) >= self.sparsity * entries
 
-    def _optimal_zeros(self, projections: list[_Projection], sizes: list[int]) -> list[int]:
+    def _optimal_zeros(self, projections: list[PrunableWeight], sizes: list[int]) -> list[int]:
         """Least summed divergence of the predicted tokens, by the error that SparseGPT leaves."""
         assert self.sparsity is not None
         there = [self._zeros_before[p.name] for p in projections]
@@ -672,7 +636,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
 
     @torch.no_grad()
     def _losses_of(
-        self, projections: list[_Projection], hessians: dict[str, Tensor]
+        self, projections: list[PrunableWeight], hessians: dict[str, Tensor]
     ) -> dict[str, list[float]]:
         """How far zeros move the predictions at each sparsity of the curve, by name.
 
@@ -690,9 +654,9 @@ class SensitivitySparseGPTModifier(MixerModifier):
                     f"{self._where_they_begin()}; {self._state_in_memory}"
                 )
         by_name = {p.name: p for p in projections}
-        by_tensor = {p.tensor: p for p in projections}
+        by_tensor = {p.parameter_name: p for p in projections}
         everywhere = {
-            p.tensor for p in projections if p.others or id(p.module) in self._called_again
+            p.parameter_name for p in projections if p.others or id(p.module) in self._called_again
         }
         errors: dict[str, float] = {}
 
@@ -721,7 +685,9 @@ class SensitivitySparseGPTModifier(MixerModifier):
                     block_size=max(self.block_size, weight.shape[-1] // _CURVE_BLOCKS),
                     dampening_frac=self.dampening_frac,
                 )
-                harm = max(moved[projection.tensor], _LEAST_DIVERGENCE) / max(errors[name], 1e-30)
+                harm = max(moved[projection.parameter_name], _LEAST_DIVERGENCE) / max(
+                    errors[name], 1e-30
+                )
                 losses[name] = [harm * loss for loss in curve.tolist()]
                 stage.advance()
         return losses
@@ -772,7 +738,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
                 pruned.projection(projection.kind).weight.copy_(weight)
         logger.info(f"{adapter.name}: pruned {', '.join(p.kind for p in own)}")
 
-    def _compress_linears(self, projections: list[_Projection]) -> None:
+    def _compress_linears(self, projections: list[PrunableWeight]) -> None:
         if not projections:
             return
         with torch.no_grad(), self._released_on_error():
@@ -790,11 +756,11 @@ class SensitivitySparseGPTModifier(MixerModifier):
 
     def _solve_all(
         self,
-        projections: list[_Projection],
+        projections: list[PrunableWeight],
         owners: dict[str, int],
         hessians: dict[str, Tensor],
         crosses: dict[str, Tensor],
-    ) -> list[tuple[_Projection, Tensor]]:
+    ) -> list[tuple[PrunableWeight, Tensor]]:
         """Prune projections of the model, each on the rank that has its sums.
 
         :return: with the weights as they are stored, on every rank
@@ -819,7 +785,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
         return weights
 
     def _solve(
-        self, projection: _Projection, hessian: Tensor, cross: Tensor | None
+        self, projection: PrunableWeight, hessian: Tensor, cross: Tensor | None
     ) -> tuple[Tensor, dict[str, Any]]:
         """The pruned weight of a projection as it is to be stored, and its entry in the report."""
         started = time.perf_counter()
@@ -876,9 +842,9 @@ class SensitivitySparseGPTModifier(MixerModifier):
                 f"{self._where_they_begin()}; {self._state_in_memory}"
             )
 
-    def _check_sums(self, projections: list[_Projection], sums: dict[str, Tensor]) -> None:
+    def _check_sums(self, projections: list[PrunableWeight], sums: dict[str, Tensor]) -> None:
         """:raises SparseSSMError: sums of products are not finite, for the first in their order"""
-        order = [kind for stage in _STAGES for kind in stage] + [_LINEAR]
+        order = [kind for stage in _STAGES for kind in stage] + [LINEAR]
         layers = list(dict.fromkeys(p.adapter.name if p.adapter else p.name for p in projections))
         for p in sorted(
             (p for p in projections if p.name in sums),
@@ -973,13 +939,13 @@ class _Seen(Exception):
 # -- several ranks -----------------------------------------------------------------------
 
 
-def _owners(projections: list[_Projection]) -> dict[str, int]:
+def _owners(projections: list[PrunableWeight]) -> dict[str, int]:
     """The rank that solves each projection, so that all have about as much to do."""
     cost = {p.name: p.entries * p.weight.shape[-1] for p in projections}
     return greedy_bin_packing(list(cost), distributed.world_size(), cost.__getitem__)[2]
 
 
-def _share_memory(projections: list[_Projection]) -> bool:
+def _share_memory(projections: list[PrunableWeight]) -> bool:
     """Whether ranks of one host hold one copy of the weights."""
     return any(isinstance(p.module._parameters, CPUCache | DiskCache) for p in projections)
 
@@ -1003,32 +969,7 @@ def _of_all_ranks(what: str, own: dict[str, Any]) -> dict[str, Any]:
 # -- which weights -----------------------------------------------------------------------
 
 
-def _prunable(model: nn.Module, adapters: list[MixerAdapter]) -> dict[str, _Projection]:
-    """Every projection of a mixer, every Linear layer elsewhere but routers, in model order."""
-    routers = router_names(model)
-    inside: dict[int, list[_Projection]] = {}
-    for adapter in adapters:
-        for kind in adapter.projections:
-            p = adapter.projection(kind)
-            name = f"{adapter.name}.{p.path}" if adapter.name else p.path
-            own = _Projection(name, kind, p.module, adapter, p.attribute)
-            inside.setdefault(id(p.module), []).append(own)
-    found: dict[str, _Projection] = {}
-    holders = weight_holders(model)
-    for name, module in model.named_modules():
-        for own in inside.get(id(module), ()):
-            found[own.name] = own
-        if isinstance(module, nn.Linear) and id(module) not in inside and name not in routers:
-            uses = {n: model.get_submodule(n) for n in holders.get(name, [name])}
-            if any(not isinstance(m, nn.Linear) or id(m) in inside for m in uses.values()):
-                uses = {name: module}  # of something else, too: refused if it is to be pruned
-            if next(iter(uses)) == name:
-                others = tuple((n, m) for n, m in uses.items() if n != name)
-                found[name] = _Projection(name, _LINEAR, module, others=others)
-    return found
-
-
-def _stands_alone(projection: _Projection, pattern: str) -> bool:
+def _stands_alone(projection: PrunableWeight, pattern: str) -> bool:
     """Whether a pattern names a projection that is a parameter and no module.
 
     Such as x_proj_weight of Zamba, which patterns for x_proj of other families name, too.
@@ -1037,16 +978,6 @@ def _stands_alone(projection: _Projection, pattern: str) -> bool:
         return False
     names = (projection.name, f"{projection.adapter.name}.{projection.kind}")
     return any(match_name(name, pattern) for name in names)
-
-
-def _vocabulary_modules(model: Any) -> set[str]:
-    """Names of the embeddings and of what predicts tokens."""
-    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) or any(module is m for m in modules)
-    }
 
 
 # -- what weights multiply -----------------------------------------------------------------
@@ -1072,12 +1003,12 @@ def _inputs_of(
     return {kind: input_of(kind, q, out_input) for kind in kinds}, q.mask
 
 
-def _in_half(projection: _Projection, device: torch.device) -> bool:
+def _in_half(projection: PrunableWeight, device: torch.device) -> bool:
     """Whether what a projection multiplies is left in half precision."""
     return device.type == "cuda" and projection.weight.dtype.itemsize == 2
 
 
-def gram_of(projection: _Projection, left: Tensor, right: Tensor, mask: Tensor | None) -> Tensor:
+def gram_of(projection: PrunableWeight, left: Tensor, right: Tensor, mask: Tensor | None) -> Tensor:
     """``sum left right^T`` over all positions but padding, as the solvers take it.
 
     :param left: (b, L, in); (tokens, in) outside of mixers
@@ -1101,14 +1032,14 @@ def gram_of(projection: _Projection, left: Tensor, right: Tensor, mask: Tensor |
     return gram(left.flatten(0, -2), right.flatten(0, -2))
 
 
-def _hessian_shape(projection: _Projection) -> torch.Size:
+def _hessian_shape(projection: PrunableWeight) -> torch.Size:
     """(in, in); of a conv1d (D, K, K), of a matrix for each head (heads, in, in)."""
     *problems, _, size = projection.weight.shape
     return torch.Size((*problems, size, size))
 
 
 def _stage_statistics(
-    members: list[_Projection],
+    members: list[PrunableWeight],
     pruned: MixerAdapter,
     inputs: CalibrationInputs,
     dense: MixerAdapter | None,
@@ -1161,7 +1092,7 @@ def _stage_statistics(
     return hessians, crosses
 
 
-def _count(projection: _Projection, x: Tensor, mask: Tensor | None) -> int:
+def _count(projection: PrunableWeight, x: Tensor, mask: Tensor | None) -> int:
     """Tokens in what a projection multiplies."""
     if mask is not None:
         return int(mask.sum())

@@ -34,6 +34,7 @@ from sparsessm_plugin.recurrence.quantities import MixerQuantities
 from sparsessm_plugin.refit.compensation import mix_C, skip_update, without_skip
 from sparsessm_plugin.refit.mixture import MixtureStatistics, best_mixture, fit_mixtures
 from sparsessm_plugin.refit.reconstruction import reconstruct
+from sparsessm_plugin.selection.masks import check_sparsity
 from sparsessm_plugin.selection.subsets import EXHAUSTIVE, best_subsets, choose
 
 Compensation = Literal["D", "C", "B", "reconstruct", "out_proj"]
@@ -120,9 +121,7 @@ class StateRemovalModifier(RemovalModifier):
     @field_validator("sparsity")
     @classmethod
     def _check_sparsity(cls, value: float | None) -> float | None:
-        if value is not None and not 0.0 < value < 1.0:
-            raise ValueError(f"must be between 0 and 1, both excluded, got {value}")
-        return value
+        return check_sparsity(value)
 
     @field_validator("compensate", mode="before")
     @classmethod

@@ -452,7 +452,9 @@ def _of_projections(modifier: Any, model: nn.Module) -> Effects:
 
 
 def _of_gradients(modifier: Any, model: nn.Module) -> Effects:
-    names = _names(modifier.matching_weights, model)
+    names = _NONE
+    with suppress(SparseSSMError):  # does not fit this model, which is said elsewhere
+        names = frozenset(w.parameter_name for w in modifier.matching_weights(model))
     tuned = frozenset(tuned_parameters(model)) if modifier.tune_steps and names else _NONE
     return Effects(changes=names | tuned, pruned=names, own=True)
 

@@ -1,4 +1,9 @@
-"""Which entries of a projection stay, given a score of each."""
+"""Which entries stay, given a score of each: shares, n:m groups, and one rule for ties.
+
+**Of equal scores the first position is pruned first**, along the rows and from tensor to tensor,
+whatever is chosen by whatever path: unstructured or n:m, on a CPU or a GPU, entries, states or
+channels. So a choice depends on scores alone, and every rank and device makes the same one.
+"""
 
 import re
 from typing import Any
@@ -39,6 +44,17 @@ def parse_structure(structure: str) -> tuple[int, int]:
             f"got {shown(structure)}"
         )
     return n, m
+
+
+def check_sparsity(sparsity: float | None) -> float | None:
+    """The one rule for fields called ``sparsity``: in (0, 1), both excluded, or not given.
+
+    :return: the value as it came
+    :raises SparseSSMError: another value
+    """
+    if sparsity is not None and not 0.0 < sparsity < 1.0:
+        raise SparseSSMError(f"must be between 0 and 1, both excluded, got {sparsity}")
+    return sparsity
 
 
 def check_structure(structure: str, size: int, sparsity: float) -> tuple[int, int]:
@@ -85,7 +101,7 @@ def choose_mask(
     if keep is not None:
         scores = scores.masked_fill(~keep, -1.0)
     if m:
-        mask = _keep_in_groups(scores, n, m)
+        mask = keep_in_groups(scores, n, m)
     elif per_row:
         mask = _keep_in_rows(scores, sparsity)
     else:
@@ -95,13 +111,12 @@ def choose_mask(
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
-    """Exactly ``count`` of the largest scores (n,): bool (n,). Of equal ones the first are kept."""
+    """Exactly ``count`` of the largest scores (n,): bool (n,). Of equal ones the last are kept."""
     size = len(scores)
     if count <= 0 or count >= size:
         return torch.full_like(scores, count > 0, dtype=torch.bool)
-    if scores.is_cuda:  # one selection by many blocks, and no wait for its result
-        largest = scores.topk(count, sorted=False).indices
-        return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, largest, True)
+    if scores.is_cuda:
+        return _keep_largest_unasked(scores, count)
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
         # numpy selects in vector instructions, ten times as fast as torch
         at = size - count - 1
@@ -112,8 +127,17 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
     missing = count - int(torch.count_nonzero(mask))
     if missing:
         ties = (scores == threshold).nonzero().flatten()
-        mask[ties[:missing]] = True
+        mask[ties[-missing:]] = True
     return mask
+
+
+def _keep_largest_unasked(scores: Tensor, count: int) -> Tensor:
+    """:func:`keep_largest` by many blocks of a GPU, which nobody waits for."""
+    threshold = scores.topk(count, sorted=False).values.amin()  # the smallest score that stays
+    mask, ties = scores > threshold, scores == threshold
+    places = count - mask.sum()
+    from_the_end = ties.flip(0).cumsum(0, dtype=torch.int32).flip(0)
+    return mask | (ties & (from_the_end <= places))
 
 
 def keep_largest_of_each(scores: Tensor, counts: Tensor) -> Tensor:
@@ -121,15 +145,18 @@ def keep_largest_of_each(scores: Tensor, counts: Tensor) -> Tensor:
     if not scores.is_cuda:
         rows = zip(scores, counts.tolist(), strict=True)
         return torch.stack([keep_largest(row, count) for row, count in rows])
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    kept = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
+    order = scores.argsort(dim=1, stable=True)
+    kept = torch.arange(scores.shape[1], device=scores.device) >= (
+        scores.shape[1] - counts.to(scores.device)[:, None]
+    )
     return torch.empty_like(kept).scatter_(1, order, kept)
 
 
-def _keep_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
+def keep_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
+    """All but the n lowest of every m entries of the last dimension: bool of the scores' shape."""
     groups = scores.unflatten(-1, (-1, m))
     if m > _COUNTED:
-        gone = groups.topk(n, dim=-1, largest=False).indices
+        gone = groups.argsort(dim=-1, stable=True)[..., :n]
         return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, gone, False).flatten(-2)
     # m comparisons of whole tensors are far quicker than millions of sorts of m entries
     rank = torch.zeros_like(groups, dtype=torch.uint8)
@@ -147,4 +174,6 @@ def _keep_in_rows(scores: Tensor, sparsity: float) -> Tensor:
     ends = [round(sparsity * size * r) for r in range(len(rows) + 1)]
     gone = torch.tensor(ends, device=scores.device).diff()
     kept = torch.arange(size, device=scores.device) >= gone[:, None]
-    return torch.empty_like(kept).scatter_(1, rows.argsort(-1), kept).view_as(scores)
+    return (
+        torch.empty_like(kept).scatter_(1, rows.argsort(dim=-1, stable=True), kept).view_as(scores)
+    )

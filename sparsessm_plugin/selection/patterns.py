@@ -1,12 +1,15 @@
-"""Which entries are pruned, given their scores: exact counts, ties broken by position."""
+"""Which entries of A_log are pruned, given their scores: exact counts, ties by position.
 
-import re
+Structures are read, and ties decided, as :mod:`sparsessm_plugin.selection.masks` says.
+"""
+
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sparsessm_plugin.errors import SparseSSMError, shown
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.selection.masks import UNSTRUCTURED, keep_in_groups, parse_structure
 
 
 @dataclass(frozen=True)
@@ -62,16 +65,16 @@ class SemiStructured:
 
     @classmethod
     def parse(cls, text: str) -> "SemiStructured":
-        """Read ``"N:M"``.
+        """:func:`parse_structure` of a structure that is not unstructured.
 
-        :raises SparseSSMError: not of that form, or not 0 < N < M
+        :raises SparseSSMError: not of that form, or not 0 < n < m
         """
-        match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text)
-        if not match or not 0 < int(match[1]) < int(match[2]):
+        n, m = parse_structure(text)
+        if not m:
             raise SparseSSMError(
-                f'mask_structure must be "N:M" with whole numbers 0 < N < M, got {shown(text)}'
+                f"mask_structure {UNSTRUCTURED} is unstructured; give sparsity and leave it out"
             )
-        return cls(int(match[1]), int(match[2]))
+        return cls(n, m)
 
     def check(self, rows: int, columns: int) -> None:
         """Refuse a state size that M does not divide.
@@ -94,10 +97,7 @@ class SemiStructured:
         :param scores: (T, D, N)
         :return: (T, D, N) bool
         """
-        groups = scores.reshape(-1, self.m)
-        order = groups.argsort(dim=1, stable=True)[:, : self.n]
-        chosen = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
-        return chosen.reshape(scores.shape)
+        return ~keep_in_groups(scores, self.n, self.m)
 
 
 Pattern = Unstructured | SemiStructured

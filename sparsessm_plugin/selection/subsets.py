@@ -38,10 +38,10 @@ def best_subsets(gram: Tensor, remove: int, count: int = 1) -> Tensor:
         removed = torch.zeros(len(chunk), N, dtype=torch.bool, device=gram.device)
         removed.scatter_(1, torch.tensor(chunk, dtype=torch.long, device=gram.device), True)
         cost = removal_cost(gram, removed)
-        order = cost.argsort()[:count]
+        order = cost.argsort(stable=True)[:count]
         best.append(removed[order])
         costs.append(cost[order])
-    return torch.cat(best)[torch.cat(costs).argsort()[:count]]
+    return torch.cat(best)[torch.cat(costs).argsort(stable=True)[:count]]
 
 
 def eliminate(gram: Tensor, remove: int) -> Tensor:

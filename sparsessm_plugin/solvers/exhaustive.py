@@ -86,7 +86,8 @@ def _share(errors: Tensor, sizes: Tensor, stays: int) -> Tensor:
     # what one more entry of a row saves falls with every entry; nothing where none is allowed
     saved = hull[:-1] - hull[1:]
     saved = torch.where(saved.isfinite(), saved.clamp(min=0.0), -torch.inf)
-    order = saved.flatten().argsort(descending=True, stable=True)[:stays]
+    # of rows that save as much, the last get the entry: what stands first is pruned first
+    order = saved.flatten().argsort(stable=True)[max(0, saved.numel() - stays) :]
     counts = torch.zeros(errors.shape[1], dtype=torch.long, device=errors.device)
     rows = order % errors.shape[1]
     counts.scatter_add_(0, rows, torch.ones_like(rows))

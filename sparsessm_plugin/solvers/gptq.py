@@ -8,22 +8,18 @@ represent, and what the columns before would have put where the mask wants a zer
 step of SparseGPT (arXiv 2301.00774, Section 3.5) with the mask given.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sparsessm_plugin.errors import SparseSSMWarning
+from sparsessm_plugin.solvers.objective import DAMPENING, with_dampening
 
 # fake quantization: values, scale and zero point, all (rows, n) or broadcastable -> (rows, n)
 Quantize = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 # new scale and zero point, (rows, 1) each, for a group of columns (rows, width)
 Rescale = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-
-_DAMPENING_STEP = 10.0
-_MAX_DAMPENING = 10.0  # of the mean diagonal; with this even a zero matrix with noise factorises
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ def masked_gptq(
     zero_point: Tensor | None = None,
     *,
     block_size: int = 128,
-    dampening: float = 0.01,
+    dampening: float = DAMPENING,
     activation_order: bool = False,
     rescale: Rescale | None = None,
 ) -> QuantizedWeight:
@@ -142,30 +138,22 @@ def masked_gptq(
     if order is not None:
         W = W[:, torch.argsort(order)]
     difference = dense - W
-    objective = float(((difference @ hessian) * difference).sum(dtype=torch.float64))
-    return QuantizedWeight(W, scale, zero_point, objective, used)
+    left = float(((difference @ hessian) * difference).sum(dtype=torch.float64))
+    return QuantizedWeight(W, scale, zero_point, left, used)
 
 
 def _inverse_factor(H: Tensor, dampening: float) -> tuple[Tensor, float]:
     """Upper Cholesky factor of (H + damp)^-1 and the dampening that it took; spoils H."""
     mean = H.diagonal().mean()
     diagonal = H.diagonal().clone()
-    used = dampening
-    while True:
-        H.diagonal().copy_(diagonal + used * mean)
+
+    def factorise(frac: Tensor) -> tuple[Tensor, Tensor]:
+        H.diagonal().copy_(diagonal + float(frac) * mean)
         lower, failed = torch.linalg.cholesky_ex(H)
+        factor = lower
         if not failed:
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and bool(factor.isfinite().all()):
-            break
-        used = max(used, 1e-4) * _DAMPENING_STEP
-        if not used <= _MAX_DAMPENING:
-            raise ValueError("the Hessian is not positive semi-definite, or holds NaN or infinity")
-    if used != dampening:
-        warnings.warn(
-            f"the Hessian could not be factorised; dampening raised from {dampening:g} to {used:g} "
-            "of its mean diagonal",
-            SparseSSMWarning,
-            stacklevel=3,
-        )
-    return factor, used
+        return factor, (failed > 0) | ~factor.isfinite().all()
+
+    factor, used = with_dampening(factorise, H, dampening)
+    return factor, float(used)

@@ -7,10 +7,11 @@ calibration. Leading dimensions are independent problems: a depthwise conv1d has
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from sparsessm_plugin.solvers.kernels import lagged_products, summing_dtype
 DAMPENING = 0.01  # of the mean diagonal entry, as SparseGPT and GPTQ have it
 _FIRST_RAISE = 1e-8  # where raising starts if no dampening was asked for
 _LAST_RAISE = 10.0  # a sum of x x^T needs far less, whatever its rounding errors
+_Factors = TypeVar("_Factors")
 _LEAF = 1280  # inputs up to which a GPU factorises in one go
 
 
@@ -49,7 +51,7 @@ class Solved:
     @cached_property
     def relative_error(self) -> float:
         """``error`` over ``tr(W H W^T)``; 0 if the dense output is zero."""
-        return _of_energy(self.error, energy(self.dense, self.hessian))
+        return relative(self.error, energy(self.dense, self.hessian))
 
 
 class InverseCholesky(NamedTuple):
@@ -98,7 +100,7 @@ def relative_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
     :param hessian: (..., in, in) sum of x x^T
     """
     error = float(objective(weight, pruned, hessian).sum())
-    return _of_energy(error, energy(weight, hessian))
+    return relative(error, energy(weight, hessian))
 
 
 def energy(weight: Tensor, hessian: Tensor) -> float:
@@ -110,8 +112,9 @@ def energy(weight: Tensor, hessian: Tensor) -> float:
     return float(objective(weight, torch.zeros_like(weight), hessian).sum())
 
 
-def _of_energy(error: float, total: float) -> float:
-    return error / total if total > 0 else 0.0
+def relative(error: float, total: float) -> float:
+    """A squared error over the square of what it is an error of; 0 if that is zero."""
+    return error / total if total else 0.0
 
 
 def finish(weight: Tensor, pruned: Tensor, mask: Tensor, hessian: Tensor) -> Solved:
@@ -198,16 +201,37 @@ def damped_inverse_cholesky(hessian: Tensor, dampening_frac: float = DAMPENING) 
         that no dampening helps
     """
     _check_hessian(hessian)
+    # what a singular H of this precision may have for pivots by rounding alone
+    noise = hessian.shape[-1] * torch.finfo(hessian.dtype).eps
+
+    def factorise(fracs: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        H, dead = dampen(hessian, fracs)
+        factor, failed = _inverse_factor(H, noise * (fracs < noise))
+        return (factor, H, dead), failed
+
+    found, fracs = with_dampening(factorise, hessian, dampening_frac)
+    return InverseCholesky(*found, fracs)
+
+
+def with_dampening(
+    factorise: Callable[[Tensor], tuple[_Factors, Tensor]], hessian: Tensor, dampening_frac: float
+) -> tuple[_Factors, Tensor]:
+    """Factorise with the dampening asked for, raised tenfold where that does not suffice.
+
+    :param factorise: dampening (...) of each problem -> what is wanted, and (...) bool, True
+        where there is no factor
+    :param hessian: (..., in, in)
+    :param dampening_frac: of the mean diagonal entry
+    :return: what is wanted, and (...) float64 the dampening that it took; one warning if more
+    :raises SparseSSMError: no dampening helps
+    """
     if not dampening_frac >= 0:
         raise SparseSSMError(f"dampening_frac must not be negative, got {dampening_frac}")
     fracs = torch.full(
         hessian.shape[:-2], dampening_frac, dtype=torch.float64, device=hessian.device
     )
-    # what a singular H of this precision may have for pivots by rounding alone
-    noise = hessian.shape[-1] * torch.finfo(hessian.dtype).eps
     while True:
-        H, dead = dampen(hessian, fracs)
-        factor, failed = _inverse_factor(H, noise * (fracs < noise))
+        found, failed = factorise(fracs)
         if not failed.any():
             break
         if float(fracs[failed].max()) >= _LAST_RAISE:
@@ -221,9 +245,9 @@ def damped_inverse_cholesky(hessian: Tensor, dampening_frac: float = DAMPENING) 
             f"a Hessian could not be inverted; dampening was raised from {dampening_frac:g} to "
             f"{float(fracs.max()):g} of its mean diagonal entry. More calibration data may help",
             SparseSSMWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return InverseCholesky(factor, H, dead, fracs)
+    return found, fracs
 
 
 def _inverse_factor(H: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
