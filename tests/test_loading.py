@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaPreTrainedModel
 
 import sparsessm_plugin
-from sparsessm_plugin import SparseGPTQModifier, loading
+from sparsessm_plugin import SparseGPTQModifier
+from sparsessm_plugin.checkpoints import loading
 from sparsessm_plugin.checkpoints.loading import enable_compressed_loading
 from sparsessm_plugin.checkpoints.saving import change_config
 from sparsessm_plugin.errors import SparseSSMError

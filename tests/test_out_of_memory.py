@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from sparsessm_plugin import cli, cost, pruning
+from sparsessm_plugin import cli, cost
 from sparsessm_plugin.cost import halved, has_room, shortage
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.families.fast_forward import _Forward
-from sparsessm_plugin.recipes import parse_recipe
+from sparsessm_plugin.recipes import parse_recipe, pruning
 from sparsessm_plugin.recipes.pruning import prune
 
 ALOG = "SparseSSMModifier: {sparsity: 0.5}"

@@ -24,6 +24,7 @@ from torch import Tensor
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.families.base import MixerSizes
+from sparsessm_plugin.families.catalog import FAMILIES
 from sparsessm_plugin.files import write_json
 
 FORMATS = ("mamba_ssm",)
@@ -53,8 +54,8 @@ def mamba_ssm_config(model: Any) -> dict[str, Any]:
     :raises SparseSSMError: mamba_ssm cannot compute this model as transformers does
     """
     config = model.config
-    makers = {"mamba": _mamba1_config, "mamba2": _mamba2_config}
-    if config.model_type not in makers:
+    family = FAMILIES.get(config.model_type)
+    if family is None or not family.mamba_ssm:
         raise SparseSSMError(
             f"mamba_ssm has no {config.model_type} model; only plain Mamba and Mamba-2 can be "
             "exported to it"
@@ -72,6 +73,7 @@ def mamba_ssm_config(model: Any) -> dict[str, Any]:
         raise SparseSSMError(
             f"the model's activation is {config.hidden_act}; mamba_ssm knows only silu"
         )
+    layout_fields = {"mamba1": _mamba1_config, "mamba2": _mamba2_config}[family.layout]
     sizes = _common_sizes(model)
     if sizes.state_size > _MAX_STATE_SIZE:
         raise SparseSSMError(
@@ -88,7 +90,7 @@ def mamba_ssm_config(model: Any) -> dict[str, Any]:
         "n_layer": config.num_hidden_layers,
         "vocab_size": model.get_input_embeddings().num_embeddings,
         "ssm_cfg": {
-            **makers[config.model_type](config, sizes),
+            **layout_fields(config, sizes),
             "d_state": sizes.state_size,
             "d_conv": sizes.conv_kernel_size,
             "conv_bias": config.use_conv_bias,

@@ -22,6 +22,7 @@ from threading import RLock
 from typing import Any
 
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.families.catalog import FAMILIES
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -31,11 +32,11 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 # what compressed-tensors puts beside the tensor that holds a quantized weight
 _SCALES = ("weight_scale", "weight_packed")
 
-# module of transformers -> class whose _init_weights reads mixer.out_proj.weight
+# model_type -> class of transformers whose _init_weights reads mixer.out_proj.weight
 _INITIALISERS = {
-    "transformers.models.falcon_mamba.modeling_falcon_mamba": "FalconMambaPreTrainedModel",
-    "transformers.models.mamba.modeling_mamba": "MambaPreTrainedModel",
-    "transformers.models.mamba2.modeling_mamba2": "Mamba2PreTrainedModel",
+    model_type: family.initialiser
+    for model_type, family in FAMILIES.items()
+    if family.initialiser is not None
 }
 
 _switching = RLock()
@@ -81,9 +82,10 @@ def _compressed_loading() -> Iterator[None]:
 def _initialised_classes() -> list[Any]:
     """transformers' classes whose initialiser cannot run; one without a family lacks its class."""
     classes = []
-    for module, name in _INITIALISERS.items():
+    for family, name in _INITIALISERS.items():
         with suppress(ImportError, AttributeError):
-            classes.append(getattr(import_module(module), name))
+            module = import_module(f"transformers.models.{family}.modeling_{family}")
+            classes.append(getattr(module, name))
     return classes
 
 

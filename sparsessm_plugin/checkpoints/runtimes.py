@@ -10,19 +10,11 @@ from typing import Any, Literal
 
 from sparsessm_plugin.checkpoints.loading import read_header
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.families.catalog import FAMILIES, Family
 from sparsessm_plugin.files import read_json
 
 Answer = Literal["yes", "no", "unknown"]
 
-_MAMBA1 = ("mamba", "falcon_mamba", "jamba", "zamba")
-_MAMBA2 = ("mamba2", "bamba", "zamba2", "granitemoehybrid", "falcon_h1", "nemotron_h")
-# families whose weight initialiser reads, and may divide, out_proj.weight after loading
-_READS_OUT_PROJ = ("mamba", "mamba2", "falcon_mamba")
-# fields of the state size, in the order in which a config is asked for them
-_STATE_FIELDS = ("state_size", "mamba_d_state", "ssm_state_size")
-# families whose experts transformers merges from tensors of single experts
-_SINGLE_EXPERTS = ("jamba", "nemotron_h")
-_MERGED_EXPERTS = (*_SINGLE_EXPERTS, "granitemoehybrid")
 # compressed-tensors wrote these up to 0.14 and reads them no longer
 _GONE_FORMATS = ("marlin-24", "sparse-bitmask", "sparse-24-bitmask")
 _MAX_STATE_SIZE = 256  # of the scan kernels of mamba_ssm and vLLM
@@ -88,6 +80,15 @@ class _Checkpoint:
         return str(self.config.get("model_type", ""))
 
     @property
+    def family(self) -> Family | None:
+        return FAMILIES.get(self.model_type)
+
+    @property
+    def is_initialised_again(self) -> bool:
+        """Whether transformers' weight initialiser reads out_proj after loading."""
+        return self.family is not None and self.family.initialiser is not None
+
+    @property
     def text_config(self) -> Mapping[str, Any]:
         nested = self.config.get("text_config")
         return nested if isinstance(nested, dict) else self.config
@@ -138,10 +139,8 @@ class _Checkpoint:
 
     @property
     def config_state_size(self) -> Any:
-        return next(
-            (self.text_config[f] for f in _STATE_FIELDS if f in self.text_config),
-            None,
-        )
+        fields = dict.fromkeys(family.state_size_field for family in FAMILIES.values())
+        return next((self.text_config[f] for f in fields if f in self.text_config), None)
 
     def is_quantized(self, module: str) -> bool:
         """Whether a layer is stored in fewer bits."""
@@ -201,7 +200,7 @@ def _doubts(checkpoint: _Checkpoint) -> list[str]:
         )
     if not checkpoint.mixers:
         doubts.append("no tensor is called A_log, so there is no state-space mixer")
-    elif checkpoint.model_type not in _MAMBA1 + _MAMBA2:
+    elif checkpoint.family is None:
         doubts.append(f"model_type {checkpoint.model_type!r} is none that this package knows")
     return doubts
 
@@ -212,7 +211,7 @@ def _transformers(checkpoint: _Checkpoint) -> RuntimeSupport:
         return RuntimeSupport(name, "no", ("this is mamba_ssm's layout, with other tensor names",))
     problems = _common_problems(checkpoint)
     problems += _lost_experts(checkpoint)
-    if checkpoint.model_type in _READS_OUT_PROJ:
+    if checkpoint.is_initialised_again:
         if packed := checkpoint.packed_out_proj:
             problems.append(
                 f"{packed} is packed, and the weight initialiser of {checkpoint.model_type} reads "
@@ -238,12 +237,15 @@ def _with_plugin(checkpoint: _Checkpoint) -> RuntimeSupport:
 
 def _lost_experts(checkpoint: _Checkpoint) -> list[str]:
     """Experts that transformers leaves at random values, or loads with others than were saved."""
-    experts, family = checkpoint.single_experts, checkpoint.model_type
-    if not experts or family not in _MERGED_EXPERTS:
+    experts, family = checkpoint.single_experts, checkpoint.family
+    if not experts or family is None or family.experts is None:
         return []
     again = 'quantize again with "re:.*[.]experts[.]" in ignore'
-    if family not in _SINGLE_EXPERTS:
-        return [f"{experts[0]} stands alone, but {family} reads all experts as one tensor; {again}"]
+    if family.experts == "merged":
+        return [
+            f"{experts[0]} stands alone, but {checkpoint.model_type} reads all experts as one "
+            f"tensor; {again}"
+        ]
     scheme = checkpoint.experts_scheme
     weights = scheme.get("weights") or {}
     scaled = [name for name in experts if not name.endswith(".weight")]
@@ -279,9 +281,11 @@ def _vllm(checkpoint: _Checkpoint) -> RuntimeSupport:
     if checkpoint.is_mamba_ssm:
         return RuntimeSupport(name, "no", ("this is mamba_ssm's layout",), run=False)
     problems = _common_problems(checkpoint)
-    if checkpoint.model_type == "zamba":
-        problems.append("its registry has Zamba2, but no Zamba")
-    if checkpoint.model_type in _MAMBA1 and (quantized := checkpoint.quantized_parts()):
+    family = checkpoint.family
+    if family is not None and family.not_in_vllm is not None:
+        problems.append(family.not_in_vllm)
+    in_mamba1 = family is not None and family.layout == "mamba1"
+    if in_mamba1 and (quantized := checkpoint.quantized_parts()):
         problems.append(
             f"{quantized[0]} is quantized, and no quantization reaches vLLM's mixers of the "
             "Mamba-1 layout"
@@ -290,14 +294,13 @@ def _vllm(checkpoint: _Checkpoint) -> RuntimeSupport:
         problems.append(f"{most} states; its scan takes at most {_MAX_STATE_SIZE}")
     doubts = _doubts(checkpoint)
     merged = (name for name in checkpoint.tensors if re.search(r"\.experts\.\w+$", name))
-    if checkpoint.model_type in _SINGLE_EXPERTS and (whole := next(merged, None)) is not None:
+    by_one = family is not None and family.experts == "single"
+    if by_one and (whole := next(merged, None)) is not None:
         doubts.append(f"{whole} holds all experts, which vLLM may want one by one")
     four_bits = [g for g in _groups(checkpoint.quantization or {}) if _bits(g) == 4]
     if any(group.get("format") == "int-quantized" for group in four_bits):
         doubts.append("4-bit weights stored as int-quantized, which vLLM may want pack-quantized")
-    if checkpoint.model_type in _READS_OUT_PROJ and checkpoint.text_config.get(
-        "rescale_prenorm_residual"
-    ):
+    if checkpoint.is_initialised_again and checkpoint.text_config.get("rescale_prenorm_residual"):
         doubts.append("rescale_prenorm_residual is set; whether vLLM heeds it was not looked at")
     return _answer(name, problems, doubts, ("not run: by vLLM's code",), run=False)
 
@@ -311,7 +314,7 @@ def _mamba_ssm(checkpoint: _Checkpoint) -> RuntimeSupport:
             [],
             ("by sparsessm_plugin.load_mamba_ssm",),
         )
-    if checkpoint.model_type not in ("mamba", "mamba2"):
+    if checkpoint.family is None or not checkpoint.family.mamba_ssm:
         return RuntimeSupport(name, "no", (f"it has no {checkpoint.model_type} model",))
     if checkpoint.quantization is not None:
         return RuntimeSupport(name, "no", ("it knows no quantization",))

@@ -1,42 +1,41 @@
-"""What a mixer and a model are: adapters that read those of transformers, one file a family."""
+"""What a mixer and a model are: adapters that read those of transformers, one file a family.
 
-from sparsessm_plugin.families import (
-    bamba,
-    falcon_h1,
-    falcon_mamba,
-    granitemoehybrid,
-    jamba,
-    mamba,
-    mamba2,
-    models,
-    nemotron_h,
-    zamba,
-    zamba2,
-)
-from sparsessm_plugin.families.base import (
-    MixerAdapter,
-    MixerProjection,
-    MixerSizes,
-    TensorAxis,
-    check_not_quantized,
-    find_mixers,
-    get_adapter,
-    get_tensor,
-    is_mixer,
-    iter_mixers,
-    known_mixers,
-    read_out,
-    register_adapter,
-    router_names,
-)
-from sparsessm_plugin.families.model import (
-    Layer,
-    ModelAdapter,
-    get_model_adapter,
-    known_models,
-    register_model,
-)
-from sparsessm_plugin.families.parts import Part, UnitBlock, find_parts, register_part
+Nothing is imported before one of the names is asked for: ``families.catalog`` is read without
+torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sparsessm_plugin.families.registry import load_families
+
+if TYPE_CHECKING:
+    from sparsessm_plugin.families.base import (
+        MixerAdapter,
+        MixerProjection,
+        MixerSizes,
+        TensorAxis,
+        check_not_quantized,
+        find_mixers,
+        get_adapter,
+        get_tensor,
+        is_mixer,
+        iter_mixers,
+        known_mixers,
+        read_out,
+        register_adapter,
+        router_names,
+    )
+    from sparsessm_plugin.families.model import (
+        Layer,
+        ModelAdapter,
+        get_model_adapter,
+        known_models,
+        register_model,
+    )
+    from sparsessm_plugin.families.parts import Part, UnitBlock, find_parts, register_part
+
+_MODULES = ("base", "model", "parts")
 
 __all__ = [
     "Layer",
@@ -47,30 +46,34 @@ __all__ = [
     "Part",
     "TensorAxis",
     "UnitBlock",
-    "bamba",
     "check_not_quantized",
-    "falcon_h1",
-    "falcon_mamba",
     "find_mixers",
     "find_parts",
     "get_adapter",
     "get_model_adapter",
     "get_tensor",
-    "granitemoehybrid",
     "is_mixer",
     "iter_mixers",
-    "jamba",
     "known_mixers",
     "known_models",
-    "mamba",
-    "mamba2",
-    "models",
-    "nemotron_h",
     "read_out",
     "register_adapter",
     "register_model",
     "register_part",
     "router_names",
-    "zamba",
-    "zamba2",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    load_families()
+    for module in _MODULES:
+        found = getattr(import_module(f"{__name__}.{module}"), name, None)
+        if found is not None:
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparsessm_plugin.backends.choice import backend_for, kernels_for
 from sparsessm_plugin.backends.products import project
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.families.registry import load_families
 from sparsessm_plugin.recurrence import by_group, implementation, scan
 from sparsessm_plugin.recurrence.quantities import GroupedQuantities, MixerQuantities
 from sparsessm_plugin.recurrence.statistics import ScanStatistics
@@ -378,6 +379,7 @@ def register_adapter(adapter: _Adapter) -> _Adapter:
 
 def known_mixers() -> tuple[str, ...]:
     """Class names of the mixers that have an adapter."""
+    load_families()
     return tuple(sorted(_ADAPTERS))
 
 
@@ -391,6 +393,7 @@ def get_adapter(mixer: nn.Module, name: str = "mixer") -> MixerAdapter:
 
     :raises SparseSSMError: no adapter for the module's class; lists the known ones
     """
+    load_families()
     for cls in type(mixer).__mro__:
         if cls.__name__ in _ADAPTERS:
             return _ADAPTERS[cls.__name__](mixer, name)

@@ -33,6 +33,7 @@ from sparsessm_plugin.families.parts import (
     find_parts,
     set_existing,
 )
+from sparsessm_plugin.families.registry import load_families
 
 
 @dataclass(frozen=True)
@@ -413,6 +414,7 @@ def register_model(adapter: _Adapter) -> _Adapter:
 
 def known_models() -> tuple[str, ...]:
     """Class names of the models that have an adapter."""
+    load_families()
     return tuple(sorted(_MODELS))
 
 
@@ -421,6 +423,7 @@ def get_model_adapter(model: nn.Module) -> ModelAdapter:
 
     :raises SparseSSMError: no adapter for the model's class; lists the known ones
     """
+    load_families()
     for cls in type(model).__mro__:
         if cls.__name__ in _MODELS:
             return _MODELS[cls.__name__](model)

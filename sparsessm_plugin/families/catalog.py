@@ -1,0 +1,45 @@
+"""The families by ``model_type``, and what programs that load their checkpoints do with each.
+
+For what is decided from a checkpoint's files alone; reading this imports no torch. A family that
+does not stand here is pruned like any other, and runtimes are ``unknown`` for it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Family:
+    """One ``model_type``.
+
+    :param layout: of its mixers, which decides the scan kernels that take them: Mamba-1, with A_log
+        for every state, or Mamba-2, with one a head
+    :param state_size_field: config field of N
+    :param initialiser: class of transformers whose weight initialiser reads, and may divide,
+        out_proj.weight after loading
+    :param experts: as transformers reads them from a checkpoint: tensors of single experts, which
+        it merges, or all in one tensor
+    :param not_in_vllm: why vLLM cannot load it
+    :param mamba_ssm: whether mamba_ssm has such a model
+    """
+
+    layout: Literal["mamba1", "mamba2"]
+    state_size_field: str
+    initialiser: str | None = None
+    experts: Literal["single", "merged"] | None = None
+    not_in_vllm: str | None = None
+    mamba_ssm: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    "mamba": Family("mamba1", "state_size", initialiser="MambaPreTrainedModel", mamba_ssm=True),
+    "falcon_mamba": Family("mamba1", "state_size", initialiser="FalconMambaPreTrainedModel"),
+    "jamba": Family("mamba1", "mamba_d_state", experts="single"),
+    "zamba": Family("mamba1", "mamba_d_state", not_in_vllm="its registry has Zamba2, but no Zamba"),
+    "mamba2": Family("mamba2", "state_size", initialiser="Mamba2PreTrainedModel", mamba_ssm=True),
+    "bamba": Family("mamba2", "mamba_d_state"),
+    "zamba2": Family("mamba2", "mamba_d_state"),
+    "granitemoehybrid": Family("mamba2", "mamba_d_state", experts="merged"),
+    "falcon_h1": Family("mamba2", "mamba_d_state"),
+    "nemotron_h": Family("mamba2", "ssm_state_size", experts="single"),
+}
