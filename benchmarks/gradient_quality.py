@@ -30,7 +30,8 @@ from sparsessm_plugin.families import MixerAdapter, find_mixers, get_tensor
 from sparsessm_plugin.modifiers.gradient_magnitude import tuned_parameters
 from sparsessm_plugin.recipes import parse_recipe
 from sparsessm_plugin.recipes.pruning import ModelSource, prune
-from sparsessm_plugin.training.gradients import Tuner, mean_gradients
+from sparsessm_plugin.training.gradients import mean_gradients
+from sparsessm_plugin.training.tuner import Tuner
 
 CALIBRATION = "corpus/calibration.jsonl"
 TESTS = {"corpus": "corpus/validation.jsonl", "wikitext2": "wikitext2/test.detok.txt"}

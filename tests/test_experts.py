@@ -20,7 +20,7 @@ from sparsessm_plugin.checkpoints.runtimes import runtime_support
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.recipes.conflicts import check_modifiers
 
-IGNORE = ["lm_head", "re:.*dt_proj$"]
+IGNORE = ["lm_head", "re:.*dt_proj$", "re:.*router"]
 NO_EXPERTS = [*IGNORE, "re:.*[.]experts[.]"]
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
 INT8 = {**INT4, "num_bits": 8}

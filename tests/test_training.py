@@ -18,7 +18,6 @@ from sparsessm_plugin import (
     GradientMagnitudeModifier,
     SparseGPTQModifier,
     StateRemovalModifier,
-    training,
 )
 from sparsessm_plugin.calibration.contexts import (
     hooks_disabled,
@@ -26,6 +25,7 @@ from sparsessm_plugin.calibration.contexts import (
     undisturbed,
 )
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.training import gradients as training
 from sparsessm_plugin.training.gradients import held_on, on_compute_device
 
 

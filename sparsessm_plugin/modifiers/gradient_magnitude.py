@@ -40,11 +40,12 @@ from sparsessm_plugin.selection.masks import check_sparsity
 from sparsessm_plugin.training.distillation import Distillation
 from sparsessm_plugin.training.gradients import (
     LossFunction,
-    NonFiniteGradients,
-    Tuner,
     mean_gradients,
     on_compute_device,
+    single_device,
 )
+from sparsessm_plugin.training.non_finite import NonFiniteGradients
+from sparsessm_plugin.training.tuner import Tuner
 
 
 class GradientMagnitudeModifier(MixerModifier):
@@ -130,6 +131,7 @@ class GradientMagnitudeModifier(MixerModifier):
     _layers: list[dict[str, Any]] = PrivateAttr(default_factory=list)
     _rounds: list[dict[str, Any]] = PrivateAttr(default_factory=list)
     _non_finite: NonFiniteGradients = PrivateAttr(default_factory=NonFiniteGradients)
+    _changed: str = PrivateAttr(default="")  # what has become of the model so far
     _seconds: float = PrivateAttr(default=0.0)
 
     # -- settings --------------------------------------------------------------------
@@ -233,9 +235,15 @@ class GradientMagnitudeModifier(MixerModifier):
             disable_onloading(),  # parameters themselves, wherever they are
             hooks_disabled(),
             quantization_disabled(state.model),
-            on_compute_device(type(self).__name__, state.model),
         ):
-            self._prune(state.model, self.batches if self.reads_calibration_data else [])
+            home = single_device(type(self).__name__, state.model)
+            with on_compute_device(type(self).__name__, state.model) as device:
+                try:
+                    self._prune(state.model, self.batches if self.reads_calibration_data else [])
+                except SparseSSMError as error:
+                    # weights that were moved for the work go back as they were
+                    changed = self._changed if device.type == home.type else ""
+                    raise SparseSSMError(f"{error}; {changed or 'nothing was changed'}") from error
         self._seconds = time.perf_counter() - started
 
     def _prune(self, model: nn.Module, batches: Sequence[Any]) -> None:
@@ -265,6 +273,7 @@ class GradientMagnitudeModifier(MixerModifier):
             with torch.no_grad():
                 for name, mask in pruned.items():
                     tensors[name].masked_fill_(mask, 0.0)
+            self._changed = f"round {done} of {self.rounds} is applied to the model in memory"
             distributed.gather(f"{type(self).__name__} round {done} pruned", None)
             count = sum(int(mask.sum()) for mask in pruned.values())
             entry = {"round": done, "sparsity": share, "pruned": count, "loss_before": loss}

@@ -39,6 +39,7 @@ from sparsessm_plugin.families import (
     check_not_quantized,
     find_mixers,
     read_out,
+    router_names,
 )
 from sparsessm_plugin.families.fast_forward import offer
 from sparsessm_plugin.families.prunable import (
@@ -298,6 +299,12 @@ class SensitivitySparseGPTModifier(MixerModifier):
                 )
             found -= never
             if not found:
+                routers = matched & router_names(model)
+                if routers:
+                    raise SparseSSMError(
+                        f"{who}.targets: {shown(target)} matches {min(routers)}, which chooses "
+                        "experts and is never pruned"
+                    )
                 raise SparseSSMError(
                     f"{who}.targets: {shown(target)} matches no projection of a mixer and no "
                     f"Linear layer; projections are {', '.join(adapters[0].projections)} of "

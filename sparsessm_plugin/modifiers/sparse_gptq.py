@@ -35,11 +35,12 @@ from torch import Tensor, nn
 from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration import CalibrationBatches, give_back
 from sparsessm_plugin.calibration.contexts import forget_traces
+from sparsessm_plugin.calibration.finite import is_finite
 from sparsessm_plugin.checkpoints.experts import check_experts_of_session
 from sparsessm_plugin.checkpoints.loading import check_unwrapped
 from sparsessm_plugin.checkpoints.saving import change_config
 from sparsessm_plugin.errors import SparseSSMError, shown
-from sparsessm_plugin.families import check_not_quantized, is_mixer, iter_mixers
+from sparsessm_plugin.families import check_not_quantized, is_mixer, iter_mixers, router_names
 from sparsessm_plugin.families.shared_weights import weight_holders
 from sparsessm_plugin.modifiers.calibration import (
     check_new,
@@ -81,7 +82,8 @@ class SparseGPTQModifier(GPTQModifier):
 
     ``ignore`` should hold lm_head: it is often tied to the embeddings, and costs most. It must
     hold dt_proj in the Mamba-1 layout: transformers reads its weight without calling it, so that
-    its input is never seen and its scale would stay empty.
+    its input is never seen and its scale would stay empty. Routers of experts are never quantized:
+    where targets match one, as Linear does in Jamba, it must stand in ``ignore``, too.
 
     A weight that several layers share, as attention blocks of Zamba do, is quantized once, after
     its last use, by the sum of their Hessians. Packed it would not load again, which is refused.
@@ -169,11 +171,17 @@ class SparseGPTQModifier(GPTQModifier):
     ) -> None:
         """Add the input of a module to its Hessian.
 
-        :raises SparseSSMError: the pass reads other tokens than those drawn
+        :raises SparseSSMError: the input is not finite, or the pass reads other tokens than
+            those drawn
         """
         assert self._batches is not None
         try:
             self._batches.check_ids()
+            if not is_finite(args[0]):
+                raise SparseSSMError(
+                    f"{self._module_names[module]}: its input holds NaN or infinite values "
+                    f"during calibration; {self._in_memory()}"
+                )
         except SparseSSMError as error:
             distributed.fail(error)
             self.release()
@@ -206,6 +214,7 @@ class SparseGPTQModifier(GPTQModifier):
         rank, unless ranks share its memory.
         """
         ready = self._pool_shared()
+        self._check_hessians()
         if not distributed.is_distributed():
             super().compress_modules()
             self._share_grids(ready)
@@ -217,6 +226,23 @@ class SparseGPTQModifier(GPTQModifier):
             distributed.fail(error)
             self.release()
             raise
+
+    def _check_hessians(self) -> None:
+        """Refuse sums that have overflowed; LLM Compressor would round by them in silence."""
+        for module, hessian in self._hessians.items():
+            if not is_finite(hessian):
+                error = SparseSSMError(
+                    f"{self._module_names[module]}: the Hessian of its inputs holds NaN or "
+                    f"infinite values, which have overflowed; {self._in_memory()}"
+                )
+                distributed.fail(error)
+                self.release()
+                raise error
+
+    def _in_memory(self) -> str:
+        """What has become of the model so far, for a message."""
+        done = self._num_compressed_modules
+        return f"modules quantized before it: {done}" if done else "nothing was quantized"
 
     def _pool_shared(self) -> list[list[Any]]:
         """Add up what layers that share a weight have seen; the first gets it once all are done.
@@ -324,7 +350,9 @@ class SparseGPTQModifier(GPTQModifier):
                 )
             except ValueError as error:
                 self.release()
-                raise SparseSSMError(f"{name} cannot be quantized: {error}") from error
+                raise SparseSSMError(
+                    f"{name} cannot be quantized: {error}; {self._in_memory()}"
+                ) from error
             compression.set_results(name="GPTQ", loss=result.error / 2)
         update_batch_qparams(
             [module], result.weight[None], scales, zero_points, global_scales, args
@@ -430,9 +458,14 @@ def check_quantized(modifier: Any, model: nn.Module) -> None:
     :raises SparseSSMError: naming the first such module and what to add to ``ignore``
     """
     check_not_quantized(model)
-    who, inside = type(modifier).__name__, never_called(model)
+    who, inside, routers = type(modifier).__name__, never_called(model), router_names(model)
     _check_shared(modifier, model)
     for name, (module, args) in quantized_weights(modifier, model).items():
+        if name in routers:
+            raise SparseSSMError(
+                f"{who}: {name} would be quantized, but it chooses experts: a rounded score sends "
+                f'tokens elsewhere, and costs nothing to keep; add "re:{_anchored(name)}" to ignore'
+            )
         if name in inside:
             raise SparseSSMError(
                 f"{who}: {name} would be quantized, but the model reads its weight without "

@@ -15,10 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration.contexts import of_quantization, undisturbed
+from sparsessm_plugin.calibration.finite import is_finite
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import iter_mixers
 from sparsessm_plugin.families.fast_forward import fast_forward
-from sparsessm_plugin.training.gradients import Tuner, on_compute_device, to_device
+from sparsessm_plugin.training.gradients import on_compute_device, to_device
+from sparsessm_plugin.training.non_finite import NonFiniteError, first_non_finite
+from sparsessm_plugin.training.tuner import Tuner
 
 _DENSE = "dense_hidden_states"  # in a batch: (b, L, hidden_size) what the dense head multiplied
 # How far the logits may be from a multiple of what the head gives, relative, in any dtype.
@@ -41,6 +44,7 @@ class Distillation:
     :param model: dense, with its language head; all weights on one device
     :param data: batches that can be read again
     :param who: asks for it, for messages: a field and, where that is one, its value
+    :raises NonFiniteError: predictions that are NaN or infinite
     :raises SparseSSMError: no language head, weights on several devices, or logits that are no
         multiple of what the head gives
     """
@@ -58,15 +62,26 @@ class Distillation:
         handle = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
         try:
             with _in_place(who, model) as device:
-                for batch in data:
-                    logits = model(**_inputs(to_device(batch, device))).logits
+                for number, batch in enumerate(data, 1):
+                    ready = to_device(batch, device)
+                    logits = self._logits(model, ready)
                     hidden_states = inputs.pop()
+                    if not _real_are_finite(logits, ready):
+                        where = first_non_finite(model, partial(self._logits, model, ready))
+                        raise NonFiniteError(
+                            f"{who}: NaN or infinite values in what the dense model predicts for "
+                            f"batch {number}, which begin in {where}; nothing was changed"
+                        )
                     if not self.batches:
                         self._scale = _logit_scale(who, logits[:1], head(hidden_states[:1]))
                         inputs.clear()
                     self.batches.append({**batch, _DENSE: hidden_states.cpu()})
         finally:
             handle.remove()
+
+    @staticmethod
+    def _logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
+        return model(**_inputs(batch)).logits
 
     def fit(self, model: Any, steps: int, learning_rate: float) -> dict[str, Any]:
         """Gradient steps on all weights of all mixers; taken back if they do not help.
@@ -173,6 +188,12 @@ def mixer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for own, parameter in mixer.named_parameters()
         if parameter.is_floating_point() and not of_quantization(own)
     }
+
+
+def _real_are_finite(logits: Tensor, batch: Mapping[str, Any]) -> bool:
+    """Whether predictions are numbers, wherever no padding is."""
+    mask = batch.get("attention_mask")
+    return is_finite(logits) or (mask is not None and is_finite(logits[mask.bool()]))
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,13 @@
-"""Gradients of a loss for a model's weights, and steps along them, in bounded memory.
+"""Gradients of a loss for a model's weights, in bounded memory.
 
-The one part of this package that propagates through a whole model. Mixers run this
-package's differentiable scan, and of each layer only the input is kept until the backward pass.
+Mixers run this package's differentiable scan, and of each layer only the input is kept until the
+backward pass.
 """
 
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,63 +19,22 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sparsessm_plugin.backends.precision import tf32
 from sparsessm_plugin.cost import has_room
-from sparsessm_plugin.cost import kept as where_there_is_room
-from sparsessm_plugin.distributed import reduce_sum, world_size
-from sparsessm_plugin.distributed import total as distributed_total
+from sparsessm_plugin.distributed import reduce_sum
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import get_adapter, iter_mixers
 from sparsessm_plugin.families.fast_forward import fast_forward
+from sparsessm_plugin.training.non_finite import NonFiniteError, NonFiniteGradients
 
 IGNORED_LABEL = -100  # what transformers' losses leave out
 
 LossFunction = Callable[[Any, Any], Tensor]
 
-_MOST_SKIPPED = 3
-_CLIP = 1.0  # norm of the gradient of all parameters that a tuning step goes along
-_MEASURED = 8  # batches whose loss is looked at before and after the steps
-_WARM_UP = 0.1  # share of the tuning steps over which the learning rate rises
 # Numbers that a layer's backward pass needs, of each position and channel: 13 in the Mamba-1
 # layout, about 30 in that of Mamba-2.
 _NUMBERS = 40
 # Bytes a weight beside it: a float32 copy, its gradient and two moments, and a gradient of its own.
 _TRAINING = 20
-
-
-class NonFiniteError(SparseSSMError):
-    """Gradients are NaN or infinite batch after batch."""
-
-
-class NonFiniteGradients:
-    """Counts the batches whose gradient is no number; the third is an error."""
-
-    def __init__(self) -> None:
-        self.skipped: list[str] = []
-
-    def found(self, parameters: Mapping[str, nn.Parameter]) -> bool:
-        """Whether this batch must be skipped.
-
-        :param parameters: with the gradients of one batch in ``grad``
-        :raises NonFiniteError: it is the third
-        """
-        grads = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-        if not grads:
-            return False
-        norm = nn.utils.get_total_norm(grads.values())  # NaN or infinite as soon as one entry is
-        if math.isfinite(float(norm)):
-            return False
-        finite = [bool(torch.isfinite(g).all()) for g in grads.values()]
-        if all(finite):  # only the sum of squares is too large
-            return False
-        name = list(grads)[finite.index(False)]
-        self.skipped.append(name)
-        if len(self.skipped) >= _MOST_SKIPPED:
-            raise NonFiniteError(
-                f"{len(self.skipped)} batches gave NaN or infinite gradients, the last for "
-                f"{name}; no more are skipped"
-            )
-        return True
 
 
 @contextmanager
@@ -405,6 +363,7 @@ def mean_gradients(
     :raises SparseSSMError: see :func:`loss_of`; no labels at all; too many non-finite gradients
     """
     non_finite = non_finite or NonFiniteGradients()
+    skipped = len(non_finite.skipped)
     device = next(iter(parameters.values())).device
     sums = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
     # weight of all batches, and their weighted loss
@@ -413,11 +372,13 @@ def mean_gradients(
     with differentiable(model, parameters.values(), most):
         for batch in batches:
             for part in single_rows(batch) if of_samples else [batch]:
-                loss, count = loss_of(model, to_device(part, device), loss_fn)
+                part = to_device(part, device)
+                loss, count = loss_of(model, part, loss_fn)
                 if count == 0:
                     continue
                 loss.backward()
-                if not non_finite.found(parameters):
+                again = partial(loss_of, model, part, loss_fn)
+                if not non_finite.found(model, parameters, again):
                     totals += torch.tensor([count, count * float(loss.detach())]).to(totals)
                     for name, p in parameters.items():
                         if p.grad is None:
@@ -432,180 +393,13 @@ def mean_gradients(
     reduce_sum("gradients", {"loss": totals, **sums})  # in place
     weight, loss_sum = totals.tolist()
     if weight == 0:
+        if len(non_finite.skipped) > skipped:
+            raise NonFiniteError(
+                "every batch gave NaN or infinite gradients; in the last they begin in "
+                f"{non_finite.skipped[-1]}"
+            )
         raise SparseSSMError("the calibration data holds no label: nothing was predicted")
     for total in sums.values():
         total /= weight
         total.sqrt_() if of_samples else total.abs_()
     return sums, loss_sum / weight
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What some steps of a :class:`Tuner` did.
-
-    :param before: loss before the steps
-    :param after: loss after them, NaN where their gradients were no numbers
-    :param loss: mean loss of the batches that the steps went along
-    :param diverged: the loss did not fall, and the weights are what they were before
-    """
-
-    before: float
-    after: float
-    loss: float
-    diverged: bool
-
-
-class Tuner:
-    """Adam on float32 copies of a model's weights, some of which stay zero.
-
-    The learning rate rises over the first tenth of all steps and falls along a cosine. Memory: 16
-    bytes a weight (copy, gradient, two moments) beside the model and its own gradients, and 4 more
-    for the weights as they were.
-
-    :param model: changed in place, weights and nothing else
-    :param parameters: what is tuned, by name
-    :param batches: taken in turn
-    :param steps: over all calls of :meth:`run`
-    :param learning_rate: the highest
-    :param loss_fn: see :func:`loss_of`
-    :param non_finite: counts the batches that are skipped
-    :param measure: gives the loss that steps are to lower; default the mean over the first batches
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        batches: Sequence[Any],
-        steps: int,
-        learning_rate: float,
-        *,
-        loss_fn: LossFunction | None = None,
-        non_finite: NonFiniteGradients | None = None,
-        measure: Callable[[], float] | None = None,
-    ):
-        self.model = model
-        self.parameters = dict(parameters)
-        self.batches = batches
-        self.loss_fn = loss_fn
-        self.non_finite = non_finite or NonFiniteGradients()
-        self.measure = measure
-        self.done = 0
-        self._usable: frozenset[int] | None = None
-        self._copies = {n: p.detach().float().clone() for n, p in self.parameters.items()}
-        self._adam = torch.optim.Adam(self._copies.values(), lr=learning_rate)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._adam, lambda step: _learning_rate_share(step, steps)
-        )
-
-    def run(self, steps: int, pruned: Mapping[str, Tensor]) -> Tuning:
-        """Take some steps, and take them back where they do not lower the loss.
-
-        The loss is the mean over the first batches, where there are many.
-
-        :param steps: how many
-        :param pruned: bool by name, True where a weight is zero and stays so
-        :raises SparseSSMError: see :func:`loss_of`; the loss is not finite before the first step
-        """
-        self._usable = None
-        before = self._measured()
-        if not math.isfinite(before):
-            raise SparseSSMError(
-                f"the loss is {before:g} before the first gradient step; nothing can be tuned"
-            )
-        for name, mask in pruned.items():
-            self._copies[name].masked_fill_(mask, 0.0)
-        kept = {name: where_there_is_room(copy.clone()) for name, copy in self._copies.items()}
-        skipped = len(self.non_finite.skipped)
-        loss = after = math.nan
-        lower = False
-        try:
-            with suppress(NonFiniteError):
-                loss = self.take(steps, pruned)
-                after = self._measured()
-            lower = after < before
-        finally:
-            if not lower:
-                del self.non_finite.skipped[skipped:]
-                self._adam.state.clear()
-                with torch.no_grad():
-                    for name, copy in self._copies.items():
-                        copy.copy_(kept[name])
-                        self.parameters[name].copy_(copy)
-        return Tuning(before, after, loss, diverged=not lower)
-
-    def _measured(self) -> float:
-        with torch.no_grad():
-            return self._mean_loss() if self.measure is None else self.measure()
-
-    def _mean_loss(self) -> float:
-        device = next(iter(self.parameters.values())).device
-        losses: dict[int, float] = {}
-        total = weight = 0.0
-        most = max(map(positions, self.batches), default=0)
-        with differentiable(self.model, self.parameters.values(), most):
-            for i, batch in enumerate(self.batches[:_MEASURED]):
-                if self._usable is not None and i not in self._usable:
-                    continue
-                loss, count = loss_of(self.model, to_device(batch, device), self.loss_fn)
-                # a batch that is skipped says nothing before the steps, and so nothing after them
-                if count and (self._usable is not None or math.isfinite(float(loss.detach()))):
-                    losses[i] = float(loss.detach())
-                    total, weight = total + count * losses[i], weight + count
-        if self._usable is None:
-            self._usable = frozenset(losses)
-        total, weight = distributed_total("loss of the batches", total, weight)
-        return total / weight if weight else math.nan
-
-    def take(self, steps: int, pruned: Mapping[str, Tensor]) -> float:
-        """Take some steps, wherever they lead.
-
-        :param steps: how many
-        :param pruned: bool by name, True where a weight is zero and stays so
-        :return: the mean loss of the batches that were used
-        :raises SparseSSMError: see :func:`loss_of`
-        """
-        device = next(iter(self.parameters.values())).device
-        losses = []
-        # steps are far coarser than what TF32 rounds away
-        most = max(map(positions, self.batches), default=0)
-        with differentiable(self.model, self.parameters.values(), most), tf32():
-            for _ in range(steps):
-                batch = to_device(self.batches[self.done % len(self.batches)], device)
-                self.done += 1
-                loss, count = loss_of(self.model, batch, self.loss_fn)
-                if count:
-                    loss.backward()
-                if self._step(pruned) and count:
-                    losses.append(float(loss.detach()))
-                self._schedule.step()
-        return sum(losses) / len(losses) if losses else math.nan
-
-    def _step(self, pruned: Mapping[str, Tensor]) -> bool:
-        for name, p in self.parameters.items():
-            grad = torch.zeros_like(self._copies[name]) if p.grad is None else p.grad.float()
-            p.grad = None
-            self._copies[name].grad = grad
-        copies: Any = self._copies
-        if world_size() > 1:
-            reduce_sum("a tuning step", {name: copy.grad for name, copy in copies.items()})
-            for copy in copies.values():
-                copy.grad /= world_size()
-        if self.non_finite.found(copies):
-            return False
-        for name, mask in pruned.items():
-            copies[name].grad.masked_fill_(mask, 0.0)
-        nn.utils.clip_grad_norm_(copies.values(), _CLIP)
-        self._adam.step()
-        with torch.no_grad():
-            for name, mask in pruned.items():  # the moments of what was pruned last still move it
-                copies[name].masked_fill_(mask, 0.0)
-            torch._foreach_copy_(list(self.parameters.values()), list(copies.values()))
-        return True
-
-
-def _learning_rate_share(step: int, steps: int) -> float:
-    warm_up = max(1.0, _WARM_UP * steps)
-    if step < warm_up:
-        return (step + 1) / warm_up if warm_up > 1 else 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1.0, steps - warm_up)))
