@@ -27,13 +27,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 from common import RESULTS, assets, check_versions, first_line, machine, save
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.evaluation.comparison import (
-    DENSE,
-    markdown,
-    measures,
-    run_name,
-    summarize,
-)
+from sparsessm_plugin.evaluation.comparison import run_name
+from sparsessm_plugin.evaluation.comparison_table import DENSE, markdown, measures, summarize
 from sparsessm_plugin.evaluation.components import take_inventory
 from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
 from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity

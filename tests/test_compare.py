@@ -18,7 +18,7 @@ from sparsessm_plugin import cli, files, processes
 from sparsessm_plugin.cli.options import command_line, repeated
 from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning
 from sparsessm_plugin.evaluation import comparison
-from sparsessm_plugin.evaluation.comparison import Spread, markdown, summarize
+from sparsessm_plugin.evaluation.comparison_table import Spread, markdown, summarize
 
 sparsessm, refused = test_cli.sparsessm, test_cli.refused
 

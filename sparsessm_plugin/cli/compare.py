@@ -84,7 +84,7 @@ def compare(
         raise SparseSSMError("nothing to compare by; give --text, --tasks or both")
     numbers = numbers_of("--seeds", seeds)
     source = source_of(model, trust_remote_code, dtype, device, allow_unused_tensors)
-    from sparsessm_plugin.evaluation import comparison
+    from sparsessm_plugin.evaluation import comparison, comparison_table
     from sparsessm_plugin.evaluation.latency import check_matplotlib
     from sparsessm_plugin.recipes import load_recipe
 
@@ -94,7 +94,7 @@ def compare(
     runs: list[tuple[str, int]] = []
     for name, where in named(split_names("--recipes", recipes), "--recipes").items():
         label = Path(name).stem if name == where else name
-        if label == comparison.DENSE:
+        if label == comparison_table.DENSE:
             raise SparseSSMError(f"{shown(label)} is the model as it was; give NAME={where}")
         if label in chosen:
             raise SparseSSMError(f"two recipes are called {shown(label)}; give NAME=FILE")
@@ -152,9 +152,9 @@ def compare(
             f"{name}; finished runs are kept in {output}, the same command goes on from there",
             EXIT_CODES[name],
         ) from end
-    rows = comparison.summarize(state[comparison.DENSE], state["runs"].values())
-    comparison.plot(rows, output / comparison.PLOT)
-    out.print(comparison.markdown(rows), markup=False, highlight=False, soft_wrap=True)
+    rows = comparison_table.summarize(state[comparison_table.DENSE], state["runs"].values())
+    comparison_table.plot(rows, output / comparison.PLOT)
+    out.print(comparison_table.markdown(rows), markup=False, highlight=False, soft_wrap=True)
     failed = [key for key, run in state["runs"].items() if "error" in run]
     if failed:
         raise SparseSSMError(
