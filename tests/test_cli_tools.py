@@ -2,14 +2,21 @@
 
 import json
 import os
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import test_cli
 import torch
+import typer
 from conftest import DEMO, DEVICE, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from sparsessm_plugin import cli
+from sparsessm_plugin.cli import options
+from sparsessm_plugin.evaluation import tasks
 
 sparsessm, refused = test_cli.sparsessm, test_cli.refused
 SHORT = ("--batch-sizes", "1,2", "--prompt-length", 5, "--decode-steps", 2, "--repeats", 2)
@@ -165,3 +172,24 @@ def test_export_over_the_model_itself(refused, sparsessm, tmp_path):
     before = (out / "model.safetensors").read_bytes()
     assert "is or holds the model" in refused("export", out, "--output", out)
     assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_the_help_names_what_is_registered():
+    from llmcompressor.pipelines import CalibrationPipeline
+
+    from sparsessm_plugin.checkpoints.export import FORMATS
+    from sparsessm_plugin.evaluation.component_loss import BY
+    from sparsessm_plugin.solvers.projections import SOLVERS
+
+    def words(command, option):
+        parameters = typer.main.get_command(cli.app).commands[command].params
+        (text,) = (p.help for p in parameters if option in p.opts)
+        return set(re.findall(r"\w+", text))
+
+    assert set(SOLVERS) <= words("component-loss", "--solver")
+    assert set(BY) <= words("component-loss", "--by")
+    assert set(FORMATS) <= words("export", "--format")
+    assert set(CalibrationPipeline.registered_names()) == set(options.PIPELINES)
+    assert set(options.PIPELINES) <= words("prune", "--pipeline")
+    local = Path(tasks.__file__).with_name("task_configs").glob("*_local.yaml")
+    assert {file.stem for file in local} <= words("evaluate", "--tasks")

@@ -96,6 +96,11 @@ def test_a_comparison_and_going_on_with_it(sparsessm, here, setup, tmp_path):
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     state = json.loads((out / "comparison.json").read_text())
     assert list(state["runs"]) == names
+    assert set(state["settings"]) == {
+        *("--calibration", "--text", "--tasks", "--tasks-data", "--limit", "--num-samples"),
+        *("--max-seq-length", "--eval-samples", "--text-field", "--pipeline", "--device"),
+        "--dtype",
+    }
     dense = state["dense"]
     for name, share in zip(names, (0.5, 0.25, 0.25), strict=True):
         run = state["runs"][name]

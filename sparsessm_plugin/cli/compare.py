@@ -37,6 +37,14 @@ from sparsessm_plugin.cli.options import (
 from sparsessm_plugin.cli.stopping import EXIT_CODES, Stopped, Terminated
 from sparsessm_plugin.errors import SparseSSMError, shown
 
+# options on which the numbers of a run do not depend, or which stand elsewhere in the folder
+_WITHOUT_EFFECT = frozenset(
+    {
+        *("model", "recipes", "output", "seeds", "keep", "verbose"),
+        *("batch_size", "tasks_batch_size", "trust_remote_code", "allow_unused_tensors"),
+    }
+)
+
 
 def compare(
     context: typer.Context,
@@ -117,6 +125,13 @@ def compare(
     given = {**context.params, "verbose": False}
     of_prune = {**given, "text": None, "output": None}
     of_evaluate = {**given, "tasks": names, "num_samples": eval_samples, "output": None}
+    # what a folder that goes on must agree in
+    read = {
+        "calibration": None if calibration is None else identify(calibration),
+        "text": {name: identify(where) for name, where in texts.items()},
+        "tasks": names,
+        "tasks_data": None if tasks_data is None else str(tasks_data),
+    }
     commit = getattr(skeleton.config, "_commit_hash", None)
     plan = comparison.Plan(
         model=model,
@@ -124,18 +139,9 @@ def compare(
         recipes=chosen,
         runs=runs,
         settings={
-            "--calibration": None if calibration is None else identify(calibration),
-            "--text": {name: identify(where) for name, where in texts.items()},
-            "--tasks": names,
-            "--tasks-data": None if tasks_data is None else str(tasks_data),
-            "--limit": limit,
-            "--num-samples": num_samples,
-            "--max-seq-length": max_seq_length,
-            "--eval-samples": eval_samples,
-            "--text-field": text_field,
-            "--pipeline": pipeline,
-            "--device": device,
-            "--dtype": dtype,
+            f"--{name.replace('_', '-')}": read.get(name, value)
+            for name, value in given.items()
+            if name not in _WITHOUT_EFFECT
         },
         prune_options=command_line(group.commands["prune"], of_prune),
         evaluate_options=command_line(group.commands["evaluate"], of_evaluate),
