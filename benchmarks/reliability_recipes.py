@@ -200,7 +200,8 @@ def strange_value(rng: random.Random) -> tuple[Any, str, str]:
     kind = rng.choice(list(OURS))
     fields = OURS[kind](rng)
     names = [*fields, "targets", "ignore", "report_path", "start", "end", "index", "group", "keep"]
-    names += ["sparsity", "mask_structure", "alpha", "layer_batches", "distill_steps", "block_size"]
+    names += ["sparsity", "mask_structure", "alpha", "calibration_batches", "distill_steps"]
+    names += ["block_size"]
     field, value = rng.choice(names), rng.choice(STRANGE)
     if field == "distill_steps" and isinstance(value, int) and value > 2:
         value = 3

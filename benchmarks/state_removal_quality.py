@@ -126,7 +126,7 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
     if options.channels:
         cases = [options.channels]
     criteria = CHANNEL if options.channels else STATE
-    layer_batches = -(-options.windows // options.batch_size)
+    fitted_batches = -(-options.windows // options.batch_size)
     part = Part(options.part)
     # the criterion of this package first, in case the budget does not last
     for seed in range(options.seeds):
@@ -143,7 +143,7 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                     more = "" if sizes.head_dim == 1 else f", reconstruct_steps: {options.steps}"
                     rate = options.distill_rate or RATES.get(case, RATE_OF_CHANNELS)
                     distill = (
-                        f"distill_steps: {options.distill}, layer_batches: {layer_batches}, "
+                        f"distill_steps: {options.distill}, calibration_batches: {fitted_batches}, "
                         f"distill_learning_rate: {rate:f}"
                     )
                     text = fields.format(more=more, distill=distill)

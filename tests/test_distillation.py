@@ -158,14 +158,14 @@ def test_data_is_asked_for():
 def test_layers_may_be_fitted_over_fewer_batches():
     ready = batches(3, 2, 12)
     results = []
-    for data, fields in ((ready[:1], {}), (ready, {"layer_batches": 1})):
+    for data, fields in ((ready[:1], {}), (ready, {"calibration_batches": 1})):
         model = tiny_model("mamba")
         modifier = StateRemovalModifier(keep=4, **fields)
         run(model, modifier, data)
         assert {layer["tokens"] for layer in modifier.report()["layers"]} == {24}
         results.append(model.state_dict())
     assert all(torch.equal(v.cpu(), results[1][k].cpu()) for k, v in results[0].items())
-    modifier = last(distill_steps=2, layer_batches=1)
+    modifier = last(distill_steps=2, calibration_batches=1)
     run(tiny_model("mamba"), modifier, ready)
     dense, model = tiny_model("mamba").to(DEVICE), tiny_model("mamba")
     run(model, last())

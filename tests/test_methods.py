@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from conftest import MAMBA1, Loader, batches, fresh_process, state, tiny_model
+from conftest import FAMILIES, MAMBA1, Loader, batches, fresh_process, state, tiny_model
 from llmcompressor import active_session, oneshot
+from transformers import AutoModelForCausalLM
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.methods import prune_transitions
+from sparsessm_plugin.families.config_levels import language_field
+from sparsessm_plugin.methods import prune_transitions, remove_channels, remove_states
+from sparsessm_plugin.methods.states import StateRemoval
 
 
 def by_recipe(family, modifier, fields, data, pipeline="sequential"):
@@ -25,7 +28,11 @@ def by_recipe(family, modifier, fields, data, pipeline="sequential"):
 
 
 def same_bits(one, other):
-    one, other = state(one), state(other)
+    """LLM Compressor takes packed experts apart, which have other names then."""
+    one, other = (
+        {name: value for name, value in state(model).items() if ".experts." not in name}
+        for model in (one, other)
+    )
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
@@ -39,6 +46,61 @@ def test_transitions_as_by_recipe(family, padded):
     assert same_bits(model, by_recipe(family, "SparseSSMModifier", fields, data))
     assert [layer.sparsity for layer in result.layers] == [0.5] * len(result.layers)
     assert result.total.pruned == sum(layer.pruned for layer in result.layers)
+
+
+REMOVALS = {
+    **{f"{family} states": (family, "State", {"keep": 4}) for family in FAMILIES},
+    "mamba states distilled": ("mamba", "State", {"keep": 4, "distill_steps": 2}),
+    "mamba2 last states": ("mamba2", "State", {"keep": 4, "saliency": "last"}),
+    "jamba channels": ("jamba", "Channel", {"sparsity": 0.5, "multiple_of": 8}),
+    "mamba2 heads": ("mamba2", "Channel", {"keep": 4, "axis": "heads"}),
+    "nemotron_h head_dim": ("nemotron_h", "Channel", {"keep": 4, "multiple_of": 4}),
+}
+
+
+@pytest.mark.parametrize("case", REMOVALS)
+def test_removals_as_by_recipe(case, tmp_path):
+    """The same bits, and stock transformers loads what it saves itself, as it was in memory."""
+    family, kind, fields = REMOVALS[case]
+    if kind == "State":
+        fields = {**fields, "reconstruct_steps": 3}
+    method = {"State": remove_states, "Channel": remove_channels}[kind]
+    data = batches(count=3, length=30, padded=True)
+    model = tiny_model(family)
+    result = method(model, data, **fields)
+    assert same_bits(model, by_recipe(family, f"{kind}RemovalModifier", fields, data))
+    assert result.total.pruned == sum(len(layer.removed) for layer in result.layers)
+    assert all(layer.before - layer.after == len(layer.removed) for layer in result.layers)
+    assert (result.distillation is not None) == ("distill_steps" in fields)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert same_bits(loaded, model)
+    for name, size in result.config_fields.items():
+        assert language_field(loaded.config, name) == size
+
+
+def test_removals_without_data():
+    fields = {"keep": 4, "saliency": "magnitude", "compensate": "none"}
+    result = remove_states(tiny_model("mamba"), **fields)
+    assert [layer.after for layer in result.layers] == [4, 4]
+    assert all(layer.error_left is None for layer in result.layers)
+    with pytest.raises(SparseSSMError, match="remove_channels needs calibration data"):
+        remove_channels(tiny_model("mamba"), keep=32)
+
+
+def test_a_removal_that_fails_says_once_what_is_left(monkeypatch):
+    shrink = StateRemoval.shrink
+
+    def fails_in_the_second(self, adapter, inputs):
+        if ".1." in adapter.name:
+            raise SparseSSMError("no more")
+        return shrink(self, adapter, inputs)
+
+    monkeypatch.setattr(StateRemoval, "shrink", fails_in_the_second)
+    left = "the model in memory is now partly pruned and of no use; load it again"
+    with pytest.raises(SparseSSMError) as error:
+        remove_states(tiny_model("mamba"), batches(), keep=4)
+    assert str(error.value) == f"no more - {left}. Nothing was saved"
 
 
 def test_nothing_of_llm_compressor_is_needed():

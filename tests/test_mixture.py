@@ -6,21 +6,12 @@ import pytest
 import torch
 from conftest import tiny_model
 
+from sparsessm_plugin.calibration.inputs import CalibrationInputs
 from sparsessm_plugin.families import find_mixers
-from sparsessm_plugin.modifiers.removal import (
-    CalibrationInputs,
-    dense_outputs,
-    relative_error,
-    remove,
-)
-from sparsessm_plugin.modifiers.state_removal import (
-    fit_D,
-    gather,
-    gather_mixtures,
-    mix_rows,
-    mixing_gram,
-    write_rows,
-)
+from sparsessm_plugin.methods.outputs import dense_outputs, relative_error
+from sparsessm_plugin.methods.removal import remove
+from sparsessm_plugin.methods.state_fits import fit_D, mix_rows, write_rows
+from sparsessm_plugin.methods.state_sums import gather, gather_mixtures, mixing_gram
 from sparsessm_plugin.recurrence import scan
 from sparsessm_plugin.refit.compensation import mix_C
 from sparsessm_plugin.refit.mixture import MixtureProblem, best_mixture, fit_mixtures

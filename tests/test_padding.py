@@ -19,7 +19,7 @@ from sparsessm_plugin import (
     StateRemovalModifier,
     find_mixers,
 )
-from sparsessm_plugin.modifiers.removal import CalibrationInputs
+from sparsessm_plugin.calibration.inputs import CalibrationInputs
 from sparsessm_plugin.recurrence import ScanStatistics, StatisticsRequest, scan
 from sparsessm_plugin.solvers.objective import Solved
 from sparsessm_plugin.solvers.projections import SOLVERS
@@ -235,11 +235,11 @@ def test_error_of_a_removal(family, name, side):
             inputs.add(x + noise * torch.randn_like(x) * ~real[..., None], mask)
         assert inputs.tokens == 2 * sum(REAL)
         with torch.no_grad():
-            found = REMOVALS[name](family).shrink(adapter.float_clone(), inputs)
-        reports.append(found)
-    (_, removed, small, entry), again = reports
-    assert again[1] == removed
-    assert again[3]["error_left"] == pytest.approx(entry["error_left"], rel=1e-6)
-    left = torch.cat([module_output(small, x, mask)[real] for x in entered])
+            method = REMOVALS[name](family).new_method()
+            reports.append(method.shrink(adapter.float_clone(), inputs))
+    found, again = reports
+    assert again.removed == found.removed
+    assert again.error_left == pytest.approx(found.error_left, rel=1e-6)
+    left = torch.cat([module_output(found.mixer, x, mask)[real] for x in entered])
     wrong = float((left - dense).square().sum() / dense.square().sum())
-    assert entry["error_left"] == pytest.approx(wrong, rel=1e-3)
+    assert found.error_left == pytest.approx(wrong, rel=1e-3)

@@ -22,8 +22,8 @@ from sparsessm_plugin import fast_forward
 from sparsessm_plugin import recurrence as package
 from sparsessm_plugin.backends import choice
 from sparsessm_plugin.backends.choice import REFERENCE
+from sparsessm_plugin.calibration.inputs import CalibrationInputs
 from sparsessm_plugin.families import find_mixers
-from sparsessm_plugin.modifiers.removal import CalibrationInputs
 from sparsessm_plugin.recurrence import ScanStatistics, StatisticsRequest, scan, scan_states
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
 
@@ -222,7 +222,7 @@ def test_products_are_those_of_the_kept_states(batch, channels, states, every):
 
 @kernels_run
 def test_states_are_judged_the_same_without_keeping_them(monkeypatch):
-    module = import_module("sparsessm_plugin.modifiers.state_removal")
+    module = import_module("sparsessm_plugin.methods.state_sums")
     adapter = find_mixers(tiny_model("jamba").to(DEVICE))[0]
     inputs = CalibrationInputs()
     inputs.add(torch.randn(2, 12, adapter.sizes.hidden_size), None)

@@ -9,6 +9,7 @@ from conftest import batches, tiny_model
 from test_scan import one_step_at_a_time, random_heads, random_quantities
 
 from sparsessm_plugin.backends.choice import REFERENCE
+from sparsessm_plugin.calibration.inputs import CalibrationInputs
 from sparsessm_plugin.criteria.states import (
     STATE_SCORES,
     StateInputs,
@@ -16,8 +17,7 @@ from sparsessm_plugin.criteria.states import (
     lowest,
 )
 from sparsessm_plugin.families import find_mixers
-from sparsessm_plugin.modifiers.removal import CalibrationInputs
-from sparsessm_plugin.modifiers.state_removal import gather, mixing_gram, per_skip_entry, row_norms
+from sparsessm_plugin.methods.state_sums import gather, mixing_gram, per_skip_entry, row_norms
 from sparsessm_plugin.recurrence import scan, scan_states
 from sparsessm_plugin.selection.subsets import removal_cost
 
@@ -147,9 +147,7 @@ def inputs_of(adapter, model, padded=False, **sizes):
 @pytest.mark.parametrize("padded", [False, True])
 def test_cost_is_what_removal_does_to_the_scan_output(monkeypatch, padded):
     """Exactly, for Mamba-1 and every step: the oracle runs the scan without those rows of B."""
-    from sparsessm_plugin.modifiers import state_removal
-
-    monkeypatch.setattr(state_removal, "_EVERY_STATES", 1)
+    monkeypatch.setattr("sparsessm_plugin.methods.state_sums._EVERY_STATES", 1)
     model = tiny_model("mamba")
     adapter = find_mixers(model)[0].float_clone()
     inputs = inputs_of(adapter, model, padded)

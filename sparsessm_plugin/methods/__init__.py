@@ -1,7 +1,17 @@
 """One file a method: a model and batches in, a changed model and a result out. No framework."""
 
 from sparsessm_plugin.methods.base import MethodResult, MethodSettings, MixerMethod
+from sparsessm_plugin.methods.channels import remove_channels
 from sparsessm_plugin.methods.run import run
+from sparsessm_plugin.methods.states import remove_states
 from sparsessm_plugin.methods.transitions import prune_transitions
 
-__all__ = ["MethodResult", "MethodSettings", "MixerMethod", "prune_transitions", "run"]
+__all__ = [
+    "MethodResult",
+    "MethodSettings",
+    "MixerMethod",
+    "prune_transitions",
+    "remove_channels",
+    "remove_states",
+    "run",
+]

@@ -465,7 +465,7 @@ def _of_removal(modifier: Any, model: nn.Module) -> Effects:
     everything = frozenset(mixer_parameters(model))
     written, columns = set(), set()
     for adapter in find_mixers(model):
-        for step in _steps(modifier, adapter):
+        for step in modifier.compensations(adapter):
             written |= {_parameter(adapter, own) for own in _FITTED[step]}
             if step == "reconstruct":
                 fitted = {id(parameter) for parameter, _ in adapter.state_parameters()}
@@ -576,13 +576,6 @@ def _parameter(adapter: MixerAdapter, own: str) -> str:
         found = adapter.projection(kind)
         own = f"{found.path}.weight" if found.attribute == "weight" else found.path
     return f"{adapter.name}.{own}"
-
-
-def _steps(modifier: Any, adapter: MixerAdapter) -> Iterable[str]:
-    if isinstance(modifier, StateRemovalModifier):
-        return modifier.compensations(adapter)
-    assert isinstance(modifier, ChannelRemovalModifier)
-    return ("x_proj", "out_proj") if modifier.compensate is None else modifier.compensate
 
 
 def _names(matching: Any, model: nn.Module) -> Names:
