@@ -97,14 +97,14 @@ quant_stage:
         (with_fields("sparsity: 1.5"), ["SparseSSMModifier.sparsity", "between 0 and 1", "1.5"]),
         (with_fields("sparsity: 0"), ["SparseSSMModifier.sparsity", "got 0.0"]),
         (with_fields("sparsity: half"), ["SparseSSMModifier.sparsity", "number", "'half'"]),
-        (with_fields('mask_structure: "4:2"'), ["mask_structure", "0 < N < M", "'4:2'"]),
+        (with_fields('mask_structure: "4:2"'), ["mask_structure", "0 < n < m", "'4:2'"]),
         (
             with_fields("mask_structure: 2:4"),
             ["SparseSSMModifier.mask_structure", "must be quoted", "124"],
         ),
         (
             with_fields("sparsity: 0.5\n      saliency: fisher"),
-            ["SparseSSMModifier.saliency", "'output_error'", "'fisher'"],
+            ["SparseSSMModifier.saliency", "known: hessian, ", "output_error", "'fisher'"],
         ),
         (
             with_fields("sparsity: 0.5\n      sparsity: 0.6"),

@@ -1,6 +1,7 @@
 """SensitivitySparseGPTModifier through llmcompressor's own oneshot()."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def record(monkeypatch, solver="sparsegpt"):
         calls.append((weight.clone(), hessian.clone(), sparsity))
         return real(weight, hessian, sparsity, structure, **kwargs)
 
-    monkeypatch.setitem(SOLVERS, solver, wrapped)
+    monkeypatch.setitem(SOLVERS, solver, replace(real, solve=wrapped))
     return calls
 
 
@@ -282,14 +283,6 @@ def test_paper_allocation():
         assert more_sensitive == pytest.approx(0.5 - spread, abs=1e-3), kind
 
 
-def test_nothing_to_prune_changes_nothing():
-    model = tiny_model("mamba")
-    dense = weights(model)
-    run(model, modifier(sparsity=0.0))
-    for name, weight in weights(model).items():
-        torch.testing.assert_close(weight, dense[name])
-
-
 def test_magnitude_needs_no_data():
     model = tiny_model("mamba")
     dense = weights(model)
@@ -358,7 +351,10 @@ def test_saved_checkpoint_reloads_in_a_process_without_the_package(tmp_path, fam
         ({"sparsity": 0.1, "allocation": "paper", "alpha": 0.2}, "sparsities of -0.1 to 0.3"),
         ({"sparsity": 0.5, "allocation": "paper", "alpha": -0.1}, "alpha -0.1"),
         ({"sparsity": 0.5, "solver": "wanda", "target_output": "dense"}, "needs new weights"),
-        ({"sparsity": 0.5, "solver": "obs"}, "'magnitude', 'wanda', 'sparsegpt' or 'alps'"),
+        (
+            {"sparsity": 0.5, "solver": "obs"},
+            "'obs' is not known; known: alps, magn",
+        ),
         ({"sparsity": 0.5, "block_size": 0}, "greater than or equal to 1"),
         ({"sparsity": 0.5, "dampening_frac": -1}, "greater than or equal to 0"),
         ({"sparsity": 0.5, "report_path": "report.txt"}, "must end with .json"),

@@ -1,7 +1,8 @@
 """Saliency scores of the entries of A_log: statistics in, scores out.
 
-All scores share one signature and stand in one table, :data:`SALIENCIES`. Lower means
-pruned first. With per-step statistics the result has a leading time axis.
+All scores share one signature and stand in one table, :data:`SALIENCIES`, which
+:func:`register_saliency` fills. Lower means pruned first. With per-step statistics the result has a
+leading time axis.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from sparsessm_plugin.recurrence.statistics import PrunedValue, StatisticsRequest
+from sparsessm_plugin.registry import Registry
+
+_Score = Callable[["SaliencyInputs"], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ class Saliency:
     additive: bool
     source: str
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at calibration data."""
+        return self.statistics.needs_scan
+
     def request(self, aggregation: str | None, pruned_value: PrunedValue) -> StatisticsRequest:
         """The statistics to collect for an aggregation and a meaning of "pruned"."""
         request = self.statistics
@@ -70,21 +79,65 @@ class Saliency:
         return replace(request, per_step=per_step)
 
 
+SALIENCIES: Registry[Saliency] = Registry("saliency of A_log", "sparsessm_plugin.criteria")
+_OVER_TIME = ("frequency", "time_weighted", "mean", "l2")
+
+
+def register_saliency(
+    name: str,
+    *,
+    source: str,
+    statistics: StatisticsRequest | None = None,
+    aggregations: tuple[str, ...] = (),
+    additive: bool = False,
+) -> Callable[[_Score], _Score]:
+    """Decorator: make a score known as a criterion for A_log; see :class:`Saliency`."""
+
+    def register(score: _Score) -> _Score:
+        entry = Saliency(score, statistics or StatisticsRequest(), aggregations, additive, source)
+        SALIENCIES.register(name, entry)
+        return score
+
+    return register
+
+
+@register_saliency("magnitude", source="baseline")
 def magnitude(inputs: SaliencyInputs) -> Tensor:
     """abs(A_log)."""
     return inputs.A_log.abs()
 
 
+@register_saliency(
+    "hessian",
+    source="SparseSSM paper, Theorem 1 and Algorithm 1",
+    statistics=StatisticsRequest(state_energy=True),
+    aggregations=_OVER_TIME,
+    additive=True,
+)
 def hessian(inputs: SaliencyInputs) -> Tensor:
     """A_log^2 S_t: the diagonal Hessian of SparseSSM's Theorem 1 (arXiv 2506.09613)."""
     return inputs.A_log.square() * _need(inputs.state_energy)
 
 
+@register_saliency(
+    "transition",
+    source="SparseSSM, the authors' published code",
+    statistics=StatisticsRequest(state_energy=True, transition=True),
+    aggregations=("time_weighted", "frequency", "mean", "l2"),
+    additive=False,  # a product of two sums over the batch
+)
 def transition(inputs: SaliencyInputs) -> Tensor:
     """(sum_b exp(dt_t A))^2 S_t: what the authors of SparseSSM published as code."""
     return _need(inputs.transition).square() * _need(inputs.state_energy)
 
 
+@register_saliency(
+    "output_error",
+    source="this package",
+    statistics=StatisticsRequest(output_error="zero"),
+    aggregations=("mean", "frequency", "time_weighted", "l2"),
+    additive=True,
+)
 def output_error(inputs: SaliencyInputs) -> Tensor:
     """Squared change of the mixer's output when this entry alone is pruned.
 
@@ -99,37 +152,3 @@ def _need(statistic: Tensor | None) -> Tensor:
     if statistic is None:
         raise ValueError("the statistic that this saliency needs was not collected")
     return statistic
-
-
-_OVER_TIME = ("frequency", "time_weighted", "mean", "l2")
-
-SALIENCIES: dict[str, Saliency] = {
-    "magnitude": Saliency(
-        score=magnitude,
-        statistics=StatisticsRequest(),
-        aggregations=(),
-        additive=False,
-        source="baseline",
-    ),
-    "hessian": Saliency(
-        score=hessian,
-        statistics=StatisticsRequest(state_energy=True),
-        aggregations=_OVER_TIME,
-        additive=True,
-        source="SparseSSM paper, Theorem 1 and Algorithm 1",
-    ),
-    "transition": Saliency(
-        score=transition,
-        statistics=StatisticsRequest(state_energy=True, transition=True),
-        aggregations=("time_weighted", "frequency", "mean", "l2"),
-        additive=False,  # a product of two sums over the batch
-        source="SparseSSM, the authors' published code",
-    ),
-    "output_error": Saliency(
-        score=output_error,
-        statistics=StatisticsRequest(output_error="zero"),
-        aggregations=("mean", "frequency", "time_weighted", "l2"),
-        additive=True,
-        source="this package",
-    ),
-}

@@ -37,7 +37,7 @@ class TransitionSettings(TargetSettings):
 
     sparsity: float | None = None
     mask_structure: str | None = None
-    saliency: Literal["magnitude", "hessian", "transition", "output_error"] = "output_error"
+    saliency: str = "output_error"
     aggregation: Literal["frequency", "time_weighted", "mean", "l2"] | None = None
     decay: DecayKind = "power"
     decay_power: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
@@ -48,12 +48,17 @@ class TransitionSettings(TargetSettings):
     @property
     def watches_data(self) -> bool:
         """Whether the criterion needs statistics of the scan."""
-        return SALIENCIES[self.saliency].statistics.needs_scan
+        return SALIENCIES[self.saliency].needs_data
 
     @field_validator("sparsity")
     @classmethod
     def _check_sparsity(cls, value: float | None) -> float | None:
         return check_sparsity(value)
+
+    @field_validator("saliency")
+    @classmethod
+    def _check_saliency(cls, value: str) -> str:
+        return SALIENCIES.check(value)
 
     @field_validator("mask_structure", mode="before")
     @classmethod

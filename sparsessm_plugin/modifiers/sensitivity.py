@@ -74,7 +74,6 @@ from sparsessm_plugin.solvers.sparsegpt import error_curve
 # What is pruned together; a later stage sees what the stages before have left of its inputs.
 _STAGES = (("in_proj",), ("conv1d", "x_proj", "dt_proj"), ("out_proj",))
 _VARYING = ("in_proj", "out_proj")  # kinds that the paper's allocation varies
-_UPDATING = ("sparsegpt", "alps")  # solvers that write new values into what is kept
 # share of W* in the mean of W and W* that is pruned
 _TARGET_SHARE = {"own": 0.0, "mixer": 1.0, "half_way": 0.5, "dense": 1.0}
 _OF_DENSE_PREFIX = ("half_way", "dense")
@@ -151,7 +150,7 @@ class SensitivitySparseGPTModifier(MixerModifier):
 
     sparsity: float | None = None
     mask_structure: str = UNSTRUCTURED
-    solver: Literal["magnitude", "wanda", "sparsegpt", "alps"] = "alps"
+    solver: str = "alps"
     allocation: Literal["uniform", "paper", "optimal"] | None = None
     alpha: float | None = None
     target_output: Literal["own", "mixer", "half_way", "dense"] | None = None
@@ -186,6 +185,11 @@ class SensitivitySparseGPTModifier(MixerModifier):
     def _check_sparsity(cls, value: float | None) -> float | None:
         return check_sparsity(value)
 
+    @field_validator("solver")
+    @classmethod
+    def _check_solver(cls, value: str) -> str:
+        return SOLVERS.check(value)
+
     @field_validator("mask_structure", mode="before")
     @classmethod
     def _check_mask_structure(cls, value: Any) -> Any:
@@ -206,23 +210,23 @@ class SensitivitySparseGPTModifier(MixerModifier):
                 f"mask_structure {self.mask_structure} makes {n / m:g} of the entries zero, "
                 f"sparsity says {self.sparsity:g}"
             )
+        solver = SOLVERS[self.solver]
         if self.allocation is None:
-            self.allocation = "uniform" if m or self.solver == "magnitude" else "optimal"
+            self.allocation = "optimal" if solver.needs_hessian and not m else "uniform"
         if m and self.allocation != "uniform":
             raise ValueError(
                 f"allocation {self.allocation!r} varies the sparsity, which mask_structure "
                 f"{self.mask_structure} fixes; only uniform is allowed with it"
             )
         self._check_alpha()
-        updates = self.solver in _UPDATING
         if self.target_output is None:
-            self.target_output = "mixer" if updates else "own"
-        if self.target_output != "own" and not updates:
+            self.target_output = "mixer" if solver.updates else "own"
+        if self.target_output != "own" and not solver.updates:
             raise ValueError(
                 f"target_output {self.target_output!r} needs new weights, and solver "
                 f"{self.solver!r} writes none; allowed: own"
             )
-        self.requires_calibration_data = self.solver != "magnitude" or self._needs_first_pass
+        self.requires_calibration_data = solver.needs_hessian or self._needs_first_pass
         return self
 
     def _check_alpha(self) -> None:

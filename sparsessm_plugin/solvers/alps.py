@@ -18,6 +18,7 @@ from sparsessm_plugin.solvers.objective import (
     row_errors,
     square_of_root,
 )
+from sparsessm_plugin.solvers.projections import register_solver
 from sparsessm_plugin.solvers.sparsegpt import may_stay, surgeon
 
 # Section 3.2 of the paper: the penalty at first, after how many steps it grows, and by how much
@@ -32,6 +33,7 @@ _GROWTH = ((0.1, 1.4), (0.005, 1.3), (0.0, 1.15))
 _TOLERANCE = 1e-5
 
 
+@register_solver(updates=True, needs_hessian=True)
 def alps(
     weight: Tensor,
     hessian: Tensor,

@@ -25,6 +25,7 @@ from sparsessm_plugin.solvers.objective import (
     row_errors,
     working_dtype,
 )
+from sparsessm_plugin.solvers.projections import register_solver
 
 # scores of a block (..., out, columns) and its first column -> True where kept
 _Choose = Callable[[Tensor, int], Tensor]
@@ -44,6 +45,7 @@ class _Groups:
     zeros: Sequence[int]
 
 
+@register_solver(updates=True, needs_hessian=True)
 def sparsegpt(
     weight: Tensor,
     hessian: Tensor,

@@ -4,8 +4,10 @@ from torch import Tensor
 
 from sparsessm_plugin.selection.masks import UNSTRUCTURED, choose_mask
 from sparsessm_plugin.solvers.objective import DAMPENING, Solved, check, finish
+from sparsessm_plugin.solvers.projections import register_solver
 
 
+@register_solver(updates=False, needs_hessian=True)
 def wanda(
     weight: Tensor,
     hessian: Tensor,
