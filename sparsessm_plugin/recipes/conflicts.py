@@ -5,12 +5,11 @@ that it applies to; what depends on the model is checked against the model itsel
 before its weights are loaded and by ``oneshot()`` before anything is changed.
 
 Of each modifier, this package's and LLM Compressor's, :func:`effects_of` says what it does to which
-weights. ``RULES`` say which effects must not follow each other.
+weights. ``RULES`` of ``rules.py`` say which effects must not follow each other.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import cache
 from itertools import combinations
 from typing import Any
@@ -25,7 +24,6 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning.constant import ConstantPruningModifier
 from llmcompressor.modifiers.pruning.magnitude import MagnitudePruningModifier
 from llmcompressor.modifiers.pruning.reap import REAPPruningModifier
-from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from llmcompressor.modifiers.transform.awq import AWQModifier
@@ -64,6 +62,7 @@ from sparsessm_plugin.modifiers.sparse_gptq import (
     never_called,
     quantized_weights,
 )
+from sparsessm_plugin.recipes.rules import RULES, Effects, Names, Rule
 from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure
 from sparsessm_plugin.training.distillation import mixer_parameters
 
@@ -77,147 +76,12 @@ _FITTED = {
     "out_proj": ("out_proj.weight",),
     "reconstruct": ("out_proj.weight",),
 }
-_ZERO = "zero"  # what a pruned entry is stored as, where nothing else is said
 _TRAINING_ONLY = (ConstantPruningModifier, MagnitudePruningModifier)
 
 _SCALING = (SmoothQuantModifier, AWQModifier)  # between layers and projections
 _OF_INPUTS = (GPTQModifier, SparsityModifierBase, *_SCALING)  # gather sums of what Linears read
 
-Names = frozenset[str]
 _NONE: Names = frozenset()
-
-
-@dataclass(frozen=True)
-class Effects:
-    """What a modifier does to the weights of a model, by names of parameters.
-
-    :param changes: weights that it gives other values
-    :param pruned: weights in which it makes zeros, or other values that must stay
-    :param value: what it stores a pruned entry as
-    :param patterned: those of ``pruned`` whose zeros are n of every m neighbours of a row
-    :param overwrites: weights whose zeros it writes other values into
-    :param keeps: value of pruned entries that it does not write into, in ``overwrites``
-    :param columns: weights that lose columns
-    :param grid: weights that it leaves on a quantization grid
-    :param rotated: weights that then multiply rotated inputs, or give rotated outputs
-    :param removed: weights of experts, some of which it removes
-    """
-
-    changes: Names = _NONE
-    pruned: Names = _NONE
-    value: str = _ZERO
-    patterned: Names = _NONE
-    overwrites: Names = _NONE
-    keeps: str | None = None
-    columns: Names = _NONE
-    grid: Names = _NONE
-    rotated: Names = _NONE
-    removed: Names = _NONE
-    own: bool = field(default=False, kw_only=True)  # reads mixers' weights as they are stored
-
-    @property
-    def any(self) -> bool:
-        """Whether the model has anything that the modifier works on."""
-        return bool(self.changes or self.pruned or self.overwrites or self.grid or self.removed)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What one modifier must not do after another.
-
-    :param mark: stands for it in the table of the documentation
-    :param meaning: what would happen, for the documentation
-    :param broken: the weights in question, given the effects of the first and of the second
-    :param message: the error, given both modifiers and the name of a weight
-    """
-
-    mark: str
-    meaning: str
-    broken: Callable[[Effects, Effects], Names]
-    message: Callable[[Any, Any, str], str]
-
-
-def _overwritten(first: Effects, second: Effects) -> Names:
-    return first.pruned & second.overwrites if second.keeps != first.value else _NONE
-
-
-def _unpatterned(first: Effects, second: Effects) -> Names:
-    return first.patterned & second.columns
-
-
-def _off_grid(first: Effects, second: Effects) -> Names:
-    return first.grid & second.changes
-
-
-def _rotated(first: Effects, second: Effects) -> Names:
-    return first.rotated if second.own and second.any else _NONE
-
-
-def _without_experts(first: Effects, second: Effects) -> Names:
-    return first.removed & second.changes
-
-
-def _overwriting(first: Any, second: Any, name: str) -> str:
-    one, two = type(first).__name__, type(second).__name__
-    if isinstance(first, SparseSSMModifier) and isinstance(second, SparseSSMModifier):
-        return (
-            f"{two} with pruned_value {second.pruned_value} would undo what {one} with "
-            f"{first.pruned_value} has pruned of {name}; give both the same pruned_value"
-        )
-    if isinstance(second, SparseSSMModifier):
-        advice = f"put {two} first, or give it pruned_value: zero"
-    elif isinstance(second, SparseGPTModifier):
-        advice = f"give {two} preserve_sparsity_mask: true, or other targets"
-    elif isinstance(second, (GPTQModifier, AutoRoundModifier)):
-        advice = "SparseGPTQModifier quantizes without that"
-    elif isinstance(second, QuIPModifier):
-        advice = f"no zero survives a rotation; give {two} other targets, or leave one of them out"
-    else:
-        advice = f"put {two} first"
-    return f"{two} would write into the zeros that {one} has made in {name}; {advice}"
-
-
-def _breaking_pattern(first: Any, second: Any, name: str) -> str:
-    one, two = type(first).__name__, type(second).__name__
-    return (
-        f"{two} would remove columns of {name}, of which {one} has made n of every m neighbours "
-        f"zero; put {two} first"
-    )
-
-
-def _leaving_grid(first: Any, second: Any, name: str) -> str:
-    one, two = type(first).__name__, type(second).__name__
-    if isinstance(second, QuantizationMixin):
-        return (
-            f"{two} would quantize {name} again, which {one} has quantized; give them different "
-            "targets, or leave one of them out"
-        )
-    return (
-        f"{two} would change {name}, which {one} has quantized; put {two} first: prune, scale or "
-        "remove first, then quantize"
-    )
-
-
-def _reading_rotated(first: Any, second: Any, name: str) -> str:
-    one, two = type(first).__name__, type(second).__name__
-    return (
-        f"{two} reads {name} as it is stored, which {one} has rotated together with its inputs; "
-        f"put {two} first"
-    )
-
-
-def _changing_experts(first: Any, second: Any, name: str) -> str:
-    one, two = type(first).__name__, type(second).__name__
-    return f"{two} would change {name}, an expert that {one} may have removed; put {two} first"
-
-
-RULES = (
-    Rule("Z", "would write into the zeros", _overwritten, _overwriting),
-    Rule("P", "would remove columns of an n:m pattern", _unpatterned, _breaking_pattern),
-    Rule("G", "would change what is quantized", _off_grid, _leaving_grid),
-    Rule("R", "reads weights that are rotated", _rotated, _reading_rotated),
-    Rule("E", "would change experts that are removed", _without_experts, _changing_experts),
-)
 
 
 def check_alone(modifiers: Sequence[Any]) -> None:
