@@ -27,7 +27,7 @@ from torch import Tensor
 from sparsessm_plugin.criteria.importance import choose_pruned, importance
 from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
 from sparsessm_plugin.families import MixerAdapter, find_mixers, get_tensor
-from sparsessm_plugin.modifiers.gradient_magnitude import tuned_parameters
+from sparsessm_plugin.methods.gradient import tuned_parameters
 from sparsessm_plugin.recipes import parse_recipe
 from sparsessm_plugin.recipes.pruning import ModelSource, prune
 from sparsessm_plugin.training.gradients import mean_gradients
@@ -37,20 +37,20 @@ CALIBRATION = "corpus/calibration.jsonl"
 TESTS = {"corpus": "corpus/validation.jsonl", "wikitext2": "wikitext2/test.detok.txt"}
 HELD_BACK = 100 * 512  # tokens at the end of the calibration text, for development
 METHODS = {
-    "magnitude, per layer": "importance: magnitude, scope: per_layer",
-    "magnitude, global": "importance: magnitude",
+    "magnitude, per layer": "saliency: magnitude, scope: per_layer",
+    "magnitude, global": "saliency: magnitude",
     "gradient, per layer": "scope: per_layer",
     "gradient, per kind": "scope: per_kind",
     "gradient, global, 1 round": "rounds: 1",
-    "mean gradient, global": "importance: weight_x_gradient",
+    "mean gradient, global": "saliency: weight_x_gradient",
     "gradient, global": "",
 }
 TUNED = {
-    "tuned, magnitude, global": "importance: magnitude",
+    "tuned, magnitude, global": "saliency: magnitude",
     "tuned, 1 round": "rounds: 1",
     "tuned, 8 rounds": "rounds: 8",
-    "tuned to the dense model, 1 round": "rounds: 1, tune_loss: dense",
-    "tuned to the dense model, 8 rounds": "rounds: 8, tune_loss: dense",
+    "tuned to the dense model, 1 round": "rounds: 1, distill_loss: dense",
+    "tuned to the dense model, 8 rounds": "rounds: 8, distill_loss: dense",
 }
 PROBE_STEPS = 6
 
@@ -152,7 +152,7 @@ class Run:
         try:
             for seed in range(seeds):
                 for method, fields in methods.items():
-                    if seed and "magnitude" in method and "tune_steps" not in fields:
+                    if seed and "magnitude" in method and "distill_steps" not in fields:
                         continue  # which looks at no data
                     row = row_of(rows, {"model": self.name, "method": method}, self.tests)
                     if seed not in row["seeds"]:
@@ -197,8 +197,8 @@ class Run:
         row["seconds"].append(pruned.seconds)
         row["seeds"].append(seed)
         report = pruned.reports[0]
-        if report["settings"]["tune_steps"]:
-            steps = report["settings"]["rounds"] * report["settings"]["tune_steps"]
+        if report["settings"]["distill_steps"]:
+            steps = report["settings"]["rounds"] * report["settings"]["distill_steps"]
             row.setdefault("steps", []).append(steps)
         row["layers"] = by_kind(report["layers"])
         self.keep(result)
@@ -240,7 +240,7 @@ def tuned(run: Run, result: Result) -> None:
     for method in options.tuned:
         rounds = 1 if "1 round" in method else 8
         steps = options.tune_steps or max(1, int(options.tune_seconds / seconds / rounds))
-        methods[method] = f"{TUNED[method]}, tune_steps: {steps}, importance_batches: {batches}"
+        methods[method] = f"{TUNED[method]}, distill_steps: {steps}, calibration_batches: {batches}"
     print(methods, flush=True)
     run.rows(
         result,

@@ -69,7 +69,7 @@ COLUMNS: dict[str, tuple[str, Any]] = {
     "all by gradient": ("GradientMagnitudeModifier", {"sparsity": 0.5, "rounds": 2}),
     "all by gradient, tuned": (
         "GradientMagnitudeModifier",
-        {"sparsity": 0.5, "rounds": 2, "tune_steps": 1},
+        {"sparsity": 0.5, "rounds": 2, "distill_steps": 1},
     ),
     "w8a8": ("SparseGPTQModifier", {"scheme": "W8A8", "targets": ["Linear"], "ignore": IGNORE}),
     "fp8": (

@@ -75,10 +75,10 @@ def sensitivity(rng: random.Random) -> Fields:
 def gradient_magnitude(rng: random.Random) -> Fields:
     fields: Fields = {"sparsity": round(rng.uniform(0.1, 0.9), 3), "rounds": rng.randint(1, 2)}
     fields["schedule"] = rng.choice(["cubic", "linear"])
-    fields["importance"] = rng.choice(["weight_x_gradient_norm", "weight_x_gradient", "magnitude"])
+    fields["saliency"] = rng.choice(["weight_x_gradient_norm", "weight_x_gradient", "magnitude"])
     fields["scope"] = rng.choice(["global", "per_layer", "per_kind"])
     if rng.random() < 0.3:
-        fields |= {"tune_steps": 1, "tune_loss": rng.choice(["labels", "dense"])}
+        fields |= {"distill_steps": 1, "distill_loss": rng.choice(["labels", "dense"])}
     return fields
 
 
@@ -167,7 +167,7 @@ WRONG: list[tuple[str, str, list[Any]]] = [
     ("SparseSSMModifier", "saliency", ["", "outputerror", 3]),
     ("SparseSSMModifier", "pruned_value", ["one", 38, None]),
     ("GradientMagnitudeModifier", "rounds", [0, -1, 1.5, "two"]),
-    ("GradientMagnitudeModifier", "learning_rate", [0, -1.0, float("inf")]),
+    ("GradientMagnitudeModifier", "distill_learning_rate", [0, -1.0, float("inf")]),
     ("GradientMagnitudeModifier", "min_keep", [1.0, -0.1, 2]),
     ("GradientMagnitudeModifier", "loss_fn", ["print", "os.system"]),
     ("SparseGPTQModifier", "scheme", ["W3A5", 5, [], {}, "w8 a8"]),

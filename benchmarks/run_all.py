@@ -62,7 +62,7 @@ def jobs() -> dict[str, Job]:
         "--sections",
         "tune",
         "--fields",
-        "learning_rate: 5e-4",
+        "distill_learning_rate: 5e-4",
     )
     found["gradient_quality_tuned"] = Job(
         (*tune, "--tuned", TUNED, "--tune-seconds", "220", "--tune-seeds", "2")

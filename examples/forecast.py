@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaModel
 
-from sparsessm_plugin import GradientMagnitudeModifier, fast_forward
+from sparsessm_plugin import fast_forward
+from sparsessm_plugin.methods import prune_by_gradient
 
 COLUMNS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
 PAST, FUTURE = 96, 24  # hours
@@ -145,7 +146,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         parser.error(f"--sparsity must be above 0 and at most 0.99, got {options.sparsity}")
     torch.manual_seed(options.seed)
 
-    size, layers, steps, tune_steps, rows = (16, 1, 20, 3, 2000) if options.quick else SIZES
+    size, layers, steps, distill_steps, rows = (16, 1, 20, 3, 2000) if options.quick else SIZES
     series = read_series(options.csv) if options.csv else generate_series(rows, options.seed)
     end = int(TRAIN * len(series))
     series = (series - series[:end].mean(0)) / series[:end].std(0).clamp(min=1e-6)
@@ -170,22 +171,23 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     order = torch.randperm(len(training), generator=generator)
     batches = list(training[order[: 32 * (4 if options.quick else 64)]].split(32))
     for name, settings in {
-        "magnitude": {"importance": "magnitude"},
+        "magnitude": {"saliency": "magnitude"},
         "gradient": {},
-        "gradient, tuned": {"tune_steps": tune_steps, "learning_rate": 1e-3},
+        "gradient, tuned": {"distill_steps": distill_steps, "distill_learning_rate": 1e-3},
     }.items():
         started = time.perf_counter()
         model.load_state_dict(dense)
-        modifier = GradientMagnitudeModifier(
+        total = prune_by_gradient(
+            model,
+            batches,
             sparsity=options.sparsity,
             rounds=2 if options.quick else 8,
-            importance_batches=1 if options.quick else 2,
+            calibration_batches=1 if options.quick else 2,
             loss_fn=loss_fn,
             **settings,
-        )
-        total = modifier.apply(model, batches)["total"]
+        ).total
         errors[name] = test_error(model, test)
-        print(f"{name}: {total['pruned']:,} of {total['entries']:,} weights pruned", end=" ")
+        print(f"{name}: {total.pruned:,} of {total.entries:,} weights pruned", end=" ")
         print(f"in {time.perf_counter() - started:.0f} s")
     print("\nmean squared error on the test rows")
     for name, error in errors.items():

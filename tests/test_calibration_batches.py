@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from sparsessm_plugin import modifiers as m
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.methods import prune_by_gradient
 
 PIPELINES = ["independent", "sequential", "basic"]
 _QUANTIZED = {"targets": ["Linear"], "ignore": ["lm_head", "re:.*dt_proj$"]}
@@ -27,7 +28,7 @@ MODIFIERS = {
     "gradient": (
         "mamba",
         lambda: m.GradientMagnitudeModifier(
-            sparsity=0.5, rounds=2, tune_steps=3, tune_loss="dense", importance_batches=2
+            sparsity=0.5, rounds=2, distill_steps=3, distill_loss="dense", calibration_batches=2
         ),
     ),
     "quantized": ("mamba", lambda: m.SparseGPTQModifier(scheme="W8A8", **_QUANTIZED)),
@@ -155,9 +156,9 @@ def test_a_batch_that_is_changed_in_place_is_refused():
         batch["input_ids"][0, 0] += 1
         return loss
 
-    chosen = m.GradientMagnitudeModifier(sparsity=0.5, rounds=2, loss_fn=loss_fn)
-    with pytest.raises(SparseSSMError, match="GradientMagnitudeModifier: calibration batch 1"):
-        chosen.apply(tiny_model("mamba"), batches())
+    model = tiny_model("mamba")
+    with pytest.raises(SparseSSMError, match="prune_by_gradient: calibration batch 1"):
+        prune_by_gradient(model, batches(), sparsity=0.5, rounds=2, loss_fn=loss_fn)
 
 
 class _Stream(torch.utils.data.IterableDataset):

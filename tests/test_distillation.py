@@ -130,8 +130,8 @@ def test_what_is_refused(monkeypatch):
         last(distill_steps=-1)
     model = tiny_model("mamba")
     monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
-    with pytest.raises(SparseSSMError, match="tune_loss: dense: it needs a language head"):
-        Distillation(model, batches(), "tune_loss: dense")
+    with pytest.raises(SparseSSMError, match="distill_loss: dense: it needs a language head"):
+        Distillation(model, batches(), "distill_loss: dense")
     monkeypatch.undo()
 
     own = model.forward

@@ -18,6 +18,7 @@ from sparsessm_plugin import (
     find_mixers,
 )
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.methods import prune_by_gradient
 from sparsessm_plugin.recipes import load_recipe, parse_recipe
 from sparsessm_plugin.recipes.pruning import prune
 from sparsessm_plugin.training import gradients as training
@@ -26,12 +27,17 @@ ONE_ROUND = {
     "sparsity": 0.5,
     "rounds": 1,
     "min_keep": 0.0,
-    "importance": "weight_x_gradient",
+    "saliency": "weight_x_gradient",
 }
 
 
 def modifier(**changes):
     return GradientMagnitudeModifier(**{**ONE_ROUND, **changes})
+
+
+def directly(model, ready, **changes):
+    """Without LLM Compressor."""
+    return prune_by_gradient(model, ready, **{**ONE_ROUND, **changes})
 
 
 def prunable(model):
@@ -93,7 +99,7 @@ def test_what_is_pruned_is_what_sorting_says(kind, scope):
         of_samples = kind == "weight_x_gradient_norm"
         gradients = reference_gradients(model, ready, of_samples)
         scores = {n: w.abs().double() * gradients[n] for n, w in before.items()}
-    run(model, modifier(importance=kind, scope=scope), ready)
+    run(model, modifier(saliency=kind, scope=scope), ready)
     groups = {"global": lambda n: "", "per_layer": lambda n: n}
     groups["per_kind"] = lambda n: n.removesuffix(".weight").rpartition(".")[2]
     after = values(model)
@@ -112,7 +118,7 @@ def test_what_is_pruned_is_what_sorting_says(kind, scope):
 def test_every_family_is_pruned_tuned_and_saved(family, tmp_path):
     model = tiny_model(family)
     before = state(model)
-    chosen = modifier(rounds=2, tune_steps=2, min_keep=0.05)
+    chosen = modifier(rounds=2, distill_steps=2, min_keep=0.05)
     run(model, chosen, batches(2, length=12, padded=True))
     after = values(model)  # single experts among them, which oneshot() takes apart
     entries = sum(w.numel() for w in after.values())
@@ -145,7 +151,7 @@ def test_every_family_is_pruned_tuned_and_saved(family, tmp_path):
 
 def test_saved_checkpoint_reloads_in_a_process_without_the_package(tmp_path):
     model = tiny_model("mamba")
-    run(model, modifier(tune_steps=1), batches(1, length=8))
+    run(model, modifier(distill_steps=1), batches(1, length=8))
     model.save_pretrained(tmp_path / "saved")
     check_reload(model, tmp_path / "saved")
 
@@ -158,7 +164,7 @@ def test_later_rounds_look_at_what_earlier_ones_have_left():
         run(model, modifier(rounds=rounds), ready)
         masks[rounds] = {n: w == 0 for n, w in values(model).items()}
         model = tiny_model("mamba")
-        run(model, modifier(rounds=rounds, importance="magnitude"), ready)
+        run(model, modifier(rounds=rounds, saliency="magnitude"), ready)
         masks[rounds, "magnitude"] = {n: w == 0 for n, w in values(model).items()}
     differing = sum(int((masks[1][n] != masks[4][n]).sum()) for n in masks[1])
     assert differing > 0
@@ -173,7 +179,7 @@ def test_two_runs_give_the_same_bits():
     results = []
     for _ in range(2):
         model = tiny_model("mamba")
-        run(model, modifier(rounds=2, tune_steps=2), batches(2))
+        run(model, modifier(rounds=2, distill_steps=2), batches(2))
         results.append(state(model))
     assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
 
@@ -182,7 +188,11 @@ def test_tuning_lowers_the_loss():
     ready, losses = batches(1, batch=4, length=16), []
     for steps in (0, 12):
         model = tiny_model("mamba")
-        run(model, modifier(sparsity=0.6, rounds=2, tune_steps=steps, learning_rate=1e-2), ready)
+        run(
+            model,
+            modifier(sparsity=0.6, rounds=2, distill_steps=steps, distill_learning_rate=1e-2),
+            ready,
+        )
         with torch.no_grad():
             loss = model(**ready[0], labels=ready[0]["input_ids"], use_cache=False).loss
         losses.append(float(loss))
@@ -192,7 +202,10 @@ def test_tuning_lowers_the_loss():
 @pytest.mark.parametrize("family", ["mamba", "jamba"])  # tied, and with a head of its own
 def test_tuning_towards_the_dense_model_comes_closer_to_it(family):
     ready, found = batches(2, 2, 12, padded=True), []
-    for fields in ({}, {"tune_steps": 10, "tune_loss": "dense", "learning_rate": 3e-3}):
+    for fields in (
+        {},
+        {"distill_steps": 10, "distill_loss": "dense", "distill_learning_rate": 3e-3},
+    ):
         dense, model = tiny_model(family), tiny_model(family)
         run(model, modifier(sparsity=0.6, rounds=2, **fields), ready)
         found.append(divergence_from(dense, model, ready))
@@ -202,14 +215,14 @@ def test_tuning_towards_the_dense_model_comes_closer_to_it(family):
     assert found[1] < 0.8 * found[0]
 
 
-@pytest.mark.parametrize("tune_loss", ["labels", "dense"])
+@pytest.mark.parametrize("distill_loss", ["labels", "dense"])
 @pytest.mark.parametrize("steps", [1, 10])
-def test_tuning_that_diverges_is_taken_back(tune_loss, steps):
+def test_tuning_that_diverges_is_taken_back(distill_loss, steps):
     plain, model = tiny_model("mamba"), tiny_model("mamba")
     ready, fields = batches(2, 2, 12), {"sparsity": 0.5, "rounds": 2}
     run(plain, GradientMagnitudeModifier(**fields), ready)
     modifier = GradientMagnitudeModifier(
-        **fields, tune_steps=steps, tune_loss=tune_loss, learning_rate=1000.0
+        **fields, distill_steps=steps, distill_loss=distill_loss, distill_learning_rate=1000.0
     )
     run(model, modifier, ready)
     assert [entry["diverged"] for entry in modifier.report()["rounds"]] == [True, True]
@@ -221,7 +234,11 @@ def test_half_precision():
     """Sums and tuned copies are float32: steps far below bfloat16's resolution add up."""
     model = tiny_model("mamba").bfloat16()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    run(model, modifier(rounds=1, tune_steps=25, learning_rate=1e-4), batches(1, length=6))
+    run(
+        model,
+        modifier(rounds=1, distill_steps=25, distill_learning_rate=1e-4),
+        batches(1, length=6),
+    )
     after = prunable(model)
     assert zeros(after) == round(0.5 * sum(p.numel() for p in after.values()))
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
@@ -240,7 +257,7 @@ def test_zeros_and_states_without_memory_of_an_earlier_stage_stay():
 s_stage:
   s_modifiers:
     SparseSSMModifier: {sparsity: 0.5, pruned_value: memoryless}
-    GradientMagnitudeModifier: {sparsity: 0.5, rounds: 2, tune_steps: 2, importance_batches: 1}
+    GradientMagnitudeModifier: {sparsity: 0.5, rounds: 2, distill_steps: 2, calibration_batches: 1}
 """
     model = tiny_model("mamba")
     weight = find_mixers(model)[0].mixer.in_proj.weight
@@ -265,7 +282,7 @@ def test_tuning_leaves_zeros_outside_of_the_targets():
     model = tiny_model("mamba")
     run(model, SparseSSMModifier(sparsity=0.5))
     was_zero = [a.A_log.detach() == 0 for a in find_mixers(model)]
-    run(model, modifier(targets="in_proj", tune_steps=2))
+    run(model, modifier(targets="in_proj", distill_steps=2))
     for adapter, mask in zip(find_mixers(model), was_zero, strict=True):
         assert torch.equal(adapter.A_log.detach() == 0, mask)
         assert int((adapter.mixer.x_proj.weight == 0).sum()) == 0
@@ -342,13 +359,15 @@ def squared_error(model, batch):
 def test_a_loss_of_the_users(kind):
     model, generator = Forecaster(), torch.Generator().manual_seed(3)
     ready = [{"series": torch.randn(4, 9, 3, generator=generator)} for _ in range(2)]
-    chosen = modifier(importance=kind, loss_fn=squared_error, rounds=2, tune_steps=2, sparsity=0.7)
-    report = chosen.apply(model, ready)
-    weights = {w.parameter_name: w.parameter for w in chosen.matching_weights(model)}
+    fields = {"saliency": kind, "loss_fn": squared_error, "rounds": 2, "distill_steps": 2}
+    result = directly(model, ready, **fields, sparsity=0.7)
+    weights = {layer.name: model.get_parameter(layer.name) for layer in result.layers}
     assert {"enter.weight", "leave.weight"} < set(weights)
     assert zeros(weights) == round(0.7 * sum(w.numel() for w in weights.values()))
-    assert report["settings"]["loss_fn"] == "squared_error"
-    json.dumps(report)
+    assert [layer.pruned for layer in result.layers] == [
+        int((w == 0).sum()) for w in weights.values()
+    ]
+    json.dumps(result.to_dict())
     assert nothing_left_behind(model)
     assert "forward" not in vars(model)
     assert type(model._parameters) is dict
@@ -365,12 +384,18 @@ def test_a_loss_of_the_users(kind):
         ("{sparsity: 0.5, rounds: 0}", "rounds: Input should be greater than or equal to 1, got 0"),
         ("{sparsity: 0.5, schedule: cosine}", "'cubic' or 'linear', got 'cosine'"),
         ("{sparsity: 0.9, min_keep: 0.2}", "min_keep 0.2 of every tensor and sparsity 0.9"),
-        ("{sparsity: 0.5, tune_steps: -1}", "tune_steps: Input should be greater"),
-        ("{sparsity: 0.5, learning_rate: 0}", "learning_rate: Input should be greater than 0"),
-        ("{sparsity: 0.5, importance: magnitude, alpha: 2}", "alpha has no meaning"),
+        ("{sparsity: 0.5, distill_steps: -1}", "distill_steps: Input should be greater"),
+        (
+            "{sparsity: 0.5, distill_learning_rate: 0}",
+            "distill_learning_rate: Input should be greater than 0",
+        ),
+        (
+            "{sparsity: 0.5, saliency: magnitude, gradient_power: 2}",
+            "gradient_power has no meaning",
+        ),
         ("{sparsity: 0.5, loss_fn: mean_squared}", "loss_fn: Input should be callable"),
         ("{sparsity: 0.5, targets: 're:('}", "no regular expression"),
-        ("{sparsity: 0.5, tune_loss: dense}", "no meaning without tune_steps"),
+        ("{sparsity: 0.5, distill_loss: dense}", "no meaning without distill_steps"),
     ],
 )
 def test_settings_that_are_refused(fields, message):
@@ -400,7 +425,7 @@ def test_recipes_need_data():
         with pytest.raises(SparseSSMError, match="needs calibration data"):
             load_recipe(name).check_data(None)
         assert load_recipe(name).reads_data
-    magnitude = "{sparsity: 0.5, importance: magnitude}"
+    magnitude = "{sparsity: 0.5, saliency: magnitude}"
     recipe = f"a_stage:\n  a_modifiers:\n    GradientMagnitudeModifier: {magnitude}\n"
     parse_recipe(recipe).check_data(None)
     assert not parse_recipe(recipe).reads_data
@@ -446,19 +471,19 @@ def test_a_model_without_a_loss():
     model = Forecaster()
     ready = [{"input_ids": torch.ones(2, 5, dtype=torch.int64)}]
     with pytest.raises(SparseSSMError, match=r"Forecaster returns no loss; give loss_fn"):
-        modifier().apply(model, ready)
+        directly(model, ready)
     with pytest.raises(SparseSSMError, match=r"MambaModel returns no loss; give loss_fn"):
-        modifier().apply(model.backbone, [{"input_ids": torch.zeros(2, 5).long()}])
+        directly(model.backbone, [{"input_ids": torch.zeros(2, 5).long()}])
     series = [{"series": torch.ones(2, 5, 3)}]
     with pytest.raises(SparseSSMError, match=r"a batch holds series and no input_ids"):
-        modifier().apply(model, series)
+        directly(model, series)
     for bad, message in (
         (lambda m, b: 1.0, "loss_fn returned a float"),
         (lambda m, b: m(b["series"]), r"a tensor of shape \(2, 5, 3\)"),
         (lambda m, b: torch.zeros(()), "without a gradient"),
     ):
         with pytest.raises(SparseSSMError, match=message):
-            modifier(loss_fn=bad).apply(model, series)
+            directly(model, series, loss_fn=bad)
 
 
 def breaking_loss(bad):
@@ -482,17 +507,16 @@ def numbered(count):
 def test_gradients_that_are_no_numbers():
     ready = numbered(5)
     model, other = Forecaster(), Forecaster()
-    chosen = modifier(loss_fn=breaking_loss({1, 3}))
-    chosen.apply(model, ready)
-    modifier(loss_fn=squared_error).apply(other, [ready[i] for i in (0, 2, 4)])
+    result = directly(model, ready, loss_fn=breaking_loss({1, 3}))
+    directly(other, [ready[i] for i in (0, 2, 4)], loss_fn=squared_error)
     assert unchanged(model, other.state_dict())  # what was skipped has left no trace
-    assert len(chosen.report()["skipped_batches"]) == 2
+    assert result.skipped_batches == ("the loss", "the loss")
     model = Forecaster()
     before = state(model)
     with pytest.raises(
         SparseSSMError, match=r"3 batches .* begin in the loss in the last; .*nothing was changed$"
     ):
-        modifier(loss_fn=breaking_loss({1, 3, 4})).apply(model, ready)
+        directly(model, ready, loss_fn=breaking_loss({1, 3, 4}))
     assert unchanged(model, before)
     assert nothing_left_behind(model)
 
@@ -501,7 +525,7 @@ def test_weights_on_several_devices():
     model = Forecaster()
     model.leave.to("meta")
     with pytest.raises(SparseSSMError, match="lie on cpu, meta"):
-        modifier(loss_fn=squared_error).apply(model, numbered(1))
+        directly(model, numbered(1), loss_fn=squared_error)
 
 
 # -- what the passes do --------------------------------------------------------------------

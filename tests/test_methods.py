@@ -8,7 +8,12 @@ from transformers import AutoModelForCausalLM
 
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families.config_levels import language_field
-from sparsessm_plugin.methods import prune_transitions, remove_channels, remove_states
+from sparsessm_plugin.methods import (
+    prune_by_gradient,
+    prune_transitions,
+    remove_channels,
+    remove_states,
+)
 from sparsessm_plugin.methods.states import StateRemoval
 
 
@@ -101,6 +106,26 @@ def test_a_removal_that_fails_says_once_what_is_left(monkeypatch):
     with pytest.raises(SparseSSMError) as error:
         remove_states(tiny_model("mamba"), batches(), keep=4)
     assert str(error.value) == f"no more - {left}. Nothing was saved"
+
+
+@pytest.mark.parametrize("family", ["mamba", "zamba2"])
+def test_gradients_as_by_recipe(family):
+    fields = {"sparsity": 0.5, "rounds": 2, "distill_steps": 2, "distill_loss": "dense"}
+    data = batches(count=3, length=20, padded=True)
+    model = tiny_model(family)
+    result = prune_by_gradient(model, data, **fields)
+    by_name = dict(model.named_parameters(remove_duplicate=False))
+    assert [int((by_name[w.name] == 0).sum()) for w in result.layers] == [
+        w.pruned for w in result.layers
+    ]
+    assert result.total.pruned == round(0.5 * result.total.entries)
+    assert [entry.pruned for entry in result.rounds][-1] == result.total.pruned
+    modifier = "GradientMagnitudeModifier"
+    assert same_bits(model, by_recipe(family, modifier, fields, data, "independent"))
+    (report,) = [m.report() for m in active_session().lifecycle.recipe.modifiers]
+    found = {"modifier": modifier, "settings": report["settings"], **result.to_dict()}
+    found["total"]["seconds"] = report["total"]["seconds"]
+    assert found == report
 
 
 def test_nothing_of_llm_compressor_is_needed():

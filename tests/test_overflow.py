@@ -38,7 +38,7 @@ def test_the_first_layer_that_overflows_is_named(dtype, kind):
         r"3 batches .* begin in the output of backbone\.layers\.1\.mixer.* nothing was changed$"
     )
     with pytest.raises(SparseSSMError, match=message):
-        run(model, GradientMagnitudeModifier(sparsity=0.5, importance=kind))
+        run(model, GradientMagnitudeModifier(sparsity=0.5, saliency=kind))
     assert all(torch.equal(value, before[name]) for name, value in state(model).items())
 
 
@@ -56,12 +56,14 @@ def test_rounds_before_stay_and_are_counted():
         return loss * float("inf") if len(steps) > 4 else loss
 
     chosen = GradientMagnitudeModifier(
-        sparsity=0.5, rounds=3, importance="weight_x_gradient", loss_fn=loss_fn
+        sparsity=0.5, rounds=3, saliency="weight_x_gradient", loss_fn=loss_fn
     )
     with pytest.raises(SparseSSMError, match=r"the loss.*; round 1 of 3 is applied to the model"):
         run(model, chosen, batches(4))
     entries = sum(int((w.weight == 0).sum()) for w in chosen.matching_weights(model))
-    assert entries == chosen.report()["rounds"][0]["pruned"] > 0
+    report = chosen.report()
+    assert entries == report["rounds"][0]["pruned"] > 0
+    assert report["settings"]["loss_fn"].endswith("loss_fn")
 
 
 def test_gradients_that_overflow_are_followed_backwards():
@@ -99,7 +101,7 @@ def test_what_the_dense_model_predicts(kind):
     if kind == "removal":
         chosen = StateRemovalModifier(keep=4, **fields)
     else:
-        chosen = GradientMagnitudeModifier(sparsity=0.5, tune_steps=1, tune_loss="dense")
+        chosen = GradientMagnitudeModifier(sparsity=0.5, distill_steps=1, distill_loss="dense")
     model = overflowing()
     before = state(model)
     message = r"predicts for batch 1, which begin in the output of backbone\.layers\.1\.mixer"

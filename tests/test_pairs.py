@@ -29,7 +29,7 @@ from sparsessm_plugin.recipes.rules import RULES
 
 DOCS = Path(__file__).parents[1] / "docs" / "composing.md"
 STEPS = {"distill_steps": 2, "distill_learning_rate": 1e-5}
-TUNED = {"rounds": 2, "tune_steps": 2, "tune_loss": "dense", "learning_rate": 1e-5}
+TUNED = {"rounds": 2, "distill_steps": 2, "distill_loss": "dense", "distill_learning_rate": 1e-5}
 INT8 = {"targets": ["Linear"], "ignore": ["lm_head", "re:.*dt_proj$"], "scheme": "W8A8"}
 MAKERS = {
     "states": partial(plugin.StateRemovalModifier, sparsity=0.5, **STEPS),

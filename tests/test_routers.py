@@ -83,7 +83,7 @@ def test_a_router_is_not_quantized(family, target, upstream):
         recipe = [kind(ignore=ignore, **fields)]
         if upstream:
             pruning = GradientMagnitudeModifier if family != "jamba" else SparseSSMModifier
-            own = {"importance": "magnitude", "targets": ["in_proj"]}
+            own = {"saliency": "magnitude", "targets": ["in_proj"]}
             own = own if family != "jamba" else {"saliency": "magnitude"}
             recipe.insert(0, pruning(sparsity=0.5, **own))
         ready = Loader(batches(1, 2, 12))

@@ -131,9 +131,13 @@ with_steps = pytest.mark.parametrize(
         lambda: StateRemovalModifier(
             saliency="last", compensate="none", keep=4, distill_steps=5, distill_learning_rate=1e-5
         ),
-        lambda: GradientMagnitudeModifier(sparsity=0.5, rounds=2, tune_steps=3),
+        lambda: GradientMagnitudeModifier(sparsity=0.5, rounds=2, distill_steps=3),
         lambda: GradientMagnitudeModifier(
-            sparsity=0.5, rounds=2, tune_steps=3, tune_loss="dense", learning_rate=1e-3
+            sparsity=0.5,
+            rounds=2,
+            distill_steps=3,
+            distill_loss="dense",
+            distill_learning_rate=1e-3,
         ),
     ],
     ids=["distilled", "tuned", "tuned to the dense model"],

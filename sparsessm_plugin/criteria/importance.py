@@ -20,16 +20,16 @@ Schedule = Literal["cubic", "linear"]
 _INFINITY = 0x7F800000  # the bits of float32 infinity; those of smaller numbers are smaller
 
 
-def importance(weight: Tensor, gradient: Tensor | None, alpha: float = 1.0) -> Tensor:
-    """``|w| |g|^alpha``, without a gradient ``|w|``.
+def importance(weight: Tensor, gradient: Tensor | None, power: float = 1.0) -> Tensor:
+    """``|w| |g|^power``, without a gradient ``|w|``.
 
     :param weight: any shape
     :param gradient: of the same shape: the mean gradient, or the norm of many
-    :param alpha: how much the gradient counts
+    :param power: how much the gradient counts
     :return: float32, not negative
     """
     score = weight.float().abs()
-    return score if gradient is None else score * gradient.float().abs().pow(alpha)
+    return score if gradient is None else score * gradient.float().abs().pow(power)
 
 
 def sparsity_after(

@@ -2,6 +2,7 @@
 
 from sparsessm_plugin.methods.base import MethodResult, MethodSettings, MixerMethod
 from sparsessm_plugin.methods.channels import remove_channels
+from sparsessm_plugin.methods.gradient import prune_by_gradient
 from sparsessm_plugin.methods.run import run
 from sparsessm_plugin.methods.states import remove_states
 from sparsessm_plugin.methods.transitions import prune_transitions
@@ -10,6 +11,7 @@ __all__ = [
     "MethodResult",
     "MethodSettings",
     "MixerMethod",
+    "prune_by_gradient",
     "prune_transitions",
     "remove_channels",
     "remove_states",

@@ -35,8 +35,10 @@ def run(method: MixerMethod[Any], model: Any, batches: Iterable[Any] | None) -> 
         method.prepare(model)
         data = None
         if method.settings.reads_data:
-            data = CalibrationBatches.draw(method.who, batches or ())
-            data.check_vocabulary(model.get_input_embeddings().num_embeddings)
+            data = CalibrationBatches.draw(method.who, batches or ()).read_by(method.who)
+            embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+            if hasattr(embeddings, "num_embeddings"):  # other models read other data
+                data.check_vocabulary(embeddings.num_embeddings)
         handles: list[Any] = []
         at = Position()
         method.current_batch = at

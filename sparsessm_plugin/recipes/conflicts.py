@@ -44,6 +44,7 @@ from sparsessm_plugin.checkpoints.experts import check_experts
 from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.families import MixerAdapter, find_mixers
 from sparsessm_plugin.families.shared_weights import weight_holders
+from sparsessm_plugin.methods.gradient import tuned_parameters
 from sparsessm_plugin.modifiers import (
     ChannelRemovalModifier,
     GradientMagnitudeModifier,
@@ -54,7 +55,6 @@ from sparsessm_plugin.modifiers import (
 )
 from sparsessm_plugin.modifiers.base import MethodModifier
 from sparsessm_plugin.modifiers.calibration import MixerModifier
-from sparsessm_plugin.modifiers.gradient_magnitude import tuned_parameters
 from sparsessm_plugin.modifiers.removal import RemovalModifier
 from sparsessm_plugin.modifiers.sparse_gptq import (
     check_quantized,
@@ -319,7 +319,7 @@ def _of_gradients(modifier: Any, model: nn.Module) -> Effects:
     names = _NONE
     with suppress(SparseSSMError):  # does not fit this model, which is said elsewhere
         names = frozenset(w.parameter_name for w in modifier.matching_weights(model))
-    tuned = frozenset(tuned_parameters(model)) if modifier.tune_steps and names else _NONE
+    tuned = frozenset(tuned_parameters(model)) if modifier.distill_steps and names else _NONE
     return Effects(changes=names | tuned, pruned=names, own=True)
 
 
