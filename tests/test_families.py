@@ -10,9 +10,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from sparsessm_plugin.checkpoints import experts
 from sparsessm_plugin.checkpoints.runtimes import runtime_support
-from sparsessm_plugin.families import base, catalog, mamba1, mamba2, model
+from sparsessm_plugin.families import catalog, mamba1, mamba2, model, registry
 
-ADAPTERS = {adapter.family: adapter for adapter in base._ADAPTERS.values()}
+ADAPTERS = {adapter.family: adapter for adapter in registry._ADAPTERS.values()}
 
 
 def test_the_catalog_has_the_families_that_have_adapters():
@@ -47,7 +47,7 @@ def test_the_catalog_is_read_without_torch():
         "import sys\n"
         "from sparsessm_plugin.families.catalog import FAMILIES\n"
         "assert 'mamba' in FAMILIES and not {'torch', 'transformers'} & set(sys.modules)\n"
-        "from sparsessm_plugin.families.base import known_mixers\n"
+        "from sparsessm_plugin.families.registry import known_mixers\n"
         "assert {'MambaMixer', 'Zamba2MambaMixer'} <= set(known_mixers())\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families.base import iter_mixers
 from sparsessm_plugin.families.kernels import bound_kernels
+from sparsessm_plugin.families.registry import iter_mixers
 from sparsessm_plugin.files import write_bytes
 
 PREFILL = "prefill"

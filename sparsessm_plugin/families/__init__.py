@@ -4,10 +4,10 @@ Nothing is imported before one of the names is asked for: ``families.catalog`` i
 torch.
 """
 
+from functools import cache
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
-
-from sparsessm_plugin.families.registry import load_families
 
 if TYPE_CHECKING:
     from sparsessm_plugin.families.base import (
@@ -15,15 +15,8 @@ if TYPE_CHECKING:
         MixerProjection,
         MixerSizes,
         TensorAxis,
-        check_not_quantized,
-        find_mixers,
-        get_adapter,
         get_tensor,
-        is_mixer,
-        iter_mixers,
-        known_mixers,
         read_out,
-        register_adapter,
         router_names,
     )
     from sparsessm_plugin.families.model import (
@@ -34,8 +27,17 @@ if TYPE_CHECKING:
         register_model,
     )
     from sparsessm_plugin.families.parts import Part, UnitBlock, find_parts, register_part
+    from sparsessm_plugin.families.registry import (
+        check_not_quantized,
+        find_mixers,
+        get_adapter,
+        is_mixer,
+        iter_mixers,
+        known_mixers,
+        register_adapter,
+    )
 
-_MODULES = ("base", "model", "parts")
+_MODULES = ("base", "registry", "model", "parts")
 
 __all__ = [
     "Layer",
@@ -56,12 +58,20 @@ __all__ = [
     "iter_mixers",
     "known_mixers",
     "known_models",
+    "load_families",
     "read_out",
     "register_adapter",
     "register_model",
     "register_part",
     "router_names",
 ]
+
+
+@cache
+def load_families() -> None:
+    """Import all modules of this room: a family is known by standing here."""
+    for module in iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Bamba: Mamba-2 layers among attention layers."""
 
-from sparsessm_plugin.families.base import register_adapter
 from sparsessm_plugin.families.mamba2 import Mamba2Adapter
+from sparsessm_plugin.families.registry import register_adapter
 
 
 @register_adapter

@@ -9,9 +9,9 @@ H heads of P channels (``head_dim``) and G groups of heads that share B and C.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from sparsessm_plugin.backends.choice import backend_for, kernels_for
 from sparsessm_plugin.backends.products import project
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families.registry import load_families
 from sparsessm_plugin.recurrence import by_group, implementation, scan
 from sparsessm_plugin.recurrence.quantities import GroupedQuantities, MixerQuantities
 from sparsessm_plugin.recurrence.statistics import ScanStatistics
@@ -365,79 +364,6 @@ class MixerAdapter(ABC):
             raise SparseSSMError(
                 f"{self.family} has no axis {axis!r}; allowed: {', '.join(self.axis_names)}"
             )
-
-
-_ADAPTERS: dict[str, type[MixerAdapter]] = {}
-_Adapter = TypeVar("_Adapter", bound=type[MixerAdapter])
-
-
-def register_adapter(adapter: _Adapter) -> _Adapter:
-    """Class decorator: use this adapter for modules of class ``adapter.mixer_class``."""
-    _ADAPTERS[adapter.mixer_class] = adapter
-    return adapter
-
-
-def known_mixers() -> tuple[str, ...]:
-    """Class names of the mixers that have an adapter."""
-    load_families()
-    return tuple(sorted(_ADAPTERS))
-
-
-def is_mixer(module: nn.Module) -> bool:
-    """Whether the module holds a state transition, known to this package or not."""
-    return isinstance(getattr(module, "A_log", None), Tensor)
-
-
-def get_adapter(mixer: nn.Module, name: str = "mixer") -> MixerAdapter:
-    """Wrap a mixer module in the adapter of its family.
-
-    :raises SparseSSMError: no adapter for the module's class; lists the known ones
-    """
-    load_families()
-    for cls in type(mixer).__mro__:
-        if cls.__name__ in _ADAPTERS:
-            return _ADAPTERS[cls.__name__](mixer, name)
-    raise SparseSSMError(
-        f"module {name!r} is a {type(mixer).__name__}, which is not a known state-space mixer; "
-        f"known: {', '.join(known_mixers())}"
-    )
-
-
-def iter_mixers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every state-space mixer, known or unknown, in model order."""
-    for name, module in model.named_modules():
-        if is_mixer(module):
-            yield name, module
-
-
-def find_mixers(model: nn.Module) -> list[MixerAdapter]:
-    """Adapters of all state-space mixers of a model, in model order.
-
-    :raises SparseSSMError: the model has no mixer, or one of an unknown class
-    """
-    adapters = [get_adapter(module, name) for name, module in iter_mixers(model)]
-    if not adapters:
-        raise SparseSSMError(
-            f"{type(model).__name__} has no state-space mixer; known: {', '.join(known_mixers())}"
-        )
-    return adapters
-
-
-def check_not_quantized(model: nn.Module) -> None:
-    """Refuse a checkpoint that is stored quantized: what its integers stand for is not pruned.
-
-    :param model: as loaded; of one on the meta device the config is asked
-    :raises SparseSSMError: naming the first such weight
-    """
-    advice = "is stored quantized; prune a model first, then quantize it"
-    said = getattr(getattr(model, "config", None), "quantization_config", None)
-    for name, mixer in iter_mixers(model):
-        for own, parameter in mixer.named_parameters():
-            if parameter.is_meta and said is not None:
-                raise SparseSSMError(f"the model {advice}")
-            matrix = own.rpartition(".")[2] in ("weight", "weight_packed")
-            if matrix and (not parameter.is_floating_point() or parameter.dtype.itemsize < 2):
-                raise SparseSSMError(f"{name}.{own} {advice}")
 
 
 def router_names(model: nn.Module) -> set[str]:

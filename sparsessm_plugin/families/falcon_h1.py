@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsessm_plugin.families.bamba import BambaAdapter
-from sparsessm_plugin.families.base import register_adapter
+from sparsessm_plugin.families.registry import register_adapter
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
 
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from sparsessm_plugin.families.base import register_adapter
 from sparsessm_plugin.families.mamba1 import NormedMamba1Adapter
+from sparsessm_plugin.families.registry import register_adapter
 
 
 @register_adapter

@@ -16,14 +16,9 @@ from torch import Tensor, nn
 
 from sparsessm_plugin.backends.choice import REFERENCE, backend_for
 from sparsessm_plugin.backends.products import project
-from sparsessm_plugin.families.base import (
-    MixerAdapter,
-    get_adapter,
-    iter_mixers,
-    known_mixers,
-    read_out,
-)
+from sparsessm_plugin.families.base import MixerAdapter, read_out
 from sparsessm_plugin.families.kernels import scans_in_kernels
+from sparsessm_plugin.families.registry import get_adapter, iter_mixers, known_mixers
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
 
 

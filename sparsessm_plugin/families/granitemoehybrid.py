@@ -1,7 +1,7 @@
 """GraniteMoeHybrid: Mamba-2 layers among attention layers, each with experts."""
 
 from sparsessm_plugin.families.bamba import BambaAdapter
-from sparsessm_plugin.families.base import register_adapter
+from sparsessm_plugin.families.registry import register_adapter
 
 
 @register_adapter

@@ -3,8 +3,8 @@
 from typing import Any
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families.base import register_adapter
 from sparsessm_plugin.families.mamba1 import NormedMamba1Adapter
+from sparsessm_plugin.families.registry import register_adapter
 
 
 @register_adapter

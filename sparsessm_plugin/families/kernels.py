@@ -6,7 +6,7 @@ from functools import cache
 
 from torch import nn
 
-from sparsessm_plugin.families.base import iter_mixers
+from sparsessm_plugin.families.registry import iter_mixers
 
 
 def bound_kernels(model: nn.Module) -> dict[str, str]:

@@ -18,8 +18,8 @@ from sparsessm_plugin.families.base import (
     TensorAxis,
     get_tensor,
     linear_shape,
-    register_adapter,
 )
+from sparsessm_plugin.families.registry import register_adapter
 from sparsessm_plugin.recurrence.quantities import HeadQuantities, MixerQuantities
 
 

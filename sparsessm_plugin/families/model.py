@@ -20,7 +20,8 @@ from compressed_tensors.offload import disable_onloading
 from torch import Tensor, nn
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families.base import MixerAdapter, TensorAxis, get_adapter
+from sparsessm_plugin.families import load_families
+from sparsessm_plugin.families.base import MixerAdapter, TensorAxis
 from sparsessm_plugin.families.parts import (
     Attention,
     Embedding,
@@ -33,7 +34,7 @@ from sparsessm_plugin.families.parts import (
     find_parts,
     set_existing,
 )
-from sparsessm_plugin.families.registry import load_families
+from sparsessm_plugin.families.registry import get_adapter
 
 
 @dataclass(frozen=True)

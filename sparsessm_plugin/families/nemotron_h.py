@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sparsessm_plugin.families.base import register_adapter
+from sparsessm_plugin.families.registry import register_adapter
 from sparsessm_plugin.families.zamba2 import Zamba2Adapter
 
 

@@ -18,7 +18,8 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families.base import TensorAxis, get_tensor, is_mixer
+from sparsessm_plugin.families.base import TensorAxis, get_tensor
+from sparsessm_plugin.families.registry import is_mixer
 
 
 @dataclass(frozen=True)

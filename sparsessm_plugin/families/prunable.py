@@ -6,7 +6,8 @@ from typing import Any
 from compressed_tensors.offload import disable_onloading
 from torch import Tensor, nn
 
-from sparsessm_plugin.families.base import MixerAdapter, find_mixers, router_names
+from sparsessm_plugin.families.base import MixerAdapter, router_names
+from sparsessm_plugin.families.registry import find_mixers
 from sparsessm_plugin.families.shared_weights import weight_holders
 
 LINEAR = "linear"  # kind of a Linear layer outside of the mixers

@@ -1,13 +1,82 @@
-"""Every file of this room is read once, so that each family registers its adapters."""
+"""Which adapter reads which mixer, and the mixers of a model."""
 
-from functools import cache
-from importlib import import_module
-from pathlib import Path
-from pkgutil import iter_modules
+from collections.abc import Iterator
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.families import load_families
+from sparsessm_plugin.families.base import MixerAdapter
+
+_ADAPTERS: dict[str, type[MixerAdapter]] = {}
+_Adapter = TypeVar("_Adapter", bound=type[MixerAdapter])
 
 
-@cache
-def load_families() -> None:
-    """Import all modules of this room; a family is known by standing here."""
-    for module in iter_modules([str(Path(__file__).parent)]):
-        import_module(f"{__package__}.{module.name}")
+def register_adapter(adapter: _Adapter) -> _Adapter:
+    """Class decorator: use this adapter for modules of class ``adapter.mixer_class``."""
+    _ADAPTERS[adapter.mixer_class] = adapter
+    return adapter
+
+
+def known_mixers() -> tuple[str, ...]:
+    """Class names of the mixers that have an adapter."""
+    load_families()
+    return tuple(sorted(_ADAPTERS))
+
+
+def is_mixer(module: nn.Module) -> bool:
+    """Whether the module holds a state transition, known to this package or not."""
+    return isinstance(getattr(module, "A_log", None), Tensor)
+
+
+def get_adapter(mixer: nn.Module, name: str = "mixer") -> MixerAdapter:
+    """Wrap a mixer module in the adapter of its family.
+
+    :raises SparseSSMError: no adapter for the module's class; lists the known ones
+    """
+    load_families()
+    for cls in type(mixer).__mro__:
+        if cls.__name__ in _ADAPTERS:
+            return _ADAPTERS[cls.__name__](mixer, name)
+    raise SparseSSMError(
+        f"module {name!r} is a {type(mixer).__name__}, which is not a known state-space mixer; "
+        f"known: {', '.join(known_mixers())}"
+    )
+
+
+def iter_mixers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every state-space mixer, known or unknown, in model order."""
+    for name, module in model.named_modules():
+        if is_mixer(module):
+            yield name, module
+
+
+def find_mixers(model: nn.Module) -> list[MixerAdapter]:
+    """Adapters of all state-space mixers of a model, in model order.
+
+    :raises SparseSSMError: the model has no mixer, or one of an unknown class
+    """
+    adapters = [get_adapter(module, name) for name, module in iter_mixers(model)]
+    if not adapters:
+        raise SparseSSMError(
+            f"{type(model).__name__} has no state-space mixer; known: {', '.join(known_mixers())}"
+        )
+    return adapters
+
+
+def check_not_quantized(model: nn.Module) -> None:
+    """Refuse a checkpoint that is stored quantized: what its integers stand for is not pruned.
+
+    :param model: as loaded; of one on the meta device the config is asked
+    :raises SparseSSMError: naming the first such weight
+    """
+    advice = "is stored quantized; prune a model first, then quantize it"
+    said = getattr(getattr(model, "config", None), "quantization_config", None)
+    for name, mixer in iter_mixers(model):
+        for own, parameter in mixer.named_parameters():
+            if parameter.is_meta and said is not None:
+                raise SparseSSMError(f"the model {advice}")
+            matrix = own.rpartition(".")[2] in ("weight", "weight_packed")
+            if matrix and (not parameter.is_floating_point() or parameter.dtype.itemsize < 2):
+                raise SparseSSMError(f"{name}.{own} {advice}")

@@ -15,9 +15,9 @@ from sparsessm_plugin.families.base import (
     TensorAxis,
     get_tensor,
     linear_shape,
-    register_adapter,
 )
 from sparsessm_plugin.families.mamba1 import Mamba1Adapter
+from sparsessm_plugin.families.registry import register_adapter
 from sparsessm_plugin.recurrence.quantities import GroupedQuantities
 
 # what stands in the mixer itself, one matrix a head

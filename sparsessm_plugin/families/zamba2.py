@@ -1,7 +1,7 @@
 """Zamba2 (arXiv 2411.15242): Mamba-2 layers, some of them fed by shared attention."""
 
-from sparsessm_plugin.families.base import register_adapter
 from sparsessm_plugin.families.mamba2 import Mamba2Adapter
+from sparsessm_plugin.families.registry import register_adapter
 
 
 @register_adapter
