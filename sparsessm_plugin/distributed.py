@@ -23,14 +23,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store
 
-from sparsessm_plugin.calibration import CalibrationBatches
 from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning
 
 T = TypeVar("T")
@@ -243,8 +242,16 @@ def together(what: str) -> Iterator[None]:
             raise RanksError(_by_rank(messages))
 
 
+class ServedBatches(Protocol):
+    """Batches, and how many of them this rank's loader gave, empty ones among them."""
+
+    served: int
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
 def check_ranks(
-    who: str, model: nn.Module, data: CalibrationBatches | None = None, settings: Any = None
+    who: str, model: nn.Module, data: ServedBatches | None = None, settings: Any = None
 ) -> None:
     """Refuse ranks that do not belong together, before anything is changed.
 
@@ -329,7 +336,7 @@ def _check_data(who: str, each: list[dict[str, Any]]) -> None:
         before.update(found)
 
 
-def _describe(batches: CalibrationBatches) -> dict[str, Any]:
+def _describe(batches: ServedBatches) -> dict[str, Any]:
     """Number of batches, least and greatest length, and digests of the sequences.
 
     Batches of empty samples count, as shares are made before anybody knows what is in them.
