@@ -9,8 +9,9 @@ from test_modifier import tokenizer
 from transformers import AutoModelForCausalLM
 
 from sparsessm_plugin import ChannelRemovalModifier, SparseSSMError
+from sparsessm_plugin.criteria.channels import magnitude, out_proj_norm
 from sparsessm_plugin.families import find_mixers
-from sparsessm_plugin.methods.channels import block_magnitude, channel_blocks
+from sparsessm_plugin.methods.channels import channel_blocks
 from sparsessm_plugin.recipes import parse_recipe
 from sparsessm_plugin.refit.channels import LinearTerm, eliminate_blocks, refit
 
@@ -114,9 +115,9 @@ def test_magnitude_sums_what_a_channel_owns():
         mixer.x_proj.weight[:, d], mixer.dt_proj.weight[d], mixer.out_proj.weight[:, d],
     ]  # fmt: skip
     expected = sum(float(t.detach().double().square().sum()) for t in owned) ** 0.5
-    assert float(block_magnitude(adapter, "channels", whole=True)[d]) == pytest.approx(expected)
+    assert float(magnitude(adapter, "channels")[d]) == pytest.approx(expected)
     column = float(mixer.out_proj.weight[:, d].detach().double().norm())
-    assert float(block_magnitude(adapter, "channels", whole=False)[d]) == pytest.approx(column)
+    assert float(out_proj_norm(adapter, "channels")[d]) == pytest.approx(column)
 
 
 # -- the solver --------------------------------------------------------------------------

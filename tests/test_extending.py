@@ -7,7 +7,9 @@ from pydantic import ValidationError
 from test_modifier import run
 
 from sparsessm_plugin import SensitivitySparseGPTModifier, SparseSSMModifier, find_mixers
+from sparsessm_plugin.criteria.channels import CHANNEL_CRITERIA, register_channel_criterion
 from sparsessm_plugin.criteria.scores import SALIENCIES, register_saliency
+from sparsessm_plugin.criteria.states import STATE_CRITERIA, register_state_criterion
 from sparsessm_plugin.recipes import parse_recipe
 from sparsessm_plugin.registry import Registry
 from sparsessm_plugin.selection.masks import choose_mask
@@ -73,6 +75,41 @@ def test_a_criterion_for_A_log():
         del SALIENCIES["fastest"]
     with pytest.raises(ValidationError, match="'fastest' is not known; known: hessian"):
         SparseSSMModifier(sparsity=0.5, saliency="fastest")
+
+
+@pytest.mark.parametrize("of", ["states", "channels"])
+def test_a_criterion_for_what_is_removed(of):
+    """The first index goes whatever the weights are."""
+    table = STATE_CRITERIA if of == "states" else CHANNEL_CRITERIA
+    if of == "states":
+
+        @register_state_criterion("in_order")
+        def in_order(inputs):
+            return torch.arange(inputs.B_norm.shape[1]).expand_as(inputs.B_norm)
+
+        text = ("StateRemovalModifier", "saliency: in_order, compensate: none")
+    else:
+
+        @register_channel_criterion("in_order")
+        def in_order(adapter, axis):
+            return torch.arange(adapter.axis_length(axis))
+
+        text = ("ChannelRemovalModifier", "saliency: in_order, compensate: none, multiple_of: 8")
+
+    try:
+        modifier = of_recipe(*text)
+        assert not modifier.requires_calibration_data
+        model = tiny_model("mamba")
+        dense = [a.A_log.detach().clone() for a in find_mixers(model)]
+        run(model, modifier, batches())
+        for before, adapter in zip(dense, find_mixers(model), strict=True):
+            D, N = before.shape
+            rest = before[:, N // 2 :] if of == "states" else before[D // 2 :]
+            assert torch.equal(adapter.A_log.detach(), rest)
+    finally:
+        del table["in_order"]
+    with pytest.raises(ValidationError, match="'in_order' is not known; known: "):
+        type(modifier)(sparsity=0.5, saliency="in_order")
 
 
 def test_files_of_a_folder_register_themselves(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from test_scan import one_step_at_a_time, random_heads, random_quantities
 from sparsessm_plugin.backends.choice import REFERENCE
 from sparsessm_plugin.calibration.inputs import CalibrationInputs
 from sparsessm_plugin.criteria.states import (
-    STATE_SCORES,
+    STATE_CRITERIA,
     StateInputs,
     StateStatistics,
     lowest,
@@ -213,7 +213,7 @@ def test_short_texts_in_long_padding_are_seen():
 
 
 def score(name, remove=1, statistics=None, B_norm=None, C_norm=None):
-    return STATE_SCORES[name](StateInputs(statistics, B_norm, C_norm, remove))
+    return STATE_CRITERIA[name].score(StateInputs(statistics, B_norm, C_norm, remove))
 
 
 def test_magnitude_is_the_product_of_the_norms():

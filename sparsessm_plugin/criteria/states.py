@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsessm_plugin.registry import Registry
+
 
 class StateStatistics:
     """Sums over sampled steps, in float64, filled batch by batch with :meth:`add`.
@@ -123,17 +125,65 @@ class StateInputs:
     remove: int
 
 
+@dataclass(frozen=True)
+class StateCriterion:
+    """How states are chosen.
+
+    :param score: (G, N), lower goes first; None where sets of states are judged together by
+        what each pair of them adds (:mod:`sparsessm_plugin.selection.subsets`)
+    :param statistics: the fields of :class:`StateStatistics` that it reads; empty if it needs
+        no data
+    """
+
+    score: Callable[[StateInputs], Tensor] | None
+    statistics: frozenset[str] = frozenset()
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at calibration data."""
+        return bool(self.statistics)
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether it needs the scores of every step, which are kept for nobody else."""
+        return "step_score" in self.statistics
+
+
+STATE_CRITERIA: Registry[StateCriterion] = Registry(
+    "saliency of states", "sparsessm_plugin.criteria"
+)
+STATE_CRITERIA.register("output_energy", StateCriterion(None, frozenset({"gram"})))
+
+
+def register_state_criterion(
+    name: str, *statistics: str
+) -> Callable[[Callable[[StateInputs], Tensor]], Callable[[StateInputs], Tensor]]:
+    """Decorator: make a score known as a criterion for states.
+
+    :param statistics: see :class:`StateCriterion`
+    """
+
+    def register(score: Callable[[StateInputs], Tensor]) -> Callable[[StateInputs], Tensor]:
+        STATE_CRITERIA.register(name, StateCriterion(score, frozenset(statistics)))
+        return score
+
+    return register
+
+
+@register_state_criterion("magnitude")
 def magnitude(inputs: StateInputs) -> Tensor:
     """norm(B row) * norm(C row)."""
     return inputs.B_norm * inputs.C_norm
 
 
+@register_state_criterion("last")
 def last(inputs: StateInputs) -> Tensor:
     """The last states score lowest: a baseline that looks at nothing."""
     order = torch.arange(inputs.B_norm.shape[1], 0, -1, dtype=torch.float64)
     return order.to(inputs.B_norm.device).expand_as(inputs.B_norm)
 
 
+@register_state_criterion("paper", "step_score")
 def paper(inputs: StateInputs) -> Tensor:
     """SparseSSM's structured pruning (arXiv 2506.09613; ``structure_ts`` in its code).
 
@@ -154,6 +204,7 @@ def paper(inputs: StateInputs) -> Tensor:
     return rank - votes
 
 
+@register_state_criterion("ghost", "state_energy", "C_energy")
 def controllability_observability(inputs: StateInputs) -> Tensor:
     """mean of h_n^2 times mean of C_n^2 in each group.
 
@@ -165,16 +216,6 @@ def controllability_observability(inputs: StateInputs) -> Tensor:
     assert statistics.state_energy is not None
     assert statistics.C_energy is not None
     return statistics.state_energy * statistics.C_energy
-
-
-# Scores for which each state counts by itself: higher is kept. ``output_energy`` is not among
-# them, it judges sets of states together (sparsessm_plugin.selection.subsets).
-STATE_SCORES: dict[str, Callable[[StateInputs], Tensor]] = {
-    "magnitude": magnitude,
-    "last": last,
-    "paper": paper,
-    "ghost": controllability_observability,
-}
 
 
 def lowest(score: Tensor, remove: int) -> list[int]:

@@ -6,13 +6,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from loguru import logger
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration.inputs import CalibrationInputs
+from sparsessm_plugin.criteria.channels import CHANNEL_CRITERIA
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families import MixerAdapter, get_tensor
+from sparsessm_plugin.families import MixerAdapter
 from sparsessm_plugin.methods.outputs import dense_outputs, fit_out_proj, relative_error
 from sparsessm_plugin.methods.removal import (
     MixerRemoval,
@@ -39,13 +40,18 @@ class ChannelSettings(RemovalSettings):
     keep: int | None = Field(default=None, ge=1)
     axis: Axis | None = None
     multiple_of: int | None = Field(default=None, ge=1)
-    saliency: Literal["output_energy", "magnitude", "out_proj_norm"] = "output_energy"
+    saliency: str = "output_energy"
     compensate: list[Literal["x_proj", "out_proj"]] | None = None
+
+    @field_validator("saliency")
+    @classmethod
+    def _check_saliency(cls, value: str) -> str:
+        return CHANNEL_CRITERIA.check(value)
 
     @property
     def watches_data(self) -> bool:
         """Whether channels are chosen or weights fitted by what enters the mixers."""
-        data_free = self.saliency != "output_energy" and self.compensate == []
+        data_free = not CHANNEL_CRITERIA[self.saliency].needs_data and self.compensate == []
         return not data_free or bool(self.distill_steps)
 
     def axis_of(self, adapter: MixerAdapter) -> str:
@@ -142,7 +148,8 @@ class ChannelRemoval(MixerRemoval[ChannelSettings]):
         if self.settings.watches_data:
             terms = gather(adapter, inputs)
         groups = adapter.groups_of(axis)
-        if self.settings.saliency == "output_energy":
+        criterion = CHANNEL_CRITERIA[self.settings.saliency]
+        if criterion.score is None:
 
             def choose() -> list[Tensor]:
                 found = eliminate_blocks(list(terms.values()), blocks, remove_count, groups)
@@ -150,7 +157,7 @@ class ChannelRemoval(MixerRemoval[ChannelSettings]):
 
             removed = distributed.share(f"{axis} of {adapter.name}", choose)[0].tolist()
         else:
-            score = block_magnitude(adapter, axis, whole=self.settings.saliency == "magnitude")
+            score = criterion.score(adapter, axis)
             order = score.view(groups, -1).argsort(dim=1, stable=True)[:, : remove_count // groups]
             offsets = torch.arange(groups, device=order.device)[:, None] * (len(score) // groups)
             removed = sorted((order + offsets).flatten().tolist())
@@ -199,25 +206,6 @@ def _refit_by_head(gram: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
         channels = slice(h * size, (h + 1) * size)
         parts.append(refit(gram[channels, channels], own, left - h * size, _X_PROJ_RIDGE))
     return torch.stack(parts)
-
-
-def block_magnitude(adapter: MixerAdapter, axis: str, whole: bool) -> Tensor:
-    """(indices,) root of the sum of squares of the weights that an index owns.
-
-    :param whole: all weight matrices; otherwise its columns of out_proj only
-    """
-    length = adapter.axis_length(axis)
-    total = torch.zeros(length, dtype=torch.float64, device=adapter.A_log.device)
-    for where in adapter.axes(axis):
-        tensor = get_tensor(adapter.mixer, where.tensor)
-        vector = 2 if where.tensor in adapter.stacked else 1  # dimensions of one
-        if tensor is None or tensor.ndim <= vector or where.tensor in ("A_log", "mup_vector"):
-            continue
-        if not whole and where.tensor != "out_proj.weight":
-            continue
-        squares = adapter.entries_along(where).double().square().sum(1)
-        total += torch.stack([squares[where.positions([i])].sum() for i in range(length)])
-    return total.sqrt()
 
 
 def gather(adapter: MixerAdapter, inputs: CalibrationInputs) -> dict[str, LinearTerm]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration.inputs import CalibrationInputs
 from sparsessm_plugin.criteria.states import (
-    STATE_SCORES,
+    STATE_CRITERIA,
     StateInputs,
     StateStatistics,
     lowest,
@@ -50,9 +50,14 @@ _MOST_MIXED = 32
 class StateSettings(RemovalSettings):
     """The fields of :class:`sparsessm_plugin.StateRemovalModifier`, which describes them."""
 
-    saliency: Literal["output_energy", "magnitude", "last", "paper", "ghost"] = "output_energy"
+    saliency: str = "output_energy"
     compensate: list[Compensation] | None = None
     reconstruct_steps: int = Field(default=200, ge=1)
+
+    @field_validator("saliency")
+    @classmethod
+    def _check_saliency(cls, value: str) -> str:
+        return STATE_CRITERIA.check(value)
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -71,7 +76,7 @@ class StateSettings(RemovalSettings):
     @property
     def watches_data(self) -> bool:
         """Whether states are chosen or weights fitted by what enters the mixers."""
-        data_free = self.saliency in ("magnitude", "last") and self.compensate == []
+        data_free = not STATE_CRITERIA[self.saliency].needs_data and self.compensate == []
         return not data_free or bool(self.distill_steps)
 
     def kept(self, state_size: int) -> int:
@@ -141,7 +146,8 @@ class StateRemoval(MixerRemoval[StateSettings]):
         mixing = "C" in steps
         statistics = None
         if self.settings.watches_data:
-            statistics = gather(adapter, inputs, mixing, vote=self.settings.saliency == "paper")
+            vote = STATE_CRITERIA[self.settings.saliency].needs_steps
+            statistics = gather(adapter, inputs, mixing, vote)
 
         def choose_states() -> list[Tensor]:
             if statistics is None:
@@ -204,10 +210,9 @@ class StateRemoval(MixerRemoval[StateSettings]):
         device = adapter.A_log.device
         remove_count = sizes.state_size - self.settings.kept(sizes.state_size)
         removed: list[int] = []
-        if self.settings.saliency != "output_energy":
-            score = STATE_SCORES[self.settings.saliency](
-                StateInputs(statistics, *row_norms(adapter), remove_count)
-            )
+        criterion = STATE_CRITERIA[self.settings.saliency]
+        if criterion.score is not None:
+            score = criterion.score(StateInputs(statistics, *row_norms(adapter), remove_count))
             removed = lowest(score, remove_count)
             return _complement(removed, adapter.axis_length("state"), device)
         assert statistics is not None
