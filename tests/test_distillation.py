@@ -58,10 +58,10 @@ def test_the_fit_comes_closer_to_the_dense_model(family):
             parameter += 0.5 * parameter.norm() / parameter.numel() ** 0.5 * noise
         before = divergence_from(dense, model, ready)
         found = distillation.fit(model, 20, 1e-3)
-    assert found["divergence_before"] == pytest.approx(before, rel=1e-3)
-    assert found["divergence_after"] < 0.9 * before
+    assert found.divergence_before == pytest.approx(before, rel=1e-3)
+    assert found.divergence_after < 0.9 * before
     after = divergence_from(dense, model, ready)
-    assert found["divergence_after"] == pytest.approx(after, rel=1e-3)
+    assert found.divergence_after == pytest.approx(after, rel=1e-3)
     assert nothing_left_behind(model)
     assert all(p.grad is None for p in model.parameters())
 

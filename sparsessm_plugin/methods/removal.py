@@ -21,7 +21,7 @@ from sparsessm_plugin.families import MixerAdapter
 from sparsessm_plugin.families.config_levels import language_field
 from sparsessm_plugin.methods.base import MethodResult, MethodSettings, MixerMethod, Watch
 from sparsessm_plugin.selection.masks import check_sparsity
-from sparsessm_plugin.training.distillation import Distillation
+from sparsessm_plugin.training.distillation import Distillation, Distilled
 
 # Fewer than this and the fit follows the text instead of the language.
 _TOKENS_PER_CHANNEL = 16
@@ -114,12 +114,11 @@ class RemovalResult(MethodResult):
     """What a removal did.
 
     :param config_fields: what the model's config says of the new sizes
-    :param distillation: divergences before and after, as :meth:`Distillation.fit` gives them;
-        None where no steps were asked for
+    :param distillation: divergences before and after; None where no steps were asked for
     """
 
     config_fields: dict[str, Any] = field(default_factory=dict)
-    distillation: dict[str, Any] | None = None
+    distillation: Distilled | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For a report; what was not measured is left out."""
@@ -127,7 +126,7 @@ class RemovalResult(MethodResult):
             {name: value for name, value in asdict(layer).items() if value is not None}
             for layer in self.layers
         ]
-        distilled = {"distillation": self.distillation} if self.distillation else {}
+        distilled = {"distillation": asdict(self.distillation)} if self.distillation else {}
         return {"layers": layers, **distilled, "cost": self.cost, "total": asdict(self.total)}
 
 
@@ -173,7 +172,7 @@ class MixerRemoval(MixerMethod[S]):
         self._layers: list[Removed] = []
         self._distillation: Distillation | None = None
         self._distilling = False
-        self._distilled: dict[str, Any] | None = None
+        self._distilled: Distilled | None = None
         self._told = False
 
     # -- for subclasses --------------------------------------------------------------

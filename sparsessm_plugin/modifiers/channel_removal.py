@@ -2,8 +2,8 @@
 
 from typing import Any, ClassVar
 
-from sparsessm_plugin.methods.base import MixerMethod
 from sparsessm_plugin.methods.channels import ChannelRemoval, ChannelSettings
+from sparsessm_plugin.methods.removal import MixerRemoval
 from sparsessm_plugin.modifiers.removal import RemovalModifier
 
 
@@ -41,4 +41,4 @@ class ChannelRemovalModifier(ChannelSettings, RemovalModifier):
     :param report_path: ``.json`` file to write the report to
     """
 
-    method_class: ClassVar[type[MixerMethod[Any]]] = ChannelRemoval
+    method_class: ClassVar[type[MixerRemoval[Any]]] = ChannelRemoval

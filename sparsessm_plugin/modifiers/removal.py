@@ -23,12 +23,12 @@ class RemovalModifier(MethodModifier):
     The base of :class:`StateRemovalModifier` and :class:`ChannelRemovalModifier`.
     """
 
-    method_class: ClassVar[type[MixerMethod[Any]]] = MixerRemoval
+    method_class: ClassVar[type[MixerRemoval[Any]]]
 
     @property
     def changes_inputs(self) -> bool:
         """Whether what is removed enters a Linear layer."""
-        return bool(self.method_class.changes_inputs)  # type: ignore[attr-defined]
+        return self.method_class.changes_inputs
 
     def new_method(self) -> MixerMethod[Any]:
         method = super().new_method()

@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from sparsessm_plugin.methods.base import MixerMethod
+from sparsessm_plugin.methods.removal import MixerRemoval
 from sparsessm_plugin.methods.states import StateRemoval, StateSettings
 from sparsessm_plugin.modifiers.removal import RemovalModifier
 
@@ -45,4 +45,4 @@ class StateRemovalModifier(StateSettings, RemovalModifier):
     :param report_path: ``.json`` file to write the report to
     """
 
-    method_class: ClassVar[type[MixerMethod[Any]]] = StateRemoval
+    method_class: ClassVar[type[MixerRemoval[Any]]] = StateRemoval

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -30,6 +31,22 @@ _MULTIPLE = 0.02
 _LOGITS = 2**26
 # Batches whose divergence is measured before and after a fit; more say nothing new.
 _MEASURED = 32
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a fit to the dense predictions has done.
+
+    :param steps: gradient steps
+    :param divergence_before: from the dense predictions, nats a token
+    :param divergence_after: likewise, of what the steps made, taken back or not
+    :param diverged: whether the steps were taken back
+    """
+
+    steps: int
+    divergence_before: float
+    divergence_after: float
+    diverged: bool
 
 
 class Distillation:
@@ -83,14 +100,12 @@ class Distillation:
     def _logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
         return model(**_inputs(batch)).logits
 
-    def fit(self, model: Any, steps: int, learning_rate: float) -> dict[str, Any]:
+    def fit(self, model: Any, steps: int, learning_rate: float) -> Distilled:
         """Gradient steps on all weights of all mixers; taken back if they do not help.
 
         :param model: the model as it is now
         :param steps: of Adam, a batch each
         :param learning_rate: the highest
-        :return: for a report: divergences in nats a token before and after, and whether the steps
-            were taken back
         :raises SparseSSMError: the model's predictions are no numbers
         """
         with _in_place(self._who, model):
@@ -111,12 +126,7 @@ class Distillation:
                 f"divergence of the predictions ({found.before:.4g} before, {found.after:.4g} "
                 "after); the weights are what they were before the steps"
             )
-        return {
-            "steps": steps,
-            "divergence_before": found.before,
-            "divergence_after": found.after,
-            "diverged": found.diverged,
-        }
+        return Distilled(steps, found.before, found.after, found.diverged)
 
     def divergence(self, model: Any) -> float:
         """Mean Kullback-Leibler divergence from the dense predictions, nats a token.
