@@ -346,7 +346,7 @@ def test_two_ranks_make_what_one_makes(folder, one_thread, job):
             assert entry.keys() == other.keys()
             for key in ("name", "tokens", "pruned", "removed", "zeros"):
                 assert entry.get(key) == other.get(key)
-            for key in ("sensitivity", "relative_error", "error_left", "error_removed"):
+            for key in ("hessian_trace", "relative_error", "error_left", "error_removed"):
                 if other.get(key) is not None:
                     assert entry[key] == pytest.approx(other[key], rel=1e-3, abs=1e-9)
 

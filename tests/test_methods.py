@@ -10,6 +10,7 @@ from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families.config_levels import language_field
 from sparsessm_plugin.methods import (
     prune_by_gradient,
+    prune_projections,
     prune_transitions,
     remove_channels,
     remove_states,
@@ -51,6 +52,34 @@ def test_transitions_as_by_recipe(family, padded):
     assert same_bits(model, by_recipe(family, "SparseSSMModifier", fields, data))
     assert [layer.sparsity for layer in result.layers] == [0.5] * len(result.layers)
     assert result.total.pruned == sum(layer.pruned for layer in result.layers)
+
+
+_LINEARS = {"targets": ["Linear", "conv1d"], "ignore": "lm_head"}
+PROJECTIONS = {
+    **{f"{family} defaults": (family, {"sparsity": 0.5}) for family in FAMILIES},
+    "mamba uniform": ("mamba", {"sparsity": 0.5, "allocation": "uniform", "solver": "sparsegpt"}),
+    "mamba magnitude": ("mamba", {"sparsity": 0.5, "solver": "magnitude"}),
+    "mamba 2:4": ("mamba", {"mask_structure": "2:4", "solver": "wanda"}),
+    "mamba paper": ("mamba", {"sparsity": 0.7, "allocation": "paper", "target_output": "dense"}),
+    "jamba linears": ("jamba", {"sparsity": 0.5, **_LINEARS}),
+    "zamba2 linears": ("zamba2", {"sparsity": 0.6, "target_output": "half_way", **_LINEARS}),
+}
+
+
+@pytest.mark.parametrize("case", PROJECTIONS)
+def test_projections_as_by_recipe(case):
+    family, fields = PROJECTIONS[case]
+    data = batches(count=3, length=30, padded=True)
+    model = tiny_model(family)
+    result = prune_projections(model, data, **fields)
+    assert same_bits(model, by_recipe(family, "SensitivitySparseGPTModifier", fields, data))
+    own = {name: value for name, value in state(model).items() if "lm_head" not in name}
+    for layer in result.layers:
+        name = layer.name if layer.name in own else f"{layer.name}.weight"
+        assert int((own[name] == 0).sum()) == layer.pruned
+        assert all(torch.equal(own[name], own[f"{other}.weight"]) for other in layer.shared_with)
+    assert result.total.pruned == round(fields.get("sparsity", 0.5) * result.total.entries)
+    assert all(not module._forward_pre_hooks for module in model.modules())
 
 
 REMOVALS = {
@@ -139,6 +168,20 @@ print(json.dumps(found))
 """
     )
     assert found == []
+
+
+@pytest.mark.parametrize("prune", [prune_transitions, prune_projections])
+def test_half_precision_that_overflows(prune):
+    """The message says where it begins, and what is changed already."""
+    model = tiny_model("mamba", num_hidden_layers=3).half()
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.in_proj.weight.mul_(1e5)
+    uniform = {"allocation": "uniform"} if prune is prune_projections else {}
+    with pytest.raises(SparseSSMError) as error:
+        prune(model, batches(), sparsity=0.5, **uniform)
+    assert "in the output of backbone.layers.1.mixer.in_proj in float16" in str(error.value)
+    assert ("changed already" in str(error.value)) or ("pruned already" in str(error.value))
+    assert all(not module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_method_that_fails_leaves_the_model_alone():

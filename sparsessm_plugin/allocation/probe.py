@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import get_execution_device, update_offload_parameter
-from llmcompressor.pytorch.utils.helpers import tensors_to_device
 from torch import Tensor
 
 from sparsessm_plugin import distributed
@@ -33,7 +32,7 @@ class Probe:
         rows = _longest_rows(
             row for part in distributed.gather("probe", _longest_rows(_rows(data))) for row in part
         )
-        self._batch = tensors_to_device(_padded(rows), get_execution_device(model))
+        self._batch = _padded(rows, get_execution_device(model))
         self._replay = Replay(model)
         with undisturbed(model), self._replay.recorded():
             self._reference = model(**self._batch).logits
@@ -128,12 +127,12 @@ def _longest_rows(rows: Iterable[list[int]]) -> list[list[int]]:
     return nlargest(_ROWS, rows, key=len)
 
 
-def _padded(rows: list[list[int]]) -> dict[str, Tensor]:
+def _padded(rows: list[list[int]], device: torch.device) -> dict[str, Tensor]:
     """A batch with padding, where there is some, after the tokens: no model looks ahead."""
     length = len(rows[0])
-    ids = torch.tensor([row + [row[-1]] * (length - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask}
+    ids = torch.tensor([row + [row[-1]] * (length - len(row)) for row in rows], device=device)
+    mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+    return {"input_ids": ids, "attention_mask": torch.tensor(mask, device=device)}
 
 
 def _parts(items: list[str], size: int) -> list[list[str]]:

@@ -1,18 +1,65 @@
-"""Where in a model NaN or infinite values first appear, for messages."""
+"""NaN and infinite values during calibration: errors that say where in a model they begin."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from compressed_tensors.offload import get_execution_device
+from loguru import logger
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sparsessm_plugin.calibration.contexts import undisturbed
 from sparsessm_plugin.calibration.finite import is_finite
+from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import MixerAdapter, find_mixers, read_out
 from sparsessm_plugin.families.fast_forward import fast_forward
+
+
+class FiniteCheck:
+    """Refuses numbers that are none, naming where they begin and what has become of the model.
+
+    :param model: transformers model
+    :param batches: of the calibration
+    :param state: says what has become of the model by now
+    """
+
+    def __init__(
+        self, model: Any, batches: Iterable[Mapping[str, Any]], state: Callable[[], str]
+    ) -> None:
+        self._model = model
+        self._batches = batches
+        self._state = state
+
+    def input(self, name: str, x: Tensor) -> None:
+        """:raises SparseSSMError: what enters a layer of this name holds NaN or infinite values"""
+        if not is_finite(x):
+            raise SparseSSMError(
+                f"{name}: its input holds NaN or infinite values during calibration; "
+                f"{self.explained()}"
+            )
+
+    def hessian(self, name: str, hessian: Tensor) -> None:
+        """:raises SparseSSMError: the sums (..., in, in) of a projection are not finite"""
+        if not is_finite(hessian.diagonal(dim1=-2, dim2=-1)):
+            raise SparseSSMError(
+                f"{name} cannot be pruned: the sum of squares of its calibration input is "
+                f"not finite; {self.explained()}"
+            )
+
+    def explained(self) -> str:
+        """Where such values begin, and what has become of the model."""
+        place = None
+        try:
+            place = first_overflow(self._model, self._batches)
+        except Exception as error:  # the mistake to tell of is the one that led here
+            logger.debug(f"looking for the first tensor that is not finite failed: {error}")
+        if place is None:
+            begin = "all outputs of modules are finite, so float32 cannot hold the squares"
+        else:
+            begin = f"NaN or infinite values first appear in {place}"
+        return f"{begin}; {self._state()}"
 
 
 class _Found(Exception):

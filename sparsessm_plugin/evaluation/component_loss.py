@@ -28,9 +28,13 @@ from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
 from sparsessm_plugin.families import MixerAdapter, find_mixers, read_out
 from sparsessm_plugin.families.fast_forward import fast_forward, offer
 from sparsessm_plugin.files import write_bytes
-from sparsessm_plugin.modifiers import SensitivitySparseGPTModifier
-from sparsessm_plugin.modifiers.calibration import check_finite_input, what_enters
-from sparsessm_plugin.modifiers.sensitivity import gram_of, input_of
+from sparsessm_plugin.methods.base import check_finite_input, what_enters
+from sparsessm_plugin.methods.projections import (
+    ProjectionSettings,
+    gram_of,
+    input_of,
+    matching_projections,
+)
 from sparsessm_plugin.recurrence import ScanStatistics
 from sparsessm_plugin.solvers.objective import relative_error
 from sparsessm_plugin.solvers.projections import SOLVERS
@@ -262,7 +266,8 @@ def count_measurements(model: nn.Module, sparsities: Sequence[float], by: Sequen
 
 
 def _projections(model: nn.Module) -> list[Any]:
-    return SensitivitySparseGPTModifier(sparsity=0.5).matching_projections(model)
+    settings = ProjectionSettings(sparsity=0.5)
+    return list(matching_projections(model, settings, "sparsessm component-loss"))
 
 
 def _gather(model: Any, calibration: Iterable[Mapping[str, Tensor]], solver: str) -> list[_Part]:

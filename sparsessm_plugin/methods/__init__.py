@@ -3,6 +3,7 @@
 from sparsessm_plugin.methods.base import MethodResult, MethodSettings, MixerMethod
 from sparsessm_plugin.methods.channels import remove_channels
 from sparsessm_plugin.methods.gradient import prune_by_gradient
+from sparsessm_plugin.methods.projections import prune_projections
 from sparsessm_plugin.methods.run import run
 from sparsessm_plugin.methods.states import remove_states
 from sparsessm_plugin.methods.transitions import prune_transitions
@@ -12,6 +13,7 @@ __all__ = [
     "MethodSettings",
     "MixerMethod",
     "prune_by_gradient",
+    "prune_projections",
     "prune_transitions",
     "remove_channels",
     "remove_states",

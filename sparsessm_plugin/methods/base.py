@@ -15,6 +15,7 @@ from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration import CalibrationBatches
 from sparsessm_plugin.calibration.contexts import of_quantization
 from sparsessm_plugin.calibration.finite import is_finite
+from sparsessm_plugin.calibration.overflow import FiniteCheck
 from sparsessm_plugin.cost import Cost
 from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.families import (
@@ -148,6 +149,8 @@ class MixerMethod(Generic[S]):
         self.failed: Callable[[], None] = lambda: None  # called when it has raised an error
         self._model: Any = None
         self._batches: CalibrationBatches | None = None
+        self._finite: FiniteCheck | None = None
+        self._mixers = 0  # to change
         self._pending: dict[str, MixerAdapter] = {}
         self._restore = ExitStack()
         self._stage: Stage | None = None
@@ -172,6 +175,13 @@ class MixerMethod(Generic[S]):
 
     def finish(self) -> None:
         """Do what remains once all mixers are changed."""
+
+    def state_in_memory(self) -> str:
+        """What has become of the model by now, for the message of an error."""
+        done = self._mixers - len(self._pending)
+        if not done:
+            return "nothing was changed"
+        return f"{done} of {self._mixers} mixers of the model in memory are changed already"
 
     def result(self) -> MethodResult:
         """What was done."""
@@ -220,6 +230,7 @@ class MixerMethod(Generic[S]):
                     )
         self._model = model
         self._pending = {adapter.name: adapter for adapter in adapters}
+        self._mixers = len(adapters)
 
     def begin(self, batches: CalibrationBatches | None) -> list[Watch]:
         """Start, now that the data is known.
@@ -228,6 +239,8 @@ class MixerMethod(Generic[S]):
         :return: what to watch while data passes the model
         """
         self._batches = batches
+        if batches is not None:
+            self._finite = FiniteCheck(self._model, batches, self.state_in_memory)
         self.cost.begin()
         self._restore.callback(self.cost.end)
         self._stage = Stage(self.who, len(self._pending))
@@ -275,6 +288,12 @@ class MixerMethod(Generic[S]):
         assert self._batches is not None, "begin() was given no data"
         return self._batches
 
+    @property
+    def finite(self) -> FiniteCheck:
+        """Refuses NaN and infinite values of the calibration."""
+        assert self._finite is not None, "begin() was given no data"
+        return self._finite
+
     def _see(
         self,
         adapter: MixerAdapter,
@@ -288,7 +307,7 @@ class MixerMethod(Generic[S]):
         batch = self.cost.count(adapter.name, hidden_states, attention_mask)
         self._now_at(f"{adapter.name}, batch {batch}")
         with torch.no_grad(), self.released_on_error(), self.cost.stage("observe"):
-            check_finite_input(adapter.name, hidden_states)
+            self.finite.input(adapter.name, hidden_states)
             self.batches.check_ids()
             self.batches.check_mask(batch - 1, adapter.name, attention_mask)
             self.observe(adapter, hidden_states, attention_mask)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
-from pydantic import PrivateAttr, field_validator, model_validator
+from pydantic import PrivateAttr, field_validator
 from torch import nn
 
 from sparsessm_plugin import distributed
@@ -63,6 +63,7 @@ class MethodModifier(Modifier):
     def __init__(self, **fields: Any):
         check_given(type(self).__name__, fields)
         super().__init__(**fields)
+        self.requires_calibration_data = self.settings.watches_data  # once all fields are checked
         check_computed(self, fields)
 
     # -- settings --------------------------------------------------------------------
@@ -73,11 +74,6 @@ class MethodModifier(Modifier):
         if value is not None:
             check_report_path(value)
         return value
-
-    @model_validator(mode="after")
-    def _ask_for_data(self) -> "MethodModifier":
-        self.requires_calibration_data = self.settings.watches_data
-        return self
 
     @property
     def settings(self) -> MethodSettings:

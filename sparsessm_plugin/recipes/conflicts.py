@@ -308,7 +308,7 @@ def _of_projections(modifier: Any, model: nn.Module) -> Effects:
         holders = weight_holders(model)
         names = frozenset(
             f"{use}.weight" if p.attribute == "weight" else use
-            for p in modifier.matching_projections(model)
+            for p in modifier.new_method().matching_projections(model)
             for use in holders.get(p.name, [p.name])
         )
     patterned = names if modifier.mask_structure != UNSTRUCTURED else _NONE

@@ -1,0 +1,99 @@
+"""What zeros in each projection do to the predictions of a model, at several sparsities."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sparsessm_plugin.allocation.probe import Probe
+from sparsessm_plugin.families.prunable import PrunableWeight
+from sparsessm_plugin.progress import Stage
+from sparsessm_plugin.solvers.projections import SOLVERS
+from sparsessm_plugin.solvers.sparsegpt import error_curve
+
+_CURVE = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
+# From the last of these on, and up to a sparsity of 1, whose error is the output's whole energy.
+_SPARSE_CURVE = (0.97, 0.98, 0.99, 0.995, 1.0)
+_ROWS, _BLOCKS = 64, 20  # of more inputs than 20 blocks have, blocks are larger
+# The optimal allocation raises no projection's sparsity further than this above the mean.
+_MOST_MORE = 0.3
+_LEAST_KEPT = 0.25  # where the curve goes further, of the share that is kept on average
+_PROBE_SPARSITY = 0.5  # that each projection's harm is measured at
+_LEAST_DIVERGENCE = 1e-9  # nats a token
+
+
+def curve_for(sparsity: float) -> tuple[float, ...]:
+    """The sparsities at which losses are measured; more of them where few entries stay."""
+    return _CURVE if sparsity < _CURVE[-1] else (*_CURVE, *_SPARSE_CURVE)
+
+
+def highest_for(sparsity: float) -> float:
+    """The sparsity that no projection exceeds, within :func:`curve_for`."""
+    if sparsity < _CURVE[-1]:
+        return min(_CURVE[-1], sparsity + _MOST_MORE)
+    return 1 - _LEAST_KEPT * (1 - sparsity)
+
+
+@torch.no_grad()
+def measure_losses(
+    probe: Probe,
+    projections: Sequence[PrunableWeight],
+    hessians: Mapping[str, Tensor],
+    sparsity: float,
+    *,
+    everywhere: set[str],
+    block_size: int,
+    dampening_frac: float,
+    who: str,
+) -> dict[str, list[float]]:
+    """How far zeros move the predictions at each sparsity of the curve, by name.
+
+    The error that SparseGPT leaves, times what a unit of squared output error of the
+    projection does. For that each is pruned alone for a moment, by Wanda as that costs
+    nothing, and the divergence from the dense model's predictions on a little of the data is
+    divided by the error made. It grows with the error evenly enough: SparseGPT at another
+    sparsity gives about the same.
+
+    :param hessians: (..., in, in) of each projection, by name
+    :param sparsity: that will be asked for; see :func:`curve_for`
+    :param everywhere: names of projections that several layers use
+    :param block_size: of SparseGPT, at least
+    :param dampening_frac: of SparseGPT
+    :param who: for the progress that is shown
+    :return: a loss in nats a token for each sparsity of the curve
+    """
+    by_tensor = {p.parameter_name: p for p in projections}
+    errors: dict[str, float] = {}
+
+    def pruned(tensor: str) -> Tensor:
+        projection = by_tensor[tensor]
+        weight = projection.weight
+        hessian = hessians[projection.name].to(weight.device)
+        solved = SOLVERS["wanda"](weight, hessian, _PROBE_SPARSITY)
+        errors[tensor] = solved.error
+        return solved.weight
+
+    with Stage(f"{who}: what a loss does", len(projections)) as stage:
+        moved = probe.divergences(
+            list(by_tensor),
+            pruned,
+            lambda name: stage.advance(),
+            {tensor for tensor, p in by_tensor.items() if p.name in everywhere},
+        )
+    losses = {}
+    with Stage(f"{who}: sparsities", len(projections)) as stage:
+        for tensor, projection in by_tensor.items():
+            stage.at(projection.name)
+            weight = projection.weight.float()
+            curve = error_curve(
+                weight,
+                hessians[projection.name].to(weight.device),
+                curve_for(sparsity),
+                rows=_ROWS,
+                block_size=max(block_size, weight.shape[-1] // _BLOCKS),
+                dampening_frac=dampening_frac,
+            )
+            harm = max(moved[tensor], _LEAST_DIVERGENCE) / max(errors[tensor], 1e-30)
+            losses[projection.name] = [harm * loss for loss in curve.tolist()]
+            stage.advance()
+    return losses

@@ -1,0 +1,167 @@
+"""What the dense model says of its projections before any is pruned."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from compressed_tensors.offload import get_execution_device
+from torch import Tensor, nn
+
+from sparsessm_plugin.calibration import CalibrationBatches
+from sparsessm_plugin.calibration.contexts import hooks_disabled, quantization_disabled
+from sparsessm_plugin.calibration.inputs import CalibrationInputs
+from sparsessm_plugin.calibration.overflow import FiniteCheck
+from sparsessm_plugin.calibration.passes import forward_context
+from sparsessm_plugin.families import MixerAdapter, read_out
+from sparsessm_plugin.families.fast_forward import offer
+from sparsessm_plugin.families.prunable import PrunableWeight
+from sparsessm_plugin.methods.base import Watch, what_enters
+from sparsessm_plugin.methods.projections.statistics import (
+    HessianSums,
+    hessian_shape,
+    input_of,
+    mask_for,
+)
+from sparsessm_plugin.progress import Stage
+
+# On a GPU, so many bytes of the dense model's Hessians are held at once; others wait their turn.
+_MOST_HESSIANS = 8 * 2**30
+
+
+class _Seen(Exception):
+    """Ends a forward pass where nothing more is looked at."""
+
+
+def in_groups(
+    projections: Sequence[PrunableWeight], in_main_memory: bool
+) -> list[list[PrunableWeight]]:
+    """The projections in parts whose Hessians a GPU holds at once."""
+    groups: list[list[PrunableWeight]] = [[]]
+    held = 0
+    for projection in projections:
+        on_gpu = get_execution_device(projection.module).type == "cuda"
+        size = 4 * hessian_shape(projection).numel() if on_gpu else 0
+        if groups[-1] and not in_main_memory and held + size > _MOST_HESSIANS:
+            groups.append([])
+            held = 0
+        groups[-1].append(projection)
+        held += size
+    return groups
+
+
+class DensePass:
+    """One pass of the data through the dense model.
+
+    :param model: transformers model, in ``fast_forward``
+    :param batches: of the calibration
+    :param finite: refuses inputs that are no numbers
+    :param who: for the progress that is shown
+    """
+
+    def __init__(
+        self, model: Any, batches: CalibrationBatches, finite: FiniteCheck, who: str
+    ) -> None:
+        self._model = model
+        self._batches = batches
+        self._finite = finite
+        self._who = who
+        self._batch = 0  # number of the one that passes
+
+    @torch.no_grad()
+    def run(
+        self,
+        group: Sequence[PrunableWeight],
+        sums: HessianSums,
+        keep: Sequence[MixerAdapter] = (),
+        inputs_of: Callable[[str], CalibrationInputs] | None = None,
+    ) -> None:
+        """Run the model.
+
+        :param group: the projections whose Hessians are summed up
+        :param sums: where they are
+        :param keep: mixers whose inputs are kept
+        :param inputs_of: gives where, by name of the mixer
+        """
+        mixers = {p.adapter.name: p.adapter for p in group if p.adapter}
+        linears = [p for p in group if p.adapter is None]
+        last = list(mixers)[-1] if mixers and not keep and not linears else None
+        watched = []
+        for adapter in keep or mixers.values():
+            members = [p for p in group if p.mixer == adapter.name]
+            own = inputs_of(adapter.name) if keep and inputs_of is not None else None
+            hook = partial(self._see_mixer, adapter, members, sums, own, adapter.name == last)
+            watched.append(Watch(adapter.mixer, hook))
+        for p in linears:
+            hook = partial(self._see_linear, p, sums)
+            watched += [Watch(module, hook) for module in p.uses.values()]
+        head = getattr(self._model, "get_output_embeddings", lambda: None)()
+        if head is not None:
+            watched.append(Watch(head, _enough))
+        handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m, hook in watched]
+        device = get_execution_device(self._model)
+        try:
+            with (
+                hooks_disabled(),
+                forward_context(self._model),
+                quantization_disabled(self._model),
+                Stage(f"{self._who}: dense model", len(self._batches)) as stage,
+            ):
+                for index, batch in enumerate(self._batches):
+                    self._batch = index
+                    with suppress(_Seen):
+                        self._model(**{key: value.to(device) for key, value in batch.items()})
+                    stage.advance()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _see_mixer(
+        self,
+        adapter: MixerAdapter,
+        members: list[PrunableWeight],
+        sums: HessianSums,
+        keep: CalibrationInputs | None,
+        last: bool,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Look at what enters a mixer.
+
+        :param members: its projections whose Hessians it is added to
+        :param keep: where it is kept, or None
+        :param last: nothing after this is looked at
+        """
+        hidden_states, attention_mask = what_enters(args, kwargs)
+        self._finite.input(adapter.name, hidden_states)
+        if keep is not None:
+            keep.add(hidden_states, attention_mask)
+        if not members:
+            return
+        quantities = adapter.quantities(hidden_states, attention_mask)
+        out_input = read_out(adapter, quantities)
+        for projection in members:
+            x = input_of(projection.kind, quantities, out_input)
+            sums.add(projection, x, quantities.mask)
+        if last:
+            raise _Seen
+        offer(adapter.mixer, hidden_states, attention_mask, out_input)
+
+    def _see_linear(
+        self,
+        projection: PrunableWeight,
+        sums: HessianSums,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        x: Tensor = args[0]
+        self._finite.input(projection.name, x)
+        sums.add(projection, x, mask_for(x, self._batches.mask(self._batch)))
+
+
+def _enough(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """What predicts tokens need not run."""
+    raise _Seen

@@ -1,0 +1,211 @@
+"""What the weights of projections multiply, and sums of its products over the calibration."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sparsessm_plugin import distributed
+from sparsessm_plugin.backends.precision import tf32
+from sparsessm_plugin.calibration.inputs import CalibrationInputs
+from sparsessm_plugin.cost import kept as where_there_is_room
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.families import MixerAdapter, read_out
+from sparsessm_plugin.families.prunable import PrunableWeight
+from sparsessm_plugin.recurrence.quantities import MixerQuantities
+from sparsessm_plugin.solvers.objective import gram, window_gram
+
+
+def input_of(kind: str, quantities: MixerQuantities, out_input: Tensor) -> Tensor:
+    """(b, L, in) what a mixer's projection multiplies; of conv1d (b, L, D)."""
+    return out_input if kind == "out_proj" else quantities.inputs[kind]
+
+
+def gram_of(projection: PrunableWeight, left: Tensor, right: Tensor, mask: Tensor | None) -> Tensor:
+    """``sum left right^T`` over all positions but padding, as the solvers take it.
+
+    :param left: (b, L, in); (tokens, in) outside of mixers
+    :param right: likewise
+    :param mask: bool, of their leading dimensions, or None
+    :return: (in, in) float32; of a conv1d (D, K, K), over the K inputs that each output reads;
+        of a matrix for each head (heads, in, in), for left (b, L, heads, in)
+    """
+    alike = right is left
+    # tensor cores multiply what the weight multiplies, and add in float32
+    dtype = projection.weight.dtype if _in_half(projection, left.device) else torch.float32
+    left = left.to(dtype)
+    right = left if alike else right.to(dtype)
+    if projection.kind == "conv1d":
+        return window_gram(left, right, projection.weight.shape[-1], mask)
+    if mask is not None:
+        left = left * mask.view(*mask.shape, *[1] * (left.ndim - mask.ndim))
+    if projection.weight.ndim == 3:
+        heads = zip(left.unbind(-2), right.unbind(-2), strict=True)
+        return torch.stack([gram(x.flatten(0, -2), y.flatten(0, -2)) for x, y in heads])
+    return gram(left.flatten(0, -2), right.flatten(0, -2))
+
+
+def hessian_shape(projection: PrunableWeight) -> torch.Size:
+    """(in, in); of a conv1d (D, K, K), of a matrix for each head (heads, in, in)."""
+    *problems, _, size = projection.weight.shape
+    return torch.Size((*problems, size, size))
+
+
+def mask_for(x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask of a batch for the input of a Linear layer; None if that is not its tokens.
+
+    Experts see tokens that a router chose.
+    """
+    if mask is None:
+        return None
+    if x.shape[:-1] == mask.shape:
+        return mask.to(x.device)
+    return mask.flatten().to(x.device) if x.shape[:-1] == mask.flatten().shape else None
+
+
+def check_seen(name: str, tokens: int) -> None:
+    """:raises SparseSSMError: there were none"""
+    if tokens == 0:
+        raise SparseSSMError(f"{name} saw no calibration tokens; it is not pruned")
+
+
+class HessianSums:
+    """Hessians of projections and the tokens that made them, summed batch by batch.
+
+    Attributes: ``hessians`` and ``tokens``, by name.
+
+    :param in_main_memory: keep them there; otherwise on an accelerator that has room
+    """
+
+    def __init__(self, in_main_memory: bool) -> None:
+        self._in_main_memory = in_main_memory
+        self.hessians: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = {}
+
+    def add(self, projection: PrunableWeight, x: Tensor, mask: Tensor | None) -> None:
+        """Add a batch of what a projection multiplies; see :func:`gram_of`."""
+        products = gram_of(projection, x, x, mask)
+        name = projection.name
+        self.tokens[name] = self.tokens.get(name, 0) + _count(projection, x, mask)
+        if name in self.hessians:
+            self.hessians[name] += products.to(self.hessians[name].device)
+        else:
+            self.hessians[name] = (
+                products.cpu() if self._in_main_memory else where_there_is_room(products)
+            )
+
+    def count_all(self, projections: Iterable[PrunableWeight]) -> None:
+        """Count the tokens that all ranks have seen.
+
+        :raises SparseSSMError: a projection has seen none
+        """
+        counts = distributed.gather("tokens of projections", self.tokens)
+        for projection in projections:
+            name = projection.name
+            self.tokens[name] = sum(count.get(name, 0) for count in counts)
+            check_seen(name, self.tokens[name])
+
+
+@dataclass
+class MixerData:
+    """What entered one mixer, until it is pruned.
+
+    :param inputs: behind the pruned layers before it
+    :param dense_inputs: behind the dense layers before it, where targets ask for that
+    :param dense_out: by number of the batch, (b, L, D) what the dense out_proj multiplies, where
+        it is known already
+    """
+
+    inputs: CalibrationInputs = field(default_factory=CalibrationInputs)
+    dense_inputs: CalibrationInputs | None = None
+    dense_out: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageSums:
+    """Of some projections of a mixer, by name; float64 unless tensor cores sum.
+
+    :param hessians: products of their inputs
+    :param crosses: products of their dense inputs, as rows, and their inputs; empty where nothing
+        is to be compared with a dense mixer
+    """
+
+    hessians: dict[str, Tensor]
+    crosses: dict[str, Tensor]
+
+
+def stage_sums(
+    members: list[PrunableWeight],
+    pruned: MixerAdapter,
+    dense: MixerAdapter | None,
+    data: MixerData,
+    keep_out: bool,
+) -> StageSums:
+    """Sums over all that entered a mixer.
+
+    :param members: projections of the mixer
+    :param pruned: the mixer as it is now
+    :param dense: the mixer as it was, or None where nothing is to be compared with it; it reads
+        ``data.dense_inputs``, or the same as the pruned one
+    :param data: what entered; ``dense_out`` is taken from there, or left there
+    :param keep_out: whether to leave the input of the dense out_proj for a later call
+    """
+    sums = StageSums({}, {})
+    device = pruned.A_log.device
+    dtype = None if device.type == "cuda" else torch.float32  # as the mixers are
+    for p in members:
+        # solvers choose: a sum in another order, as ranks make it, must not choose otherwise; what
+        # tensor cores sum is never that exact
+        exact = torch.float32 if _in_half(p, device) else torch.float64
+        zeros = torch.zeros(hessian_shape(p), dtype=exact, device=device)
+        sums.hessians[p.name] = zeros
+        if dense is not None:
+            sums.crosses[p.name] = zeros.clone()
+    kinds = {p.kind for p in members}
+    for i in range(len(data.inputs)):
+        with tf32():
+            xs, mask = _inputs_of(kinds, pruned, *data.inputs.get(i, device, dtype))
+            dense_xs: dict[str, Tensor] = {}
+            if dense is not None and kinds == {"out_proj"} and i in data.dense_out:
+                dense_xs = {"out_proj": data.dense_out.pop(i)}
+            elif dense is not None:
+                makes = {"out_proj"} if keep_out and i not in data.dense_out else set()
+                source = data.inputs if data.dense_inputs is None else data.dense_inputs
+                dense_xs, _ = _inputs_of(kinds | makes, dense, *source.get(i, device, dtype))
+                if makes:
+                    data.dense_out[i] = dense_xs["out_proj"]
+        for p in members:
+            x = xs[p.kind]
+            sums.hessians[p.name] += gram_of(p, x, x, mask)
+            if dense is not None:
+                sums.crosses[p.name] += gram_of(p, dense_xs[p.kind], x, mask)
+    return sums
+
+
+def _inputs_of(
+    kinds: set[str],
+    adapter: MixerAdapter,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """What projections of some kinds multiply, computing no more than they need, and the mask."""
+    if kinds == {"in_proj"}:
+        x, mask = adapter.enter(hidden_states, attention_mask)
+        return {"in_proj": x}, mask
+    q = adapter.quantities(hidden_states, attention_mask)
+    out_input = read_out(adapter, q) if "out_proj" in kinds else q.u
+    return {kind: input_of(kind, q, out_input) for kind in kinds}, q.mask
+
+
+def _in_half(projection: PrunableWeight, device: torch.device) -> bool:
+    """Whether what a projection multiplies is left in half precision."""
+    return device.type == "cuda" and projection.weight.dtype.itemsize == 2
+
+
+def _count(projection: PrunableWeight, x: Tensor, mask: Tensor | None) -> int:
+    """Tokens in what a projection multiplies."""
+    if mask is not None:
+        return int(mask.sum())
+    return math.prod(x.shape[:2] if projection.adapter else x.shape[:-1])
