@@ -231,7 +231,8 @@ def gather(adapter: MixerAdapter, inputs: CalibrationInputs) -> dict[str, Linear
     for name, gram in grams.items():
         if not bool(torch.isfinite(gram).all()):
             raise SparseSSMError(
-                f"{adapter.name}: NaN or infinite values during calibration; nothing was removed"
+                f"{adapter.name}: NaN or infinite values during calibration; nothing was "
+                "removed from this layer"
             )
         weight = adapter.projection(name).weight.double()
         if weight.ndim == 3:  # each head reads its own channels

@@ -155,7 +155,7 @@ class StateRemoval(MixerRemoval[StateSettings]):
             if not statistics.is_finite():
                 raise SparseSSMError(
                     f"{adapter.name}: NaN or infinite values in its recurrence during "
-                    "calibration; nothing was removed from this layer"
+                    f"calibration; {self.finite.explained()}"
                 )
             sets = self._candidates(adapter, statistics, steps)
             if not mixing or "B" in steps:

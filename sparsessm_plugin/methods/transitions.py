@@ -204,7 +204,7 @@ class TransitionPruning(MixerMethod[TransitionSettings]):
         if statistics is not None and not statistics.is_finite():
             raise SparseSSMError(
                 f"{adapter.name}: NaN or infinite values in its recurrence during "
-                "calibration; this layer was not pruned"
+                f"calibration; {self.finite.explained()}"
             )
         settings, A_log = self.settings, adapter.A_log.detach()
         inputs = SaliencyInputs(
