@@ -11,26 +11,23 @@ Every rank gives signs of life to the store; one that falls silent stops the oth
 """
 
 import atexit
-import hashlib
 import json
 import math
 import os
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from itertools import zip_longest
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
-from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning
+from sparsessm_plugin.errors import SparseSSMError
 
 T = TypeVar("T")
 
@@ -43,7 +40,6 @@ _LONGEST = 1800.0
 _TIDY = 10.0
 _PAUSE = 0.01  # seconds between looks at what the others do, at most
 _BUCKET = 2**24  # numbers that are summed over ranks in one go
-_HASHED = 2**26  # bytes of a weight that are brought to the CPU and hashed in one go
 
 
 class RanksError(SparseSSMError):
@@ -242,129 +238,8 @@ def together(what: str) -> Iterator[None]:
             raise RanksError(_by_rank(messages))
 
 
-class ServedBatches(Protocol):
-    """Batches, and how many of them this rank's loader gave, empty ones among them."""
-
-    served: int
-
-    def __iter__(self) -> Iterator[Any]: ...
-
-
-def check_ranks(
-    who: str, model: nn.Module, data: ServedBatches | None = None, settings: Any = None
-) -> None:
-    """Refuse ranks that do not belong together, before anything is changed.
-
-    :param who: the modifier
-    :param model: parameters must agree by name, shape, dtype and bits
-    :param data: calibration batches, or None. The number that the ranks' loaders gave may
-        differ by one, where samples do not divide; and where every rank's sequences are all of
-        one length, it must be the same length, as windows of a text are. Text in its natural
-        lengths may differ: positions are counted from the start of a sequence. Ranks that read
-        the same sequences are warned.
-    :param settings: what JSON can hold, the same on every rank
-    :raises RanksError: naming the ranks and what differs, the same on every rank
-    """
-    if not is_distributed():
-        return
-    settings = json.dumps(settings, sort_keys=True, default=str)
-    _check_same(who, "settings", gather(f"{who}: settings", settings))
-    _check_model(who, model)
-    if data is not None:
-        _check_data(who, gather(f"{who}: data", _describe(data)))
-
-
-def _check_same(who: str, what: str, values: list[str]) -> None:
-    differing = [r for r, value in enumerate(values) if value != values[0]]
-    if differing:
-        raise RanksError(f"{who}: {_named(differing)} and rank 0 have different {what}")
-
-
-def _check_model(who: str, model: nn.Module) -> None:
-    tensors = [
-        (f"{name} {tuple(p.shape)} {str(p.dtype).removeprefix('torch.')}", _digest(p))
-        for name, p in model.named_parameters()
-    ]
-    digests = gather(f"{who}: model", hashlib.sha256(str(tensors).encode()).hexdigest())
-    differing = [r for r, digest in enumerate(digests) if digest != digests[0]]
-    if not differing:
-        return
-    each = gather(f"{who}: parameters", [list(tensor) for tensor in tensors])
-    have = f"{_named(differing)} {'has' if len(differing) == 1 else 'have'}"
-    there, here = (each[r] for r in (0, differing[0]))
-    nothing = ["nothing", 0]
-    for (expected, _), (found, _) in zip_longest(there, here, fillvalue=nothing):
-        if found != expected:
-            raise RanksError(
-                f"{who}: {have} another model than rank 0: {found} in place of {expected}"
-            )
-    name = next(b[0] for a, b in zip(there, here, strict=True) if a != b)
-    raise RanksError(
-        f"{who}: {have} other weights than rank 0; the first that differ are those of {name}"
-    )
-
-
-def _check_data(who: str, each: list[dict[str, Any]]) -> None:
-    counts = [e["batches"] for e in each]
-    if max(counts) - min(counts) > 1:
-        most, least = counts.index(max(counts)), counts.index(min(counts))
-        raise RanksError(
-            f"{who}: rank {most} has {max(counts)} calibration batches and rank {least} has "
-            f"{min(counts)}; shares may differ by one"
-        )
-    lengths = [e["lengths"] for e in each]
-    if all(found and found[0] == found[1] for found in lengths):
-        differing = [r for r, found in enumerate(lengths) if found != lengths[0]]
-        if differing:
-            raise RanksError(
-                f"{who}: the calibration sequences of {_named(differing)} have "
-                f"{lengths[differing[0]][0]} tokens, those of rank 0 have {lengths[0][0]}"
-            )
-    before: set[str] = set()
-    for r, found in enumerate(e["sequences"] for e in each):
-        again = sum(sequence in before for sequence in found)
-        if 2 * again > len(found) and rank() == 0:
-            warnings.warn(
-                f"{who}: {again} of the {len(found)} sequences that rank {r} reads are read by "
-                "another rank as well. Give each rank a dataset of its own, with "
-                "llmcompressor.datasets.get_rank_partition for example: of one that all ranks "
-                "load, LLM Compressor 0.14 lets every rank read the first samples",
-                SparseSSMWarning,
-                stacklevel=2,
-            )
-            break
-        before.update(found)
-
-
-def _describe(batches: ServedBatches) -> dict[str, Any]:
-    """Number of batches, least and greatest length, and digests of the sequences.
-
-    Batches of empty samples count, as shares are made before anybody knows what is in them.
-    """
-    lengths, sequences = set(), []
-    for batch in batches:
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        if isinstance(ids, Tensor):
-            lengths.add(ids.shape[-1])
-            for row in ids.cpu().numpy():
-                sequences.append(hashlib.blake2b(row.tobytes(), digest_size=6).hexdigest())
-    return {
-        "batches": batches.served,
-        "lengths": [min(lengths), max(lengths)] if lengths else None,
-        "sequences": sequences,
-    }
-
-
-def _digest(tensor: Tensor) -> str:
-    """A hash of the bytes of a tensor in their order; one piece at a time of what is on a GPU."""
-    found = hashlib.blake2b(digest_size=16)
-    if not tensor.is_meta:
-        for piece in tensor.detach().reshape(-1).view(torch.uint8).split(_HASHED):
-            found.update(piece.cpu().numpy().data)
-    return found.hexdigest()
-
-
-def _named(ranks: Sequence[int]) -> str:
+def named(ranks: Sequence[int]) -> str:
+    """Ranks in words, for a message."""
     numbers = [str(r) for r in ranks]
     if len(numbers) == 1:
         return f"rank {numbers[0]}"
@@ -376,7 +251,7 @@ def _by_rank(messages: list[str | None]) -> str:
     for r, message in enumerate(messages):
         if message:
             by_message.setdefault(message, []).append(r)
-    return "; ".join(f"{_named(ranks)}: {message}" for message, ranks in by_message.items())
+    return "; ".join(f"{named(ranks)}: {message}" for message, ranks in by_message.items())
 
 
 # -- tensors -----------------------------------------------------------------------------
@@ -544,7 +419,7 @@ class _Ranks:
             reason = self.who_is_gone(what, missing)
             if missing and not reason and time.monotonic() - started > self.patience:
                 reason = (
-                    f"{_named(missing)} did not come to {what} for {self.patience / 60:.0f} minutes"
+                    f"{named(missing)} did not come to {what} for {self.patience / 60:.0f} minutes"
                 )
             if reason or not missing:
                 return self._decision(decided, reason)

@@ -5,6 +5,8 @@ Nothing outside :mod:`sparsessm_plugin.families` knows an attribute name of tran
 Shapes: b batch, L sequence length, D channels (``intermediate_size``), N state size,
 R rank of dt (``time_step_rank``), K width of the convolution; in the Mamba-2 layout also
 H heads of P channels (``head_dim``) and G groups of heads that share B and C.
+
+One file because most of it is one interface, whose parts are read side by side.
 """
 
 import math

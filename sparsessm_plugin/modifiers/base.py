@@ -13,6 +13,7 @@ from torch import nn
 from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration import CalibrationBatches, give_back
 from sparsessm_plugin.calibration.contexts import forget_traces
+from sparsessm_plugin.calibration.ranks import check_ranks
 from sparsessm_plugin.checkpoints.experts import check_experts_of_session
 from sparsessm_plugin.checkpoints.loading import check_unwrapped
 from sparsessm_plugin.checkpoints.saving import change_config
@@ -122,7 +123,7 @@ class MethodModifier(Modifier):
                 if self.reads_calibration_data:
                     self._batches = read_batches(who, state, kwargs.get("calib_data"))
             settings = self.model_dump(exclude={*Modifier.model_fields, "report_path"})
-            distributed.check_ranks(who, state.model, self._batches, settings)
+            check_ranks(who, state.model, self._batches, settings)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:

@@ -36,6 +36,7 @@ from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration import CalibrationBatches, give_back
 from sparsessm_plugin.calibration.contexts import forget_traces
 from sparsessm_plugin.calibration.finite import is_finite
+from sparsessm_plugin.calibration.ranks import check_ranks
 from sparsessm_plugin.checkpoints.experts import check_experts_of_session
 from sparsessm_plugin.checkpoints.loading import check_unwrapped
 from sparsessm_plugin.checkpoints.saving import change_config
@@ -139,7 +140,7 @@ class SparseGPTQModifier(GPTQModifier):
             check_experts_of_session(state.model)
             check_recipe(self, state.model)
             self._batches = read_batches(who, state, kwargs.get("calib_data"))
-        distributed.check_ranks(who, state.model, self._batches, self._settings())
+        check_ranks(who, state.model, self._batches, self._settings())
         modules = {name: m for name, (m, _) in quantized_weights(self, state.model).items()}
         holders = weight_holders(state.model)
         self._shared = [

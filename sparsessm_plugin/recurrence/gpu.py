@@ -7,7 +7,8 @@ a zero state, only for the state it ends in; from chunk to chunk, what each real
 once more, with output and statistics. Each program writes partial sums of its own, which are
 added in a fixed order in float64: no atomics, so two runs give the same bits.
 
-Sums inside a chunk are float32, whatever the inputs are.
+Sums inside a chunk are float32, whatever the inputs are. One file because the passes share their
+layout of registers and memory.
 """
 
 from functools import cache
