@@ -25,6 +25,7 @@ from sparsessm_plugin.families import (
     register_part,
 )
 from sparsessm_plugin.families.parts import Mixer, Norm
+from sparsessm_plugin.registry import Registry
 
 LINEAR, FULL = "linear_attention", "full_attention"
 # more layers than the tiny models have, with every kind that the family knows
@@ -537,8 +538,11 @@ def test_a_family_is_one_class_and_an_axis_of_units_one_part():
 
     config = tiny_model("mamba").config
     config.toy_ranks = 6
+    assert "MambaForCausalLM" in known_models()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsessm_plugin.families.model._MODELS", {})
+        # empty: the files of the folder have been read, and are not read again
+        none = Registry("model", "sparsessm_plugin.families")
+        patch.setattr("sparsessm_plugin.families.model._MODELS", none)
         patch.setattr("sparsessm_plugin.families.parts._PARTS", [Mixer, Norm])
         register_model(ToyModelAdapter)
         register_part(GainPart)

@@ -4,9 +4,7 @@ Nothing is imported before one of the names is asked for: ``families.catalog`` i
 torch.
 """
 
-from functools import cache
 from importlib import import_module
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -58,7 +56,6 @@ __all__ = [
     "iter_mixers",
     "known_mixers",
     "known_models",
-    "load_families",
     "read_out",
     "register_adapter",
     "register_model",
@@ -67,17 +64,9 @@ __all__ = [
 ]
 
 
-@cache
-def load_families() -> None:
-    """Import all modules of this room: a family is known by standing here."""
-    for module in iter_modules(__path__):
-        import_module(f"{__name__}.{module.name}")
-
-
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    load_families()
     for module in _MODULES:
         found = getattr(import_module(f"{__name__}.{module}"), name, None)
         if found is not None:

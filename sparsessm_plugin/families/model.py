@@ -20,7 +20,6 @@ from compressed_tensors.offload import disable_onloading
 from torch import Tensor, nn
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families import load_families
 from sparsessm_plugin.families.base import MixerAdapter, TensorAxis
 from sparsessm_plugin.families.parts import (
     Attention,
@@ -35,6 +34,7 @@ from sparsessm_plugin.families.parts import (
     set_existing,
 )
 from sparsessm_plugin.families.registry import get_adapter
+from sparsessm_plugin.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -403,20 +403,19 @@ class ModelAdapter:
         return result
 
 
-_MODELS: dict[str, type[ModelAdapter]] = {}
+_MODELS: Registry[type[ModelAdapter]] = Registry("model", "sparsessm_plugin.families")
 _Adapter = TypeVar("_Adapter", bound=type[ModelAdapter])
 
 
 def register_model(adapter: _Adapter) -> _Adapter:
     """Class decorator: use this adapter for models of class ``adapter.model_class``."""
-    _MODELS[adapter.model_class] = adapter
+    _MODELS.register(adapter.model_class, adapter)
     return adapter
 
 
 def known_models() -> tuple[str, ...]:
     """Class names of the models that have an adapter."""
-    load_families()
-    return tuple(sorted(_MODELS))
+    return tuple(_MODELS)
 
 
 def get_model_adapter(model: nn.Module) -> ModelAdapter:
@@ -424,7 +423,6 @@ def get_model_adapter(model: nn.Module) -> ModelAdapter:
 
     :raises SparseSSMError: no adapter for the model's class; lists the known ones
     """
-    load_families()
     for cls in type(model).__mro__:
         if cls.__name__ in _MODELS:
             return _MODELS[cls.__name__](model)

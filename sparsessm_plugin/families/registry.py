@@ -6,23 +6,22 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families import load_families
 from sparsessm_plugin.families.base import MixerAdapter
+from sparsessm_plugin.registry import Registry
 
-_ADAPTERS: dict[str, type[MixerAdapter]] = {}
+_ADAPTERS: Registry[type[MixerAdapter]] = Registry("mixer", "sparsessm_plugin.families")
 _Adapter = TypeVar("_Adapter", bound=type[MixerAdapter])
 
 
 def register_adapter(adapter: _Adapter) -> _Adapter:
     """Class decorator: use this adapter for modules of class ``adapter.mixer_class``."""
-    _ADAPTERS[adapter.mixer_class] = adapter
+    _ADAPTERS.register(adapter.mixer_class, adapter)
     return adapter
 
 
 def known_mixers() -> tuple[str, ...]:
     """Class names of the mixers that have an adapter."""
-    load_families()
-    return tuple(sorted(_ADAPTERS))
+    return tuple(_ADAPTERS)
 
 
 def is_mixer(module: nn.Module) -> bool:
@@ -35,7 +34,6 @@ def get_adapter(mixer: nn.Module, name: str = "mixer") -> MixerAdapter:
 
     :raises SparseSSMError: no adapter for the module's class; lists the known ones
     """
-    load_families()
     for cls in type(mixer).__mro__:
         if cls.__name__ in _ADAPTERS:
             return _ADAPTERS[cls.__name__](mixer, name)
