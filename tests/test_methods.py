@@ -4,14 +4,17 @@ import pytest
 import torch
 from conftest import FAMILIES, MAMBA1, Loader, batches, fresh_process, state, tiny_model
 from llmcompressor import active_session, oneshot
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
+from sparsessm_plugin import SparseGPTQModifier
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families.config_levels import language_field
 from sparsessm_plugin.methods import (
     prune_by_gradient,
     prune_projections,
     prune_transitions,
+    quantize_pruned,
     remove_channels,
     remove_states,
 )
@@ -198,3 +201,84 @@ def test_a_method_that_fails_leaves_the_model_alone():
     assert all(torch.equal(before[name], value) for name, value in state(model).items())
     assert hooks == sum(len(module._forward_pre_hooks) for module in model.modules())
     assert "forward" not in vars(model.backbone.layers[0].mixer)
+
+
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
+SCHEMES = {
+    "W8A8": ("W8A8", {"scheme": "W8A8", "targets": ["Linear"]}),
+    "FP8": ("FP8_DYNAMIC", {"scheme": "FP8_DYNAMIC", "targets": ["Linear"]}),
+    "int4": (INT4, {"config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4}}}),
+}
+
+
+def pruned(family):
+    model = tiny_model(family)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("in_proj.weight", "out_proj.weight")):
+                weight[weight.abs() < weight.abs().median()] = 0.0
+    return model
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", ["mamba", "bamba"])
+def test_quantization_as_by_recipe(family, scheme):
+    """The same bits as by the modifier, which takes grids and sums from LLM Compressor."""
+    ours, theirs = SCHEMES[scheme]
+    ignore = ["lm_head", "re:.*dt_proj$"]
+    data = batches(count=3, length=20, padded=True)
+    model = pruned(family)
+    masks = {n: w == 0 for n, w in state(model).items()}
+    result = quantize_pruned(model, data, ours, ignore=ignore)
+    expected = pruned(family)
+    active_session().reset()
+    oneshot(
+        model=expected,
+        recipe=SparseGPTQModifier(ignore=ignore, **theirs),
+        dataset=Loader(data),
+        processor=object(),
+        pipeline="sequential",
+    )
+    found, wanted = state(model), state(expected)
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    assert {n for n in wanted if n.endswith(".weight_scale")} == {
+        f"{name}.weight_scale" for name in result.scales
+    }
+    for name, scale in result.scales.items():
+        torch.testing.assert_close(scale, wanted[f"{name}.weight_scale"], rtol=0, atol=0)
+        mask = masks[f"{name}.weight"]
+        assert not found[f"{name}.weight"][mask].any()
+    layers = {layer.name: layer for layer in result.layers}
+    for layer in active_session().lifecycle.recipe.modifiers[0].report()["layers"]:
+        assert layer["pruned"] == layers[layer["name"]].pruned > 0  # of those without zeros none
+        assert layer["error"] == pytest.approx(layers[layer["name"]].error, rel=1e-6)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("mamba", {"ignore": ["lm_head"]}, 'dt_proj would be quantized.*add "re:.*dt_proj'),
+        ("mamba", {"ignore": ["re:.*dt_proj$"]}, "lm_head (shares|stands).*'lm_head' to ignore"),
+        ("jamba", {"targets": ["lm_head"]}, "lm_head stands outside the layers"),
+        ("zamba", {"targets": ["re:.*q_proj$"], "double": True}, "q_proj shares its weight; add"),
+        ("mamba", {"targets": ["nothing"]}, "targets: 'nothing' matches no module"),
+        ("mamba", {"ignore": ["Linear"]}, "leaves nothing of targets"),
+    ],
+)
+def test_quantization_that_is_refused(family, fields, message):
+    fields = dict(fields)
+    twice = {"layers_block_type": ["hybrid", "linear_attention", "hybrid"]}
+    model = tiny_model(family, **(twice if fields.pop("double", False) else {}))
+    before = state(model)
+    with pytest.raises(SparseSSMError, match=message) as error:
+        quantize_pruned(model, batches(count=1), "W8A8", **fields)
+    assert "quantize_pruned" in str(error.value)
+    assert all(torch.equal(before[name], value) for name, value in state(model).items())
+
+
+def test_schemes_that_are_refused():
+    model = tiny_model("mamba")
+    for scheme, message in (("W3A3", "must be one of"), ("NVFP4", "a scale a tensor, channel")):
+        with pytest.raises(ValidationError, match=message):
+            quantize_pruned(model, batches(count=1), scheme)

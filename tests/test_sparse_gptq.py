@@ -291,7 +291,7 @@ TWICE = {"layers_block_type": ["hybrid", "linear_attention", "hybrid"]}
 @pytest.mark.parametrize("family", ["zamba", "zamba2"])
 def test_shared_weights_are_quantized_once_by_all_uses(family, pipeline, monkeypatch, tmp_path):
     """The Hessian that the solver gets is the mean over all uses, and what is saved loads."""
-    name = "sparsessm_plugin.modifiers.sparse_gptq"
+    name = "sparsessm_plugin.methods.quantization"
     seen, solve = [], import_module(name).masked_gptq
 
     def recorded(weight, hessian, *args, **kwargs):
@@ -299,7 +299,7 @@ def test_shared_weights_are_quantized_once_by_all_uses(family, pipeline, monkeyp
         return solve(weight, hessian, *args, **kwargs)
 
     monkeypatch.setattr(f"{name}.masked_gptq", recorded)
-    monkeypatch.setattr(f"{name}._has_zeros", lambda module: True)
+    monkeypatch.setattr("sparsessm_plugin.modifiers.sparse_gptq._has_zeros", lambda module: True)
     model, ready = tiny_model(family, **TWICE), batches()
     names = [n for n, _ in model.named_modules() if n.endswith("q_proj")]
     inputs = []

@@ -4,6 +4,7 @@ from sparsessm_plugin.methods.base import MethodResult, MethodSettings, MixerMet
 from sparsessm_plugin.methods.channels import remove_channels
 from sparsessm_plugin.methods.gradient import prune_by_gradient
 from sparsessm_plugin.methods.projections import prune_projections
+from sparsessm_plugin.methods.quantization import quantize_pruned
 from sparsessm_plugin.methods.run import run
 from sparsessm_plugin.methods.states import remove_states
 from sparsessm_plugin.methods.transitions import prune_transitions
@@ -15,6 +16,7 @@ __all__ = [
     "prune_by_gradient",
     "prune_projections",
     "prune_transitions",
+    "quantize_pruned",
     "remove_channels",
     "remove_states",
     "run",

@@ -1,9 +1,7 @@
 """Quantize pruned weights by GPTQ without losing their zeros."""
 
-import re
-import time
 from collections.abc import Iterable
-from copy import copy
+from dataclasses import asdict
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,10 +10,7 @@ from compressed_tensors.distributed import greedy_bin_packing
 from compressed_tensors.offload import disable_offloading, update_offload_parameter
 from compressed_tensors.quantization import (
     QuantizationArgs,
-    QuantizationScheme,
     QuantizationStrategy,
-    QuantizationType,
-    fake_quantize,
 )
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
@@ -28,7 +23,6 @@ from llmcompressor.modifiers.gptq.helpers import (
     update_batch_qparams,
 )
 from llmcompressor.utils.metric_logging import CompressionLogger
-from loguru import logger
 from pydantic import PrivateAttr, model_validator
 from torch import Tensor, nn
 
@@ -41,8 +35,13 @@ from sparsessm_plugin.checkpoints.experts import check_experts_of_session
 from sparsessm_plugin.checkpoints.loading import check_unwrapped
 from sparsessm_plugin.checkpoints.saving import change_config
 from sparsessm_plugin.errors import SparseSSMError, shown
-from sparsessm_plugin.families import check_not_quantized, is_mixer, iter_mixers, router_names
+from sparsessm_plugin.families.quantizable import check_quantized, quantized_weights
 from sparsessm_plugin.families.shared_weights import weight_holders
+from sparsessm_plugin.methods.quantization import (
+    QuantizationResult,
+    QuantizedWeight,
+    quantize_weight,
+)
 from sparsessm_plugin.modifiers.calibration import (
     check_new,
     check_recipe,
@@ -51,7 +50,6 @@ from sparsessm_plugin.modifiers.calibration import (
 )
 from sparsessm_plugin.modifiers.fields import MEANINGLESS, check_computed, check_given
 from sparsessm_plugin.patterns import check_patterns
-from sparsessm_plugin.solvers.gptq import masked_gptq
 
 # transformers multiplies by the weights of these without calling the modules
 _NEVER_CALLED = ("conv1d", "dt_proj")
@@ -108,7 +106,7 @@ class SparseGPTQModifier(GPTQModifier):
 
     meaningless_fields: ClassVar[frozenset[str]] = MEANINGLESS
 
-    _layers: list[dict[str, Any]] = PrivateAttr(default_factory=list)
+    _layers: list[QuantizedWeight] = PrivateAttr(default_factory=list)
     _shared: list[list[Any]] = PrivateAttr(default_factory=list)
     _pooled: dict[int, tuple[Tensor, Tensor]] = PrivateAttr(default_factory=dict)
     _done: set[int] = PrivateAttr(default_factory=set)
@@ -311,8 +309,9 @@ class SparseGPTQModifier(GPTQModifier):
                 update_offload_parameter(module, key, value)
             if module.weight_observer.has_statistics:
                 module.weight_observer.delete_statistics(check_fused=True)
-        entries = distributed.gather("report on quantized modules", self._layers[before:])
-        self._layers[before:] = [entry for part in entries for entry in part]
+        own = [asdict(layer) for layer in self._layers[before:]]
+        entries = distributed.gather("report on quantized modules", own)
+        self._layers[before:] = [QuantizedWeight(**entry) for part in entries for entry in part]
 
     def compress_module_list(self, module_list: Iterable[nn.Module]) -> None:
         """Quantize modules from their Hessians: those with zeros here, the others upstream."""
@@ -324,7 +323,6 @@ class SparseGPTQModifier(GPTQModifier):
                 self._compress_pruned(module)
 
     def _compress_pruned(self, module: Any) -> None:
-        started = time.perf_counter()
         name = self._module_names[module]
         args = module.quantization_scheme.weights
         qparams = [module.weight_observer.get_qparams()]
@@ -332,45 +330,26 @@ class SparseGPTQModifier(GPTQModifier):
         weights, hessians, scales, zero_points, global_scales = prepare_batch(
             [module], qparams, self._hessians, self._num_samples
         )
-        keep = weights[0] != 0
         scale, zero_point = _of_each_entry(args, weights, scales, zero_points, global_scales)
-        device = weights.device
-        logger.info(f"Quantizing {name}, of which {1 - float(keep.float().mean()):.1%} is zero")
         with CompressionLogger(module) as compression:
             try:
-                result = masked_gptq(
+                found, weight = quantize_weight(
+                    name,
                     weights[0],
-                    hessians[0].to(device),
-                    keep,
-                    partial(_fake_quantize, _by_channel(args)),
-                    scale.to(device),
-                    zero_point.to(device) if zero_point is not None else None,
+                    hessians[0],
+                    args,
+                    scale,
+                    zero_point,
                     block_size=self.block_size,
                     dampening=self.dampening_frac or 0.0,
-                    activation_order=bool(args.actorder),
                 )
-            except ValueError as error:
+            except SparseSSMError as error:
                 self.release()
-                raise SparseSSMError(
-                    f"{name} cannot be quantized: {error}; {self._in_memory()}"
-                ) from error
-            compression.set_results(name="GPTQ", loss=result.error / 2)
-        update_batch_qparams(
-            [module], result.weight[None], scales, zero_points, global_scales, args
-        )
+                raise SparseSSMError(f"{error}; {self._in_memory()}") from error
+            compression.set_results(name="GPTQ", loss=found.error / 2)
+        update_batch_qparams([module], weight[None], scales, zero_points, global_scales, args)
+        self._layers.append(found)
         self._num_compressed_modules += 1
-        self._layers.append(
-            {
-                "name": name,
-                "shape": list(keep.shape),
-                "entries": keep.numel(),
-                "pruned": int((~keep).sum()),
-                "zeros": int((result.weight == 0).sum()),
-                "error": result.error,
-                "dampening": result.dampening,
-                "seconds": round(time.perf_counter() - started, 3),
-            }
-        )
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         change_config(state.model, {})  # experts are then saved as they load
@@ -385,20 +364,8 @@ class SparseGPTQModifier(GPTQModifier):
         ``pruned`` counts the zeros that were found and kept, ``zeros`` all zeros afterwards;
         ``error`` is tr((W - Q) H (W - Q)^T), with H the mean over sequences of 2 X X^T.
         """
-        entries = sum(layer["entries"] for layer in self._layers)
-        pruned = sum(layer["pruned"] for layer in self._layers)
-        return {
-            "modifier": type(self).__name__,
-            "settings": self._settings(),
-            "layers": self._layers,
-            "total": {
-                "entries": entries,
-                "pruned": pruned,
-                "sparsity": pruned / entries if entries else 0.0,
-                "zeros": sum(layer["zeros"] for layer in self._layers),
-                "seconds": round(sum(layer["seconds"] for layer in self._layers), 3),
-            },
-        }
+        result = QuantizationResult.of(self._layers)
+        return {"modifier": type(self).__name__, "settings": self._settings(), **result.to_dict()}
 
     def _settings(self) -> dict[str, Any]:
         return self.model_dump(
@@ -410,21 +377,6 @@ class SparseGPTQModifier(GPTQModifier):
         self.remove_hooks()
         forget_traces()
         give_back(self._batches)
-
-
-def quantized_weights(modifier: Any, model: nn.Module) -> dict[str, tuple[Any, QuantizationArgs]]:
-    """The modules whose weights a modifier quantizes, by name, each with its grid.
-
-    :param modifier: any of LLM Compressor's that have a ``scheme`` or ``config_groups``
-    :param model: the meta device will do
-    """
-    return {
-        name: (module, scheme.weights)
-        for scheme in modifier.resolved_config.config_groups.values()
-        if scheme.weights is not None
-        for name, module in match_named_modules(model, scheme.targets, modifier.ignore)
-        if not isinstance(module, nn.Embedding)
-    }
 
 
 def check_quantizes(modifier: Any, model: nn.Module) -> None:
@@ -443,82 +395,6 @@ def check_quantizes(modifier: Any, model: nn.Module) -> None:
         f"{type(modifier).__name__} would quantize no weight: ignore {shown(modifier.ignore)} "
         f"leaves nothing of targets {shown(targets)}, or the scheme leaves weights as they are"
     )
-
-
-def never_called(model: nn.Module) -> dict[str, str]:
-    """Modules of the mixers whose weights are read without a call: name -> name in the mixer."""
-    return {f"{name}.{part}": part for name, _ in iter_mixers(model) for part in _NEVER_CALLED}
-
-
-def check_quantized(modifier: Any, model: nn.Module) -> None:
-    """Refuse targets that cannot be calibrated, or that do not fit the group size.
-
-    Looks at names and shapes only, so a model on the meta device will do.
-
-    :param modifier: see :func:`quantized_weights`
-    :raises SparseSSMError: naming the first such module and what to add to ``ignore``
-    """
-    check_not_quantized(model)
-    who, inside, routers = type(modifier).__name__, never_called(model), router_names(model)
-    _check_shared(modifier, model)
-    for name, (module, args) in quantized_weights(modifier, model).items():
-        if name in routers:
-            raise SparseSSMError(
-                f"{who}: {name} would be quantized, but it chooses experts: a rounded score sends "
-                f'tokens elsewhere, and costs nothing to keep; add "re:{_anchored(name)}" to ignore'
-            )
-        if name in inside:
-            raise SparseSSMError(
-                f"{who}: {name} would be quantized, but the model reads its weight without "
-                f'calling it, so it cannot be calibrated; add "re:.*{inside[name]}$" to ignore'
-            )
-        weight = getattr(module, "weight", None)
-        if is_mixer(module) or not isinstance(weight, Tensor) or weight.ndim < 2:
-            raise SparseSSMError(
-                f"{who}: {name} would be quantized, but a {type(module).__name__} has no "
-                f'weight matrix of its own; add "re:{_anchored(name)}" to ignore'
-            )
-        width, size = int(weight.shape[-1]), args.group_size
-        if modifier.bypass_divisibility_checks or args.strategy not in _GROUPED or not size:
-            continue
-        if width % size:
-            raise SparseSSMError(
-                f"{who}: {name} has {width} inputs, which groups of {size} do not divide; "
-                f'add "re:{_anchored(name)}" to ignore or choose another group_size'
-            )
-
-
-def _check_shared(modifier: Any, model: nn.Module) -> None:
-    """Refuse a weight of several layers that is quantized in some only, or to be packed."""
-    who, quantized = type(modifier).__name__, set(quantized_weights(modifier, model))
-    holders = {n: names for n, names in weight_holders(model).items() if n in quantized}
-    for name, names in holders.items():
-        for other in names:
-            if other not in quantized:
-                raise SparseSSMError(
-                    f"{who}: {name} shares its weight with {other}, which would not be quantized; "
-                    f'add "re:{_anchored(name)}" to ignore or take {other!r} out of it'
-                )
-    for scheme in modifier.resolved_config.config_groups.values():
-        if scheme.weights is None or not _is_packed(scheme):
-            continue
-        for name, _ in match_named_modules(model, scheme.targets, modifier.ignore):
-            if name in holders:
-                other = next(n for n in holders[name] if n != name)
-                raise SparseSSMError(
-                    f"{who}: {name} shares its weight with {other}, and packed it would not load "
-                    f'again; add "re:{_anchored(name)}" to ignore, or give the config group '
-                    "format: int-quantized"
-                )
-
-
-def _is_packed(scheme: QuantizationScheme) -> bool:
-    """Whether weights are stored in a tensor of another shape."""
-    weights = scheme.weights
-    if scheme.format is not None:
-        return "pack" in str(scheme.format)
-    whole = weights.type == QuantizationType.INT and scheme.input_activations is None
-    return weights.num_bits == 4 or whole
 
 
 def _values(module: Any, names: list[str]) -> list[Tensor]:
@@ -547,22 +423,3 @@ def _of_each_entry(
         scales, zero_points, global_scales, group_of, args, rows, 0, columns
     )
     return scale[0], zero_point[0] if zero_point is not None else None
-
-
-def _by_channel(args: QuantizationArgs) -> QuantizationArgs:
-    """The same grid for a single column, which has a scale a row."""
-    channel = copy(args)
-    channel.strategy = QuantizationStrategy.CHANNEL
-    return channel
-
-
-def _fake_quantize(
-    args: QuantizationArgs, values: Tensor, scale: Tensor, zero_point: Tensor | None
-) -> Tensor:
-    return fake_quantize(values, scale, zero_point, args)
-
-
-def _anchored(name: str) -> str:
-    """A pattern for this layer in every block: ``.*mixer.x_proj$`` for ``...3.mixer.x_proj``."""
-    tail = re.split(r"\.\d+\.", name)[-1]
-    return f".*{tail}$"

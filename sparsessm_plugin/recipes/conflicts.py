@@ -43,6 +43,11 @@ from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
 from sparsessm_plugin.checkpoints.experts import check_experts
 from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.families import MixerAdapter, find_mixers
+from sparsessm_plugin.families.quantizable import (
+    check_quantized,
+    never_called,
+    quantized_weights,
+)
 from sparsessm_plugin.families.shared_weights import weight_holders
 from sparsessm_plugin.methods.gradient import tuned_parameters
 from sparsessm_plugin.modifiers import (
@@ -56,12 +61,7 @@ from sparsessm_plugin.modifiers import (
 from sparsessm_plugin.modifiers.base import MethodModifier
 from sparsessm_plugin.modifiers.calibration import MixerModifier
 from sparsessm_plugin.modifiers.removal import RemovalModifier
-from sparsessm_plugin.modifiers.sparse_gptq import (
-    check_quantized,
-    check_quantizes,
-    never_called,
-    quantized_weights,
-)
+from sparsessm_plugin.modifiers.sparse_gptq import check_quantizes
 from sparsessm_plugin.recipes.rules import RULES, Effects, Names, Rule
 from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure
 from sparsessm_plugin.training.distillation import mixer_parameters
