@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,10 +14,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     BambaConfig,
@@ -33,6 +36,8 @@ from transformers import (
 
 import sparsessm_plugin
 from sparsessm_plugin.families import find_mixers
+from sparsessm_plugin.recurrence import scan
+from sparsessm_plugin.recurrence.quantities import HeadQuantities, MixerQuantities
 
 VOCAB = 96
 # Where transformers' own forward runs: with CUDA kernels installed it refuses tensors on the CPU.
@@ -363,3 +368,223 @@ def check_reload(model, saved, more=""):
         check=True,
         env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
     )
+
+
+# -- helpers of several files -----------------------------------------------------------------
+
+
+def run(model, modifier, ready=None, **kwargs):
+    from llmcompressor import oneshot
+
+    dataset = Loader(ready if ready is not None else batches())
+    kwargs.setdefault("processor", tokenizer())
+    return oneshot(model=model, recipe=modifier, dataset=dataset, **kwargs)
+
+
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(DEMO)
+
+
+def nothing_left_behind(model):
+    for adapter in find_mixers(model):
+        assert not adapter.mixer._forward_pre_hooks
+        forward = getattr(vars(adapter.mixer).get("forward"), "__func__", None)
+        assert "sparsessm" not in type(forward).__module__
+    for file in {type(module).__module__ for module in model.modules()}:
+        assert "output_hidden_states" not in vars(sys.modules[file])
+    return True
+
+
+def hooked(model, module_name, ready, output=False):
+    """What goes into a module that transformers does call, or what comes out: (b, L, n) each."""
+    seen = []
+
+    def hook(module, args, result):
+        seen.append((result if output else args[0]).detach())
+
+    handle = model.get_submodule(module_name).register_forward_hook(hook)
+    with torch.no_grad():
+        for batch in ready:
+            model(**batch, use_cache=False)
+    handle.remove()
+    return seen
+
+
+def record(monkeypatch, solver="sparsegpt"):
+    """What the solver is given, call by call: weight, Hessian, sparsity."""
+    from sparsessm_plugin.solvers.projections import SOLVERS
+
+    calls, real = [], SOLVERS[solver]
+
+    def wrapped(weight, hessian, sparsity, structure="0:0", **kwargs):
+        calls.append((weight.clone(), hessian.clone(), sparsity))
+        return real(weight, hessian, sparsity, structure, **kwargs)
+
+    monkeypatch.setitem(SOLVERS, solver, replace(real, solve=wrapped))
+    return calls
+
+
+def divergence_from(dense, model, ready):
+    """Mean over the real tokens, by torch's own formula."""
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in ready:
+            batch = {k: v.to(model.device) for k, v in batch.items()}
+            p, q = (m(**batch).logits.double().log_softmax(-1) for m in (dense, model))
+            each = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+            mask = batch["attention_mask"].bool()
+            total, count = total + float(each[mask].sum()), count + int(mask.sum())
+    return total / count
+
+
+def saved_tiny_model(folder, family="mamba", **changes):
+    """A random model on disk, with the demo's tokenizer, whose vocabulary is larger."""
+    model = tiny_model(family, **changes)
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / file, folder)
+    return model
+
+
+@pytest.fixture
+def sparsessm(monkeypatch, capsys):
+    """Run the command in this process; returns exit code, stdout and stderr."""
+
+    from sparsessm_plugin import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sparsessm", *map(str, arguments)])
+        monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # and not pytest's
+        code = 0
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            cli.main()
+        except SystemExit as error:
+            code = error.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(sparsessm, tmp_path):
+    """Run the command, check that it fails as it should, return its message."""
+
+    def run(*arguments):
+        before = sorted(os.listdir(tmp_path))
+        code, stdout, stderr = sparsessm(*arguments)
+        assert code not in (0, None)
+        assert stdout == ""
+        assert sorted(os.listdir(tmp_path)) == before
+        lines = [line for line in stderr.splitlines() if line.strip()]
+        assert lines[-1].startswith("error: ")
+        assert all(line.startswith("warning: ") for line in lines[:-1]), stderr  # of ours
+        return lines[-1]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def text_file(topics, tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    path.write_text("\n\n".join(topics[key] for key in sorted(topics)[:12]), encoding="utf-8")
+    return path
+
+
+STATISTICS = ("state_energy", "transition", "output_error")
+
+
+def relative(a, b):
+    return float(torch.linalg.norm((a - b).double()) / torch.linalg.norm(b.double()))
+
+
+def random_quantities(batch, length, channels, states, seed=0, masked=False):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
+    mask = None
+    u = normal(batch, length, channels)
+    if masked:
+        mask = torch.rand(batch, length, generator=g) > 0.3
+        mask[0, 0] = False  # never all real
+        u = u * mask[..., None]
+    return MixerQuantities(
+        u=u,
+        dt=normal(batch, length, channels).exp() * 0.1,
+        A=-normal(channels, states).exp() * 2,
+        B=normal(batch, length, states),
+        C=normal(batch, length, states),
+        D=normal(channels),
+        z=normal(batch, length, channels),
+        mask=mask,
+    )
+
+
+def random_heads(batch, length, groups=2, per_group=2, P=4, N=5, seed=0, masked=False):
+    """The same for the Mamba-2 layout: `groups` times `per_group` heads of P channels."""
+    H = groups * per_group
+    q = random_quantities(batch, length, H * P, N, seed, masked)
+    g = torch.Generator().manual_seed(seed + 1)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
+    real = 1 if q.mask is None else q.mask[..., None, None]
+    return HeadQuantities(
+        u=q.u,
+        dt=normal(batch, length, H).exp() * 0.1,
+        A=-normal(H).exp() * 2,
+        B=normal(batch, length, groups, N) * real,
+        C=normal(batch, length, groups, N) * real,
+        D=normal(H),
+        z=q.z,
+        mask=q.mask,
+    )
+
+
+def one_step_at_a_time(q):
+    """The recurrence of the Mamba-2 layout in float64: y and every state, (b, L, D, N)."""
+    u, dt, A, B, C, D = (getattr(q, name).double() for name in ("u", "dt", "A", "B", "C", "D"))
+    batch, length, channels = u.shape
+    H, G = A.shape[0], B.shape[2]
+    u = u.view(batch, length, H, channels // H)
+    h = u.new_zeros(batch, H, channels // H, B.shape[3])
+    outputs, states = [], []
+    for t in range(length):
+        rows = []
+        for i in range(H):
+            group = i // (H // G)
+            drive = dt[:, t, i, None, None] * u[:, t, i, :, None] * B[:, t, group, None, :]
+            rows.append(torch.exp(dt[:, t, i] * A[i])[:, None, None] * h[:, i] + drive)
+        h = torch.stack(rows, dim=1)
+        read = C[:, t].repeat_interleave(H // G, dim=1)  # (b, H, N)
+        y = (h * read[:, :, None]).sum(-1) + D[:, None] * u[:, t]
+        outputs.append(y.flatten(1))
+        states.append(h.flatten(1, 2))
+    return torch.stack(outputs, 1), torch.stack(states, 1)
+
+
+def module_output(adapter, hidden_states, attention_mask=None):
+    """What the module itself computes, on the CPU again."""
+    mixer = adapter.mixer.to(DEVICE)
+    mask = None if attention_mask is None else attention_mask.to(DEVICE)
+    try:
+        with torch.no_grad():
+            return mixer(hidden_states.to(DEVICE), attention_mask=mask).cpu()
+    finally:
+        mixer.cpu()
+
+
+def recomputed(adapter, hidden_states, attention_mask=None, backend=None):
+    """The same through the adapter and the scan."""
+    with torch.no_grad():
+        quantities = adapter.quantities(hidden_states, attention_mask)
+        return adapter.output(quantities, scan(quantities, backend=backend))

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, MAMBA1, MAMBA2, Loader, batches, tiny_model
+from conftest import FAMILIES, MAMBA1, MAMBA2, Loader, batches, tiny_model, tokenizer
 from llmcompressor import oneshot
 from loguru import logger
-from test_modifier import tokenizer
 from transformers import AutoModelForCausalLM
 
 from sparsessm_plugin import ChannelRemovalModifier, SparseSSMError

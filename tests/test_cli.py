@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import DEMO, EXPERTS, VOCAB, tiny_model
+from conftest import DEMO, EXPERTS, VOCAB, saved_tiny_model, tiny_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,36 +19,6 @@ from sparsessm_plugin import cli, recipes
 from sparsessm_plugin.cli import tables
 from sparsessm_plugin.evaluation.data import read_texts, tokenize, windows
 from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
-
-
-@pytest.fixture(scope="session")
-def text_file(topics, tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "topics.txt"
-    path.write_text("\n\n".join(topics[key] for key in sorted(topics)[:12]), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def sparsessm(monkeypatch, capsys):
-    """Run the command in this process; returns exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sparsessm", *map(str, arguments)])
-        monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # and not pytest's
-        code = 0
-        handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            cli.main()
-        except SystemExit as error:
-            code = error.code or 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
 
 SHORT = ("--num-samples", 6, "--max-seq-length", 64)
 
@@ -265,33 +235,6 @@ def test_demo_table(topics, capsys):
 
 
 # -- bad input: one line, non-zero exit, nothing written -----------------------------------
-
-
-@pytest.fixture
-def refused(sparsessm, tmp_path):
-    """Run the command, check that it fails as it should, return its message."""
-
-    def run(*arguments):
-        before = sorted(os.listdir(tmp_path))
-        code, stdout, stderr = sparsessm(*arguments)
-        assert code not in (0, None)
-        assert stdout == ""
-        assert sorted(os.listdir(tmp_path)) == before
-        lines = [line for line in stderr.splitlines() if line.strip()]
-        assert lines[-1].startswith("error: ")
-        assert all(line.startswith("warning: ") for line in lines[:-1]), stderr  # of ours
-        return lines[-1]
-
-    return run
-
-
-def saved_tiny_model(folder, family="mamba", **changes):
-    """A random model on disk, with the demo's tokenizer, whose vocabulary is larger."""
-    model = tiny_model(family, **changes)
-    model.save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO / file, folder)
-    return model
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_cli
 import torch
 import typer
 from conftest import DEMO, DEVICE, tiny_model
@@ -18,7 +17,6 @@ from sparsessm_plugin import cli
 from sparsessm_plugin.cli import options
 from sparsessm_plugin.evaluation import tasks
 
-sparsessm, refused = test_cli.sparsessm, test_cli.refused
 SHORT = ("--batch-sizes", "1,2", "--prompt-length", 5, "--decode-steps", 2, "--repeats", 2)
 
 

@@ -8,9 +8,8 @@ import sys
 import time
 
 import pytest
-import test_cli
 import typer
-from conftest import DEMO, tiny_model
+from conftest import DEMO, saved_tiny_model, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,8 +18,6 @@ from sparsessm_plugin.cli.options import command_line, repeated
 from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning
 from sparsessm_plugin.evaluation import comparison
 from sparsessm_plugin.evaluation.comparison_table import Spread, markdown, summarize
-
-sparsessm, refused = test_cli.sparsessm, test_cli.refused
 
 HALF = "a_stage: {a_modifiers: {SparseSSMModifier: {sparsity: %s, saliency: %s}}}"
 
@@ -170,7 +167,7 @@ def test_refuses_the_folder_of_another_comparison(sparsessm, refused, here, setu
     out = tmp_path / "out"
     assert sparsessm("compare", DEMO, *setup)[0] == 0
     before = {file: file.read_bytes() for file in out.iterdir()}
-    other = test_cli.saved_tiny_model(tmp_path / "other", vocab_size=2048)
+    other = saved_tiny_model(tmp_path / "other", vocab_size=2048)
     other.save_pretrained(tmp_path / "other")
     assert "another model" in refused("compare", tmp_path / "other", *setup)
     assert "made with --num-samples 2, not 3" in refused(

@@ -4,10 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import DEMO, VOCAB, batches, state, tiny_model
-from test_cli import refused, sparsessm, text_file  # noqa: F401
-from test_modifier import run
-from test_sensitivity import hooked, record
+from conftest import DEMO, VOCAB, batches, hooked, record, run, state, tiny_model
 
 from sparsessm_plugin import SparseSSMModifier, evaluate_perplexity, find_mixers
 from sparsessm_plugin.errors import SparseSSMError
@@ -139,7 +136,7 @@ def test_hold_back():
 SHORT = ("--num-samples", 4, "--eval-samples", 2, "--max-seq-length", 32)
 
 
-def test_command_writes_numbers_and_a_picture(sparsessm, text_file, tmp_path):  # noqa: F811
+def test_command_writes_numbers_and_a_picture(sparsessm, text_file, tmp_path):
     output, plot = tmp_path / "s.json", tmp_path / "s.png"
     code, stdout, stderr = sparsessm(
         *("component-loss", DEMO, "--calibration", text_file, *SHORT, "--sparsities", "0.5, 0.9"),
@@ -169,12 +166,12 @@ def test_command_writes_numbers_and_a_picture(sparsessm, text_file, tmp_path):  
         (("--calibration", "none.txt"), "none.txt does not exist"),
     ],
 )
-def test_bad_arguments(refused, text_file, tmp_path, arguments, message):  # noqa: F811
+def test_bad_arguments(refused, text_file, tmp_path, arguments, message):
     options = ("--calibration", text_file, "--output", tmp_path / "s.json", *SHORT)
     assert message in refused("component-loss", DEMO, *options, *arguments)
 
 
-def test_one_window_is_too_few(refused, tmp_path):  # noqa: F811
+def test_one_window_is_too_few(refused, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("a few words " * 6)
     options = ("--calibration", text, "--output", tmp_path / "s.json")

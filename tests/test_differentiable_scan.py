@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import DEVICE, batches, tiny_model
+from conftest import DEVICE, batches, random_heads, random_quantities, relative, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_scan import random_heads, random_quantities, relative
 
 from sparsessm_plugin import fast_forward, find_mixers
 from sparsessm_plugin.recurrence import differentiable, reference, ssd

@@ -4,10 +4,18 @@ import json
 
 import pytest
 import torch
-from conftest import DEVICE, FAMILIES, batches, check_reload, tiny_model
+from conftest import (
+    DEVICE,
+    FAMILIES,
+    batches,
+    check_reload,
+    divergence_from,
+    nothing_left_behind,
+    run,
+    tiny_model,
+)
 from loguru import logger
 from pydantic import ValidationError
-from test_modifier import nothing_left_behind, run
 from torch.nn import functional as F
 
 from sparsessm_plugin import ChannelRemovalModifier, StateRemovalModifier
@@ -23,19 +31,6 @@ from sparsessm_plugin.training.distillation import (
 def last(**fields):
     """Removes states without data or compensation, so that a fit has much to do."""
     return StateRemovalModifier(saliency="last", compensate="none", keep=4, **fields)
-
-
-def divergence_from(dense, model, ready):
-    """Mean over the real tokens, by torch's own formula."""
-    total = count = 0.0
-    with torch.no_grad():
-        for batch in ready:
-            batch = {k: v.to(model.device) for k, v in batch.items()}
-            p, q = (m(**batch).logits.double().log_softmax(-1) for m in (dense, model))
-            each = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
-            mask = batch["attention_mask"].bool()
-            total, count = total + float(each[mask].sum()), count + int(mask.sum())
-    return total / count
 
 
 def test_divergences_agree_with_torch():

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import batches, projections, tiny_model
+from conftest import batches, projections, run, tiny_model
 from pydantic import ValidationError
-from test_modifier import run
 
 from sparsessm_plugin import SensitivitySparseGPTModifier, SparseSSMModifier, find_mixers
 from sparsessm_plugin.criteria.channels import CHANNEL_CRITERIA, register_channel_criterion

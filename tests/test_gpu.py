@@ -2,8 +2,17 @@
 
 import pytest
 import torch
-from conftest import DEMO, MAMBA1, Loader, batches, tiny_model
-from test_scan import STATISTICS, random_heads, random_quantities, relative
+from conftest import (
+    DEMO,
+    MAMBA1,
+    STATISTICS,
+    Loader,
+    batches,
+    random_heads,
+    random_quantities,
+    relative,
+    tiny_model,
+)
 
 from sparsessm_plugin import fast_forward
 from sparsessm_plugin.families import find_mixers

@@ -4,10 +4,18 @@ import json
 
 import pytest
 import torch
-from conftest import VOCAB, Loader, batches, check_reload, state, tiny_model
+from conftest import (
+    VOCAB,
+    Loader,
+    batches,
+    check_reload,
+    divergence_from,
+    nothing_left_behind,
+    run,
+    state,
+    tiny_model,
+)
 from pydantic import ValidationError
-from test_distillation import divergence_from
-from test_modifier import nothing_left_behind, run
 from torch import nn
 from transformers import AutoModelForCausalLM
 

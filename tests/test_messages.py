@@ -5,13 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
-import test_cli
 from conftest import DEMO, fresh_process
 
 import sparsessm_plugin
 from sparsessm_plugin import recipes
-
-sparsessm, refused, text_file = test_cli.sparsessm, test_cli.refused, test_cli.text_file
 
 PACKAGE = Path(sparsessm_plugin.__file__).parent
 FEW = ("--num-samples", 2, "--max-seq-length", 32)

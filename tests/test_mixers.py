@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from conftest import DEVICE, MAMBA1, MAMBA2, silence_channels, silence_states, tiny_model
+from conftest import (
+    DEVICE,
+    MAMBA1,
+    MAMBA2,
+    module_output,
+    recomputed,
+    relative,
+    silence_channels,
+    silence_states,
+    tiny_model,
+)
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -11,28 +21,6 @@ from sparsessm_plugin.backends.choice import REFERENCE
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import TensorAxis, find_mixers, get_adapter, known_mixers
 from sparsessm_plugin.recurrence import scan
-
-
-def module_output(adapter, hidden_states, attention_mask=None):
-    """What the module itself computes, on the CPU again."""
-    mixer = adapter.mixer.to(DEVICE)
-    mask = None if attention_mask is None else attention_mask.to(DEVICE)
-    try:
-        with torch.no_grad():
-            return mixer(hidden_states.to(DEVICE), attention_mask=mask).cpu()
-    finally:
-        mixer.cpu()
-
-
-def recomputed(adapter, hidden_states, attention_mask=None, backend=None):
-    """The same through the adapter and the scan."""
-    with torch.no_grad():
-        quantities = adapter.quantities(hidden_states, attention_mask)
-        return adapter.output(quantities, scan(quantities, backend=backend))
-
-
-def relative(result, expected):
-    return float(torch.linalg.norm(result - expected) / torch.linalg.norm(expected))
 
 
 def masks(batch, length):

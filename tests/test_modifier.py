@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DEMO, Loader, batches, check_reload, tiny_model
+from conftest import batches, check_reload, nothing_left_behind, run, tiny_model
 from llmcompressor import oneshot
 from llmcompressor.core import State
 from pydantic import ValidationError
@@ -30,30 +30,8 @@ COMBINATIONS = [
 ]
 
 
-def run(model, modifier, ready=None, **kwargs):
-    dataset = Loader(ready if ready is not None else batches())
-    kwargs.setdefault("processor", tokenizer())
-    return oneshot(model=model, recipe=modifier, dataset=dataset, **kwargs)
-
-
-def tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(DEMO)
-
-
 def all_A_log(model):
     return [adapter.A_log.detach().clone() for adapter in find_mixers(model)]
-
-
-def nothing_left_behind(model):
-    for adapter in find_mixers(model):
-        assert not adapter.mixer._forward_pre_hooks
-        forward = getattr(vars(adapter.mixer).get("forward"), "__func__", None)
-        assert "sparsessm" not in type(forward).__module__
-    for file in {type(module).__module__ for module in model.modules()}:
-        assert "output_hidden_states" not in vars(sys.modules[file])
-    return True
 
 
 def test_transformers_has_a_name_more_only_as_long_as_somebody_needs_it(monkeypatch):

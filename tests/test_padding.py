@@ -7,10 +7,16 @@ from padding on the left; from padding on the right nothing reaches a real posit
 
 import pytest
 import torch
-from conftest import MAMBA1, batches, tiny_model
-from test_mixers import module_output, recomputed, relative
-from test_modifier import run
-from test_scan import STATISTICS
+from conftest import (
+    MAMBA1,
+    STATISTICS,
+    batches,
+    module_output,
+    recomputed,
+    relative,
+    run,
+    tiny_model,
+)
 from torch import nn
 
 from sparsessm_plugin import (

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import batches, state, tiny_model
+from conftest import batches, run, state, tiny_model
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.factory import ModifierFactory
 from llmcompressor.modifiers.transform.awq import AWQMapping
 from pydantic import PrivateAttr
-from test_modifier import run
 
 import sparsessm_plugin as plugin
 from sparsessm_plugin.checkpoints.export import check_mamba_ssm

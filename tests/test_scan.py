@@ -7,7 +7,16 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, fresh_process, tiny_model
+from conftest import (
+    DEVICE,
+    STATISTICS,
+    fresh_process,
+    one_step_at_a_time,
+    random_heads,
+    random_quantities,
+    relative,
+    tiny_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
@@ -20,76 +29,6 @@ from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.recurrence import ScanStatistics, StatisticsRequest, scan, ssd
 from sparsessm_plugin.recurrence.quantities import HeadQuantities, MixerQuantities
 
-STATISTICS = ("state_energy", "transition", "output_error")
-
-
-def random_quantities(batch, length, channels, states, seed=0, masked=False):
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g)
-
-    mask = None
-    u = normal(batch, length, channels)
-    if masked:
-        mask = torch.rand(batch, length, generator=g) > 0.3
-        mask[0, 0] = False  # never all real
-        u = u * mask[..., None]
-    return MixerQuantities(
-        u=u,
-        dt=normal(batch, length, channels).exp() * 0.1,
-        A=-normal(channels, states).exp() * 2,
-        B=normal(batch, length, states),
-        C=normal(batch, length, states),
-        D=normal(channels),
-        z=normal(batch, length, channels),
-        mask=mask,
-    )
-
-
-def random_heads(batch, length, groups=2, per_group=2, P=4, N=5, seed=0, masked=False):
-    """The same for the Mamba-2 layout: `groups` times `per_group` heads of P channels."""
-    H = groups * per_group
-    q = random_quantities(batch, length, H * P, N, seed, masked)
-    g = torch.Generator().manual_seed(seed + 1)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g)
-
-    real = 1 if q.mask is None else q.mask[..., None, None]
-    return HeadQuantities(
-        u=q.u,
-        dt=normal(batch, length, H).exp() * 0.1,
-        A=-normal(H).exp() * 2,
-        B=normal(batch, length, groups, N) * real,
-        C=normal(batch, length, groups, N) * real,
-        D=normal(H),
-        z=q.z,
-        mask=q.mask,
-    )
-
-
-def one_step_at_a_time(q):
-    """The recurrence of the Mamba-2 layout in float64: y and every state, (b, L, D, N)."""
-    u, dt, A, B, C, D = (getattr(q, name).double() for name in ("u", "dt", "A", "B", "C", "D"))
-    batch, length, channels = u.shape
-    H, G = A.shape[0], B.shape[2]
-    u = u.view(batch, length, H, channels // H)
-    h = u.new_zeros(batch, H, channels // H, B.shape[3])
-    outputs, states = [], []
-    for t in range(length):
-        rows = []
-        for i in range(H):
-            group = i // (H // G)
-            drive = dt[:, t, i, None, None] * u[:, t, i, :, None] * B[:, t, group, None, :]
-            rows.append(torch.exp(dt[:, t, i] * A[i])[:, None, None] * h[:, i] + drive)
-        h = torch.stack(rows, dim=1)
-        read = C[:, t].repeat_interleave(H // G, dim=1)  # (b, H, N)
-        y = (h * read[:, :, None]).sum(-1) + D[:, None] * u[:, t]
-        outputs.append(y.flatten(1))
-        states.append(h.flatten(1, 2))
-    return torch.stack(outputs, 1), torch.stack(states, 1)
-
 
 def collect(quantities, request, backend=None):
     channels, states = quantities.A.shape
@@ -101,10 +40,6 @@ def collect(quantities, request, backend=None):
 @njit
 def exp_compiled(x):
     return exp(x)
-
-
-def relative(a, b):
-    return float(torch.linalg.norm((a - b).double()) / torch.linalg.norm(b.double()))
 
 
 @settings(max_examples=25, deadline=None)

@@ -13,10 +13,9 @@ from importlib import import_module, util
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+from conftest import FAMILIES, STATISTICS, random_quantities, relative, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_scan import STATISTICS, random_quantities, relative
 
 from sparsessm_plugin import fast_forward
 from sparsessm_plugin import recurrence as package

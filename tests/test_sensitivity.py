@@ -1,14 +1,22 @@
 """SensitivitySparseGPTModifier through llmcompressor's own oneshot()."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import batches, check_reload, projections, state, tiny_model
+from conftest import (
+    batches,
+    check_reload,
+    hooked,
+    nothing_left_behind,
+    projections,
+    record,
+    run,
+    state,
+    tiny_model,
+)
 from llmcompressor import oneshot
 from pydantic import ValidationError
-from test_modifier import nothing_left_behind, run
 from torch import nn
 
 from sparsessm_plugin import SensitivitySparseGPTModifier, find_mixers
@@ -33,18 +41,6 @@ def weights(model):
 
 def zeros(model):
     return {name: int((w == 0).sum()) for name, w in weights(model).items()}
-
-
-def record(monkeypatch, solver="sparsegpt"):
-    """What the solver is given, call by call: weight, Hessian, sparsity."""
-    calls, real = [], SOLVERS[solver]
-
-    def wrapped(weight, hessian, sparsity, structure="0:0", **kwargs):
-        calls.append((weight.clone(), hessian.clone(), sparsity))
-        return real(weight, hessian, sparsity, structure, **kwargs)
-
-    monkeypatch.setitem(SOLVERS, solver, replace(real, solve=wrapped))
-    return calls
 
 
 def test_every_family(family):
@@ -99,21 +95,6 @@ def test_every_solver(solver):
         assert kept.sum() == weight.numel() // 2
         unchanged = torch.equal(weight[kept], dense[name][kept])
         assert unchanged == (solver in ("magnitude", "wanda")), name
-
-
-def hooked(model, module_name, ready, output=False):
-    """What goes into a module that transformers does call, or what comes out: (b, L, n) each."""
-    seen = []
-
-    def hook(module, args, result):
-        seen.append((result if output else args[0]).detach())
-
-    handle = model.get_submodule(module_name).register_forward_hook(hook)
-    with torch.no_grad():
-        for batch in ready:
-            model(**batch, use_cache=False)
-    handle.remove()
-    return seen
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -8,9 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, MAMBA2, Loader, batches, silence_states, state, tiny_model
+from conftest import (
+    FAMILIES,
+    MAMBA2,
+    Loader,
+    batches,
+    nothing_left_behind,
+    run,
+    silence_states,
+    state,
+    tiny_model,
+    tokenizer,
+)
 from llmcompressor import oneshot
-from test_modifier import nothing_left_behind, run, tokenizer
 from transformers import AutoModelForCausalLM
 
 from sparsessm_plugin import SparseSSMModifier, StateRemovalModifier

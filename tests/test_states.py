@@ -5,8 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import batches, tiny_model
-from test_scan import one_step_at_a_time, random_heads, random_quantities
+from conftest import batches, one_step_at_a_time, random_heads, random_quantities, tiny_model
 
 from sparsessm_plugin.backends.choice import REFERENCE
 from sparsessm_plugin.calibration.inputs import CalibrationInputs

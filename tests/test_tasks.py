@@ -6,7 +6,6 @@ import statistics
 import sys
 
 import pytest
-import test_cli
 import torch
 from conftest import DEMO, DEVICE, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,7 +14,6 @@ from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.evaluation.tasks import evaluate_tasks, load_tasks, local_task_names
 from sparsessm_plugin.families.fast_forward import fast_forward
 
-sparsessm, refused = test_cli.sparsessm, test_cli.refused
 VOCABULARY = 2048  # of the demo's tokenizer
 
 PAIRS = [

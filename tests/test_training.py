@@ -9,9 +9,8 @@ import pytest
 import torch
 from compressed_tensors.offload import disable_onloading, set_onload_device
 from compressed_tensors.offload.cache.cpu import CPUCache
-from conftest import DEVICE, batches, state, tiny_model
+from conftest import DEVICE, batches, run, state, tiny_model
 from llmcompressor.modifiers.utils.hooks import HooksMixin
-from test_modifier import run
 from torch import nn
 
 from sparsessm_plugin import (
