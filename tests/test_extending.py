@@ -9,6 +9,8 @@ from sparsessm_plugin import SensitivitySparseGPTModifier, SparseSSMModifier, fi
 from sparsessm_plugin.criteria.channels import CHANNEL_CRITERIA, register_channel_criterion
 from sparsessm_plugin.criteria.scores import SALIENCIES, register_saliency
 from sparsessm_plugin.criteria.states import STATE_CRITERIA, register_state_criterion
+from sparsessm_plugin.families.mamba import MambaAdapter
+from sparsessm_plugin.families.registry import _ADAPTERS, register_adapter
 from sparsessm_plugin.recipes import parse_recipe
 from sparsessm_plugin.registry import Registry
 from sparsessm_plugin.selection.masks import choose_mask
@@ -109,6 +111,35 @@ def test_a_criterion_for_what_is_removed(of):
         del table["in_order"]
     with pytest.raises(ValidationError, match="'in_order' is not known; known: "):
         type(modifier)(sparsity=0.5, saliency="in_order")
+
+
+def test_a_family():
+    """A mixer of a class of its own, whose adapter stands in one class."""
+    class_name, seen = "ToyMixer", []
+
+    @register_adapter
+    class ToyAdapter(MambaAdapter):
+        family = "toy"
+        mixer_class = class_name
+
+        def quantities(self, hidden_states, attention_mask=None):
+            seen.append(self.name)
+            return super().quantities(hidden_states, attention_mask)
+
+    try:
+        model = tiny_model("mamba")
+        mixers = [a.mixer for a in find_mixers(model)]
+        toy = type(class_name, (type(mixers[0]),), {})
+        for mixer in mixers:
+            mixer.__class__ = toy
+        assert {a.family for a in find_mixers(model)} == {"toy"}
+        modifier = of_recipe("SparseSSMModifier", "saliency: output_error")
+        run(model, modifier, batches())
+        assert set(seen) == {layer["name"] for layer in modifier.report()["layers"]}
+        for adapter in find_mixers(model):
+            assert int((adapter.A_log == 0).sum()) >= adapter.A_log.numel() // 2
+    finally:
+        del _ADAPTERS[class_name]
 
 
 def test_files_of_a_folder_register_themselves(tmp_path, monkeypatch):
