@@ -5,6 +5,8 @@ the convolution at padding, so that a bias of in_proj still reaches the convolut
 from padding on the left; from padding on the right nothing reaches a real position.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import (
@@ -26,6 +28,7 @@ from sparsessm_plugin import (
     find_mixers,
 )
 from sparsessm_plugin.calibration.inputs import CalibrationInputs
+from sparsessm_plugin.methods.projections.method import ProjectionPruning
 from sparsessm_plugin.recurrence import ScanStatistics, StatisticsRequest, scan
 from sparsessm_plugin.solvers.objective import Solved
 from sparsessm_plugin.solvers.projections import SOLVERS
@@ -172,17 +175,17 @@ def test_hessians(monkeypatch, family, side):
     """Those of the pass over the dense model, and those that the solvers get."""
     first, solved = {}, []
 
-    def measure(self, group):
-        first.update({name: hessian.clone() for name, hessian in self._hessians.items()})
-        return real_measure(self, group)
+    def measure(self, group, sums, probe):
+        first.update({name: hessian.clone() for name, hessian in sums.hessians.items()})
+        return real_measure(self, group, sums, probe)
 
     def solver(weight, hessian, *args, **kwargs):  # leaves the model dense
         solved.append(hessian)
         return Solved(weight, torch.ones_like(weight, dtype=torch.bool), weight, hessian)
 
-    real_measure = SensitivitySparseGPTModifier._measure
-    monkeypatch.setattr(SensitivitySparseGPTModifier, "_measure", measure)
-    monkeypatch.setitem(SOLVERS, "sparsegpt", solver)
+    real_measure = ProjectionPruning._measure
+    monkeypatch.setattr(ProjectionPruning, "_measure", measure)
+    monkeypatch.setitem(SOLVERS, "sparsegpt", replace(SOLVERS["sparsegpt"], solve=solver))
     model, ready = biased_model(family), padded_batches(side)
     adapters = find_mixers(model)
     expected = {}
