@@ -59,14 +59,12 @@ from sparsessm_plugin.modifiers import (
     StateRemovalModifier,
 )
 from sparsessm_plugin.modifiers.base import MethodModifier
-from sparsessm_plugin.modifiers.calibration import MixerModifier
 from sparsessm_plugin.modifiers.removal import RemovalModifier
 from sparsessm_plugin.modifiers.sparse_gptq import check_quantizes
 from sparsessm_plugin.recipes.rules import RULES, Effects, Names, Rule
 from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure
 from sparsessm_plugin.training.distillation import mixer_parameters
 
-_OURS = (MixerModifier, MethodModifier)
 # What a removal writes new values into, by what it fits again; reconstruct depends on the family.
 _FITTED = {
     "B": ("x_proj.weight",),
@@ -170,7 +168,7 @@ def check_session(modifier: Any, model: nn.Module) -> None:
     :raises SparseSSMError: see :func:`check_modifiers`
     """
     modifiers = active_session().lifecycle.recipe.modifiers
-    asks = next((m for m in modifiers if isinstance(m, (*_OURS, SparseGPTQModifier))), None)
+    asks = next((m for m in modifiers if isinstance(m, (MethodModifier, SparseGPTQModifier))), None)
     if asks is modifier:
         check_modifiers(modifiers, model)
     finished = {
@@ -219,7 +217,7 @@ def check_pass(modifier: Any, model: nn.Module) -> None:
                 f"changes all weights when it {when}; run one after the other, with pipeline "
                 "independent"
             )
-        sums = isinstance(later, _OURS) and later.gathers_sums
+        sums = isinstance(later, MethodModifier) and later.gathers_sums
         if sums or (modifier.changes_inputs and isinstance(later, _OF_INPUTS)):
             raise SparseSSMError(
                 f"{who}: {type(later).__name__} watches the same calibration pass and would not "
