@@ -1,6 +1,8 @@
 """Tiny random models of every family, calibration batches, and where assets lie."""
 
 import atexit
+import functools
+import importlib
 import json
 import os
 import shutil
@@ -46,6 +48,48 @@ MAMBA1 = ("mamba", "falcon_mamba", "jamba", "zamba")
 MAMBA2 = ("mamba2", "bamba", "zamba2", "granitemoehybrid", "falcon_h1", "nemotron_h")
 FAMILIES = MAMBA1 + MAMBA2
 DEMO = Path(sparsessm_plugin.__file__).parent / "assets" / "mamba-demo-0.7m"
+
+
+def _takes(kernel, x):
+    """Whether a fused kernel computes such a tensor: on a GPU, in rows of whole vectors."""
+    if not x.is_cuda:
+        return False
+    if not kernel.__name__.startswith("causal_conv1d_fn"):
+        return True
+    by_channel = x.stride(1) == 1 and (x.stride(0) % 8 or x.stride(2) % 8)
+    return x.shape[1] % 8 == 0 and not by_channel
+
+
+def _with_torch_beside(kernel, reference):
+    @functools.wraps(kernel)
+    def chosen(*args, **kwargs):
+        x = next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+        return (kernel if _takes(kernel, x) else reference)(*args, **kwargs)
+
+    return chosen
+
+
+def _let_kernels_be_left_out():
+    """Let transformers use torch for what fused kernels refuse: tiny models and the CPU.
+
+    It binds the kernels when it is imported, for all tensors, and keeps them in closures.
+    """
+    for family in FAMILIES:
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        for function in vars(module).values():
+            code, closure = getattr(function, "__code__", None), getattr(function, "__closure__", 0)
+            if not code or not closure:
+                continue
+            cells = dict(zip(code.co_freevars, closure, strict=True))
+            if {"implementation", "torch_function", "is_new_implementation"} <= set(cells):
+                kernel = cells["implementation"].cell_contents
+                reference = cells["torch_function"].cell_contents
+                if kernel is not reference:
+                    cells["implementation"].cell_contents = _with_torch_beside(kernel, reference)
+
+
+if DEVICE == "cuda":
+    _let_kernels_be_left_out()
 
 
 _HIDDEN = {"vocab_size": VOCAB, "hidden_size": 32}
@@ -328,6 +372,20 @@ def topics():
     return topics
 
 
+def without_gpu(device):
+    """The environment of a process that computes on this device as this one does.
+
+    Without a GPU in sight transformers binds no fused kernels, which refuse tensors on the CPU.
+    """
+    return {} if torch.device(device).type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def logits_beside(loaded, expected, ids):
+    """What a loaded model computes where the expected logits were computed."""
+    with torch.no_grad():
+        return loaded.to(expected.device)(ids.to(expected.device), use_cache=False).logits
+
+
 def fresh_process(script, *arguments, **environment):
     """What a script prints last in a process of its own, read as JSON."""
     done = subprocess.run(
@@ -362,11 +420,17 @@ def check_reload(model, saved, more=""):
     ids = torch.randint(1, VOCAB, (2, 15)).to(model.device)
     expected = saved.with_name("expected.pt")
     with torch.no_grad():
-        torch.save((ids, model(ids).logits), expected)
+        logits = model(ids).logits
+    # an offloaded model lies elsewhere than it computes
+    torch.save((ids.to(logits.device), logits), expected)
     subprocess.run(
         [sys.executable, "-c", RELOAD.replace("{more}", more), str(saved), str(expected)],
         check=True,
-        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        env={
+            **os.environ,
+            **without_gpu(logits.device),
+            "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        },
     )
 
 
@@ -432,7 +496,9 @@ def divergence_from(dense, model, ready):
     with torch.no_grad():
         for batch in ready:
             batch = {k: v.to(model.device) for k, v in batch.items()}
-            p, q = (m(**batch).logits.double().log_softmax(-1) for m in (dense, model))
+            p, q = (
+                m(**batch).logits.double().log_softmax(-1) for m in (dense.to(model.device), model)
+            )
             each = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
             mask = batch["attention_mask"].bool()
             total, count = total + float(each[mask].sum()), count + int(mask.sum())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEMO, Loader, batches, state, tiny_model
+from conftest import DEMO, DEVICE, Loader, batches, state, tiny_model
 from datasets import Dataset, IterableDatasetDict
 from llmcompressor import oneshot
 from loguru import logger
@@ -100,7 +100,10 @@ def test_a_shuffled_run_is_one_of_its_order(tokenizer, name, pipeline):
         pipeline=pipeline,
     )
     for key, value in state(model).items():
-        assert torch.equal(found[key], value), key
+        if DEVICE == "cpu":
+            assert torch.equal(found[key], value), key
+        else:  # where the last bits may differ between two runs
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4)
 
 
 def test_texts_of_their_own_length_need_no_setting(tokenizer):

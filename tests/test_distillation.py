@@ -12,6 +12,7 @@ from conftest import (
     divergence_from,
     nothing_left_behind,
     run,
+    state,
     tiny_model,
 )
 from loguru import logger
@@ -65,8 +66,8 @@ def test_nothing_but_the_mixers_changes():
     dense, model = tiny_model("mamba"), tiny_model("mamba")
     run(model, last(distill_steps=3, distill_learning_rate=1e-6))
     own = set(mixer_parameters(model))
-    before = dict(dense.named_parameters())
-    changed = {n for n, p in model.named_parameters() if not torch.equal(p.cpu(), before[n])}
+    before = state(dense)
+    changed = {n for n, p in state(model).items() if not torch.equal(p, before[n])}
     assert changed
     assert changed <= own
 

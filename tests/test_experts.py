@@ -36,8 +36,8 @@ for folder in sys.argv[2:]:
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), (folder, info)
     with torch.no_grad():
-        logits = model.eval()(ids).logits
-    expected = torch.load(folder + ".pt")
+        expected = torch.load(folder + ".pt")
+        logits = model.eval().to(expected.device)(ids.to(expected.device)).logits
     assert torch.equal(logits, expected), (folder, (logits - expected).abs().max())
 assert not any(name.startswith("sparsessm_plugin.") for name in sys.modules)
 """

@@ -10,6 +10,7 @@ from conftest import (
     batches,
     check_reload,
     divergence_from,
+    logits_beside,
     nothing_left_behind,
     run,
     state,
@@ -62,7 +63,11 @@ def prunable(model):
             found[f"{name}.weight"] = module.weight
     unique = {}
     for name, tensor in found.items():
-        if not any(tensor is other for other in unique.values()):
+        # with a GPU, oneshot() leaves weights that layers share as several equal parameters
+        if not any(
+            tensor is other or bool(tensor.any()) and torch.equal(tensor, other)
+            for other in unique.values()
+        ):
             unique[name] = tensor
     return unique
 
@@ -154,7 +159,8 @@ def test_every_family_is_pruned_tuned_and_saved(family, tmp_path):
         batches(1)[0]["input_ids"],
     )
     with torch.no_grad():
-        assert torch.equal(reloaded(ids).logits, model(ids).logits)
+        expected = model(ids, use_cache=False).logits
+        assert torch.equal(logits_beside(reloaded, expected, ids), expected)
 
 
 def test_saved_checkpoint_reloads_in_a_process_without_the_package(tmp_path):
@@ -235,7 +241,7 @@ def test_tuning_that_diverges_is_taken_back(distill_loss, steps):
     run(model, modifier, ready)
     assert [entry["diverged"] for entry in modifier.report()["rounds"]] == [True, True]
     assert modifier.report()["skipped_batches"] == []
-    assert unchanged(model, plain.state_dict())
+    assert unchanged(model, state(plain))
 
 
 def test_half_precision():

@@ -22,6 +22,9 @@ from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import TensorAxis, find_mixers, get_adapter, known_mixers
 from sparsessm_plugin.recurrence import scan
 
+# on a GPU the fused scans of Mamba-2 multiply in tf32, as Triton does unless told otherwise
+CLOSE = 1e-4 if DEVICE == "cpu" else 3e-4
+
 
 def masks(batch, length):
     ragged = torch.ones(batch, length)
@@ -39,7 +42,7 @@ def test_adapter_recomputes_the_mixer(family, mask):
         # the Mamba-2 layout has one scan and no backends
         for backend in (None, REFERENCE) if family in MAMBA1 else (None,):
             result = recomputed(adapter, hidden_states, attention_mask, backend)
-            assert relative(result, expected) < 1e-4
+            assert relative(result, expected) < CLOSE
 
 
 ODD = {"hidden_size": 24, "conv_kernel": 2, "state_size": 5}
@@ -90,7 +93,7 @@ def test_adapter_follows_the_config(family, changes):
     adapter = find_mixers(tiny_model(family, **changes))[0]
     hidden_states = torch.randn(2, 19, adapter.sizes.hidden_size)
     expected = module_output(adapter, hidden_states)
-    assert relative(recomputed(adapter, hidden_states), expected) < 1e-4
+    assert relative(recomputed(adapter, hidden_states), expected) < CLOSE
     if "time_step_limit" in changes or "time_step_min" in changes:
         dt = adapter.quantities(hidden_states).dt
         low, high = adapter.mixer.time_step_limit
@@ -108,7 +111,7 @@ def test_adapter_recomputes_a_trained_mixer(assets, checkpoint):
     for adapter in find_mixers(model):
         hidden_states = torch.randn(1, 40, adapter.sizes.hidden_size)
         expected = module_output(adapter, hidden_states)
-        assert relative(recomputed(adapter, hidden_states), expected) < 1e-4
+        assert relative(recomputed(adapter, hidden_states), expected) < CLOSE
 
 
 def test_quantities_are_what_they_are_called(family):
@@ -176,8 +179,8 @@ def test_quantities_are_what_they_are_called(family):
     torch.testing.assert_close(
         F.linear(adapter.out_input(q, y), mixer.out_proj.weight),
         module_output(adapter, hidden_states),
-        rtol=1e-4,
-        atol=1e-5,
+        rtol=1e-4 if DEVICE == "cpu" else 1e-3,
+        atol=1e-5 if DEVICE == "cpu" else 1e-4,
     )
     torch.testing.assert_close(adapter.out_norm, mixer.out_proj.weight.norm(dim=0))
 

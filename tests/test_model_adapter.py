@@ -551,6 +551,7 @@ def test_a_family_is_one_class_and_an_axis_of_units_one_part():
         for layer in model.backbone.layers:
             layer.gain = Gain()
             layer.__class__ = ToyBlock
+        model.to(DEVICE)
         graph = ModelDependencyGraph(model)
         assert graph.adapter.axis_names == ("hidden", "layers", "ranks")
         graph.get_axis_group("layers", [0]).prune()

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import (
+    DEVICE,
     MAMBA1,
     STATISTICS,
     batches,
@@ -251,4 +252,4 @@ def test_error_of_a_removal(family, name, side):
     assert again.error_left == pytest.approx(found.error_left, rel=1e-6)
     left = torch.cat([module_output(found.mixer, x, mask)[real] for x in entered])
     wrong = float((left - dense).square().sum() / dense.square().sum())
-    assert found.error_left == pytest.approx(wrong, rel=1e-3)
+    assert found.error_left == pytest.approx(wrong, rel=1e-3 if DEVICE == "cpu" else 5e-3)

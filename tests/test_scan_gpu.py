@@ -22,6 +22,7 @@ from sparsessm_plugin import recurrence as package
 from sparsessm_plugin.backends import choice
 from sparsessm_plugin.backends.choice import REFERENCE
 from sparsessm_plugin.calibration.inputs import CalibrationInputs
+from sparsessm_plugin.errors import SparseSSMWarning
 from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.recurrence import ScanStatistics, StatisticsRequest, scan, scan_states
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
@@ -396,7 +397,7 @@ def chosen(*devices):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         names = [choice.backend_for(torch.device(d)) for d in devices]
-    return names, [str(w.message) for w in caught if w.category is RuntimeWarning]
+    return names, [str(w.message) for w in caught if w.category is SparseSSMWarning]
 
 
 def test_no_triton(fresh, monkeypatch):

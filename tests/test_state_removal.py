@@ -70,7 +70,7 @@ for folder in sys.argv[1:]:
     expected = torch.load(folder + "/expected.pt")
     ids = expected["ids"]
     torch.set_num_threads(expected["threads"])  # sums are rounded alike
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().to(ids.device)
     with torch.no_grad():
         logits = model(ids).logits
         assert torch.equal(logits, expected["logits"]), (folder, logits - expected["logits"])
@@ -96,12 +96,13 @@ def pruned(tmp_path_factory):
         ids = torch.randint(1, 96, (2, 15), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             expected = {
-                "ids": ids,
                 "threads": torch.get_num_threads(),
                 "logits": model(ids).logits,
                 # in this process it is the smaller model's own cache that is used
                 "generated": model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0),
             }
+        expected["ids"] = ids.to(expected["logits"].device)
+        expected["generated"] = expected["generated"].to(expected["logits"].device)
         torch.save(expected, folder / "expected.pt")
         results[family] = (model, modifier, folder)
     return results
@@ -310,7 +311,8 @@ def test_groups_choose_for_themselves():
         D = old.sizes.intermediate_size
         for k in (0, 1):  # B and C
             rows = old.mixer.in_proj.weight[2 * D + 16 * k :][:16]
-            assert torch.equal(new.mixer.in_proj.weight[2 * D + 8 * k :][:8], rows[kept])
+            found = new.mixer.in_proj.weight[2 * D + 8 * k :][:8]
+            assert torch.equal(found.cpu(), rows[kept])
     assert differ
 
 
@@ -394,7 +396,7 @@ def measured_error(name, model, data):
     for which, m in (("dense", dense), ("pruned", model)):
         mixer = find_mixers(m)[0].mixer
         hook = mixer.register_forward_hook(
-            lambda module, args, output, which=which: seen.update({which: output})
+            lambda module, args, output, which=which: seen.update({which: output.cpu()})
         )
         seen[which + " hook"] = hook
     for batch in data:
@@ -432,7 +434,7 @@ def test_only_what_may_change_changes():
             changed |= {
                 name
                 for name, parameter in old.mixer.named_parameters()
-                if not torch.equal(parameter, new.mixer.get_parameter(name))
+                if not torch.equal(parameter, new.mixer.get_parameter(name).cpu())
             }
         assert changed == {fitted}
 
