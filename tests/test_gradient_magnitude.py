@@ -65,7 +65,7 @@ def prunable(model):
     for name, tensor in found.items():
         # with a GPU, oneshot() leaves weights that layers share as several equal parameters
         if not any(
-            tensor is other or bool(tensor.any()) and torch.equal(tensor, other)
+            tensor is other or (bool(tensor.any()) and torch.equal(tensor, other))
             for other in unique.values()
         ):
             unique[name] = tensor
