@@ -290,7 +290,7 @@ assert torch.equal(torch.stack(full, 1), new[:, 15:])
         ({}, "give either sparsity or mask_structure, got neither"),
         ({"sparsity": 0.5, "mask_structure": "2:4"}, "got both"),
         ({"mask_structure": "4:2"}, "0 < n < m (n zeros in every m), got '4:2'"),
-        ({"sparsity": 0.5, "saliency": "fisher"}, "'magnitude', 'hessian'"),
+        ({"sparsity": 0.5, "saliency": "fisher"}, "saliency of A_log 'fisher' is not known"),
         ({"sparsity": 0.5, "saliency": "magnitude", "aggregation": "mean"}, "no time axis"),
         ({"sparsity": 0.5, "decay_gamma": 0.0}, "greater than 0"),
         ({"sparsity": 0.5, "decay_window": 2}, "less than or equal to 1"),
