@@ -18,7 +18,7 @@ from sparsessm_plugin import SparseGPTQModifier, SparseSSMModifier, StateRemoval
 from sparsessm_plugin.checkpoints.experts import check_experts
 from sparsessm_plugin.checkpoints.runtimes import runtime_support
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.recipes.conflicts import check_modifiers
+from sparsessm_plugin.modifiers.conflicts import check_modifiers
 
 IGNORE = ["lm_head", "re:.*dt_proj$", "re:.*router"]
 NO_EXPERTS = [*IGNORE, "re:.*[.]experts[.]"]

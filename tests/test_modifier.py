@@ -19,7 +19,7 @@ from sparsessm_plugin.criteria import SALIENCIES, SaliencyInputs, Unstructured, 
 from sparsessm_plugin.criteria.values import PRUNED_VALUES
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import find_mixers
-from sparsessm_plugin.modifiers.calibration import outputs_collected_again, outputs_not_collected
+from sparsessm_plugin.modifiers.lifecycle import outputs_collected_again, outputs_not_collected
 from sparsessm_plugin.recurrence import ScanStatistics, StatisticsRequest, scan
 
 COMBINATIONS = [

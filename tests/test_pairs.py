@@ -20,11 +20,11 @@ from sparsessm_plugin.criteria.values import MEMORYLESS
 from sparsessm_plugin.dependency_graph import MixerDependencyGraph
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import find_mixers
+from sparsessm_plugin.modifiers.conflicts import broken_rule, check_works
 from sparsessm_plugin.modifiers.removal import RemovalModifier
+from sparsessm_plugin.modifiers.rules import RULES
 from sparsessm_plugin.recipes import load_recipe
-from sparsessm_plugin.recipes.conflicts import broken_rule, check_works
 from sparsessm_plugin.recipes.pruning import ModelSource
-from sparsessm_plugin.recipes.rules import RULES
 
 DOCS = Path(__file__).parents[1] / "docs" / "composing.md"
 STEPS = {"distill_steps": 2, "distill_learning_rate": 1e-5}

@@ -1,5 +1,6 @@
 """LLM Compressor modifiers: lifecycle only, the mathematics is elsewhere."""
 
+from sparsessm_plugin.modifiers import conflicts  # which every modifier asks before it acts
 from sparsessm_plugin.modifiers.channel_removal import ChannelRemovalModifier
 from sparsessm_plugin.modifiers.gradient_magnitude import GradientMagnitudeModifier
 from sparsessm_plugin.modifiers.sensitivity import SensitivitySparseGPTModifier
@@ -14,4 +15,5 @@ __all__ = [
     "SparseGPTQModifier",
     "SparseSSMModifier",
     "StateRemovalModifier",
+    "conflicts",
 ]

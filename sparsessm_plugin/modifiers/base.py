@@ -20,7 +20,8 @@ from sparsessm_plugin.checkpoints.saving import change_config
 from sparsessm_plugin.families import MixerAdapter
 from sparsessm_plugin.files import write_report
 from sparsessm_plugin.methods.base import MethodSettings, MixerMethod
-from sparsessm_plugin.modifiers.calibration import (
+from sparsessm_plugin.modifiers.fields import MEANINGLESS, check_computed, check_given
+from sparsessm_plugin.modifiers.lifecycle import (
     check_new,
     check_recipe,
     check_report_path,
@@ -29,7 +30,6 @@ from sparsessm_plugin.modifiers.calibration import (
     outputs_not_collected,
     read_batches,
 )
-from sparsessm_plugin.modifiers.fields import MEANINGLESS, check_computed, check_given
 
 
 class MethodModifier(Modifier):
@@ -118,7 +118,7 @@ class MethodModifier(Modifier):
             with distributed.together(f"{who} before calibration"):
                 self._method.check_patterns(state.model)
                 check_experts_of_session(state.model)
-                check_recipe(self, state.model)
+                check_recipe("initialize", self, state.model)
                 self._method.prepare(state.model)
                 if self.reads_calibration_data:
                     self._batches = read_batches(who, state, kwargs.get("calib_data"))
@@ -127,10 +127,8 @@ class MethodModifier(Modifier):
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        from sparsessm_plugin.recipes.conflicts import check_pass
-
         with self._released_on_error():
-            check_pass(self, state.model)
+            check_recipe("calibration_start", self, state.model)
             self._method.current_batch = lambda: state.current_batch_idx
             watched = self._method.begin(self._batches)
         if self._batches is not None and watched:

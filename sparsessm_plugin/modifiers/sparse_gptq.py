@@ -42,13 +42,13 @@ from sparsessm_plugin.methods.quantization import (
     QuantizedWeight,
     quantize_weight,
 )
-from sparsessm_plugin.modifiers.calibration import (
+from sparsessm_plugin.modifiers.fields import MEANINGLESS, check_computed, check_given
+from sparsessm_plugin.modifiers.lifecycle import (
     check_new,
     check_recipe,
     note_ids,
     read_batches,
 )
-from sparsessm_plugin.modifiers.fields import MEANINGLESS, check_computed, check_given
 from sparsessm_plugin.patterns import check_patterns
 
 # transformers multiplies by the weights of these without calling the modules
@@ -136,7 +136,7 @@ class SparseGPTQModifier(GPTQModifier):
         with distributed.together(f"{who} before calibration"):
             self.check_model(state.model)
             check_experts_of_session(state.model)
-            check_recipe(self, state.model)
+            check_recipe("initialize", self, state.model)
             self._batches = read_batches(who, state, kwargs.get("calib_data"))
         check_ranks(who, state.model, self._batches, self._settings())
         modules = {name: m for name, (m, _) in quantized_weights(self, state.model).items()}

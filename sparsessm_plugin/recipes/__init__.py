@@ -63,7 +63,7 @@ class CheckedRecipe:
             one has pruned, or a pattern that takes too long on the names of the modules
         """
         from sparsessm_plugin.families import find_mixers
-        from sparsessm_plugin.recipes.conflicts import check_modifiers
+        from sparsessm_plugin.modifiers.conflicts import check_modifiers
 
         find_mixers(model)
         check_patterns(self.patterns, model, self.name)
@@ -130,7 +130,7 @@ def parse_recipe(text: str, name: str = "recipe") -> CheckedRecipe:
     :raises SparseSSMError: one line that names the field, its value and what is allowed
     """
     stages = read_yaml(text, name)
-    from sparsessm_plugin.recipes.conflicts import check_alone, layouts
+    from sparsessm_plugin.modifiers.conflicts import check_alone, layouts
 
     expressions = patterns(stages)
     for layout in layouts():

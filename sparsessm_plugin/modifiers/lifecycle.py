@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
@@ -13,6 +13,10 @@ from torch import nn
 from sparsessm_plugin.calibration import CalibrationBatches, fix_batches
 from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.files import check_path, read_json
+
+Moment = Literal["initialize", "calibration_start"]
+Check = Callable[[Any, nn.Module], None]
+_checks: dict[Moment, list[Check]] = {"initialize": [], "calibration_start": []}
 
 
 def read_batches(who: str, state: State, source: Any) -> CalibrationBatches:
@@ -48,14 +52,26 @@ def check_new(modifier: Modifier) -> None:
         )
 
 
-def check_recipe(modifier: Modifier, model: nn.Module) -> None:
-    """Refuse what a modifier would undo of the others in the recipe that is about to run.
+def register_check(moment: Moment) -> Callable[[Check], Check]:
+    """Decorator: let every modifier of this package ask this check at a moment of its life.
 
-    :raises SparseSSMError: see :func:`sparsessm_plugin.recipes.conflicts.check_session`
+    The checks know all modifiers, which therefore do not know them.
     """
-    from sparsessm_plugin.recipes.conflicts import check_session  # which knows all modifiers
 
-    check_session(modifier, model)
+    def register(check: Check) -> Check:
+        _checks[moment].append(check)
+        return check
+
+    return register
+
+
+def check_recipe(moment: Moment, modifier: Modifier, model: nn.Module) -> None:
+    """Refuse what the recipe that runs now may not hold, as far as a modifier is concerned.
+
+    :raises SparseSSMError: see :mod:`sparsessm_plugin.modifiers.conflicts`
+    """
+    for check in _checks[moment]:
+        check(modifier, model)
 
 
 def check_report_path(path: str) -> None:

@@ -50,18 +50,16 @@ from sparsessm_plugin.families.quantizable import (
 )
 from sparsessm_plugin.families.shared_weights import weight_holders
 from sparsessm_plugin.methods.gradient import tuned_parameters
-from sparsessm_plugin.modifiers import (
-    ChannelRemovalModifier,
-    GradientMagnitudeModifier,
-    SensitivitySparseGPTModifier,
-    SparseGPTQModifier,
-    SparseSSMModifier,
-    StateRemovalModifier,
-)
 from sparsessm_plugin.modifiers.base import MethodModifier
+from sparsessm_plugin.modifiers.channel_removal import ChannelRemovalModifier
+from sparsessm_plugin.modifiers.gradient_magnitude import GradientMagnitudeModifier
+from sparsessm_plugin.modifiers.lifecycle import register_check
 from sparsessm_plugin.modifiers.removal import RemovalModifier
-from sparsessm_plugin.modifiers.sparse_gptq import check_quantizes
-from sparsessm_plugin.recipes.rules import RULES, Effects, Names, Rule
+from sparsessm_plugin.modifiers.rules import RULES, Effects, Names, Rule
+from sparsessm_plugin.modifiers.sensitivity import SensitivitySparseGPTModifier
+from sparsessm_plugin.modifiers.sparse_gptq import SparseGPTQModifier, check_quantizes
+from sparsessm_plugin.modifiers.sparsessm import SparseSSMModifier
+from sparsessm_plugin.modifiers.state_removal import StateRemovalModifier
 from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure
 from sparsessm_plugin.training.distillation import mixer_parameters
 
@@ -159,6 +157,7 @@ def _check_sizes(modifiers: Sequence[Any], model: nn.Module) -> None:
         left[axis] = min(kept, left.get(axis, kept))
 
 
+@register_check("initialize")
 def check_session(modifier: Any, model: nn.Module) -> None:
     """Refuse what :func:`check_modifiers` refuses of the recipe that is about to run.
 
@@ -185,6 +184,7 @@ def check_session(modifier: Any, model: nn.Module) -> None:
         )
 
 
+@register_check("calibration_start")
 def check_pass(modifier: Any, model: nn.Module) -> None:
     """Refuse modifiers that watch the same calibration pass and cannot.
 

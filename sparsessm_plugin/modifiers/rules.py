@@ -10,7 +10,7 @@ from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from llmcompressor.modifiers.transform.quip import QuIPModifier
 
-from sparsessm_plugin.modifiers import SparseSSMModifier
+from sparsessm_plugin.modifiers.sparsessm import SparseSSMModifier
 
 Names = frozenset[str]
 
