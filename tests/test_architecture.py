@@ -13,7 +13,6 @@ ORDER = (
     *("modifiers", "evaluation", "recipes", "cli"),
 )
 LONG = 500  # lines
-# Files that are about to be taken apart.
 
 
 def imports(path):
