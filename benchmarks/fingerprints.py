@@ -1,7 +1,7 @@
 """Hashes of what every modifier makes of a tiny model of every family, to compare two versions.
 
     python benchmarks/fingerprints.py --output before.json
-    python benchmarks/fingerprints.py --against before.json
+    python benchmarks/fingerprints.py --against before.json --name fingerprints
 
 Weights and reports are hashed apart; seconds, memory and settings are left out of the reports. Two
 versions of the package that compute the same give the same hashes on the same machine.
@@ -20,11 +20,13 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from common import save
 from conftest import FAMILIES, MAMBA1, Loader, batches, state, tiny_model
 
 from sparsessm_plugin.files import write_json
 
 # Fields of a report that say how long something took, or how it was asked for.
+_renamed: dict[str, str] = {}  # what fields are called now -> what they were called before
 _LEFT_OUT = ("seconds", "cost", "settings", "first_pass_seconds", "peak_memory_bytes")
 
 
@@ -108,19 +110,32 @@ def run(family: str, modifiers: dict[str, dict[str, Any]], pipeline: str) -> tup
 
 def _stripped(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _stripped(v) for k, v in value.items() if k not in _LEFT_OUT}
+        return {_renamed.get(k, k): _stripped(v) for k, v in value.items() if k not in _LEFT_OUT}
     if isinstance(value, list):
         return [_stripped(v) for v in value]
     # two compilations of one kernel may add in another order, and differ in the last bits
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+def _save(name: str, found: dict[str, list[str]], known: dict[str, list[str]]) -> None:
+    rows = [
+        f"| {case} | {' | '.join(hashes)} | {'yes' if known.get(case) == hashes else 'no'} |"
+        for case, hashes in found.items()
+    ]
+    text = "## Weights and reports of tiny models, as before the package was taken apart\n\n"
+    text += "| case | weights | report | as before |\n|---|---|---|---|\n" + "\n".join(rows)
+    save(name, text, {"found": found, "before": known})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, help="write the hashes to this .json file")
     parser.add_argument("--against", type=Path, help="compare with the hashes in this file")
+    parser.add_argument("--name", help="write hashes, and whether they are as before, to results/")
+    parser.add_argument("--renamed", nargs="*", default=[], help="fields of reports, as NEW=OLD")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     options = parser.parse_args()
+    _renamed.update(pair.split("=") for pair in options.renamed)
     known = json.loads(options.against.read_text()) if options.against else {}
     found: dict[str, list[str]] = {}
     differing = []
@@ -137,6 +152,8 @@ def main() -> None:
             differing.append(name)
         seconds = time.perf_counter() - started
         print(f"{name:55} {' '.join(found[name])} {seconds:5.1f} s {same}", flush=True)
+    if options.name:
+        _save(options.name, found, known)
     if options.output:
         write_json(options.output, found)
     print(f"{len(found)} cases" + (f", {len(differing)} differ" if known else ""))
