@@ -1,8 +1,11 @@
 """The error that bad input raises, and the warnings of this package."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 _SHOWN = 200
+_LONGEST = 400  # characters of a complaint about a field
 
 
 class SparseSSMError(ValueError):
@@ -29,3 +32,23 @@ def shown(value: Any) -> str:
 def cut(text: str, most: int = _SHOWN) -> str:
     """The beginning of a text, for a message."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def first_problem(error: Any, kind: str, fields: Iterable[str]) -> str:
+    """The first of pydantic's complaints as one line.
+
+    :param error: a ``pydantic.ValidationError``
+    :param kind: what the fields belong to, for the message
+    :param fields: names that are allowed
+    """
+    problem = error.errors()[0]
+    where = ".".join([kind, *(str(part) for part in problem["loc"])])
+    if problem["type"] == "extra_forbidden":
+        allowed = sorted(fields)
+        close = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"unknown field {cut(where)}; {hint}allowed: {', '.join(allowed)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":  # from our validators, which name the value
+        return f"{where}: {cut(message, _LONGEST)}"
+    return f"{where}: {cut(message, _LONGEST)}, got {shown(problem['input'])}"

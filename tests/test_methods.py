@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import FAMILIES, MAMBA1, Loader, batches, fresh_process, state, tiny_model
 from llmcompressor import active_session, oneshot
-from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from sparsessm_plugin import SparseGPTQModifier
@@ -280,5 +279,44 @@ def test_quantization_that_is_refused(family, fields, message):
 def test_schemes_that_are_refused():
     model = tiny_model("mamba")
     for scheme, message in (("W3A3", "must be one of"), ("NVFP4", "a scale a tensor, channel")):
-        with pytest.raises(ValidationError, match=message):
+        with pytest.raises(SparseSSMError, match=message):
             quantize_pruned(model, batches(count=1), scheme)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"keep": 0}, "^remove_states.keep: must be at least 1, got 0$"),
+        ({"kepp": 4}, "^unknown field remove_states.kepp; did you mean keep"),
+        ({"keep": 4, "sparsity": 0.5}, "give either keep or sparsity, got both"),
+        ({"keep": 4, "compensate": ["none"]}, "^remove_states.compensate.0: .*got 'none'$"),
+    ],
+)
+def test_wrong_fields_are_one_line(fields, message):
+    model = tiny_model("mamba")
+    with pytest.raises(SparseSSMError, match=message) as caught:
+        remove_states(model, batches(count=1), **fields)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([torch.ones(1, 4, dtype=torch.long)], "batch 1 is a Tensor; a batch is a mapping"),
+        ({"input_ids": torch.ones(1, 4)}, "takes a list of batches.*got a single dict"),
+        ([{"input_ids": [[1, 2, 3]]}], "batch 1 holds input_ids; a batch is .* a tensor of shape"),
+        ([*batches(count=1), {"foo": torch.zeros(1, 4)}], "batch 2 holds foo; a batch is"),
+    ],
+)
+def test_wrong_batches_are_one_line(data, message):
+    model = tiny_model("mamba")
+    before = state(model)
+    for method, fields in ((remove_states, {"keep": 4}), (prune_projections, {"sparsity": 0.5})):
+        with pytest.raises(SparseSSMError, match=message):
+            method(model, data, **fields)
+    assert all(torch.equal(before[name], value) for name, value in state(model).items())
+
+
+def test_a_name_is_no_model():
+    with pytest.raises(SparseSSMError, match="takes a loaded model, got 'mamba-demo"):
+        remove_states("mamba-demo-0.7m", batches(count=1), keep=4)

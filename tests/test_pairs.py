@@ -190,8 +190,6 @@ def check_pair(first, second):
     for modifier in (one, two):
         if hasattr(modifier, "scheme"):
             check_grid(modifier, after)
-    with torch.no_grad():
-        assert bool(torch.isfinite(model(READY[0]["input_ids"]).logits).all())
     return None
 
 
@@ -308,8 +306,6 @@ def test_the_second_does_not_reach_into_the_first(first, second, pipeline):
             entries = modifier.report()["total"]["pruned"]
             if second not in ("states", "channels"):
                 assert sum(int(where.sum()) for where in pruned.values()) >= entries
-    with torch.no_grad():
-        assert bool(torch.isfinite(model(READY[0]["input_ids"]).logits).all())
 
 
 @pytest.mark.parametrize("second", ["quantized", "A_log", "channels"])

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from compressed_tensors.utils.match import match_named_modules
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
@@ -17,7 +17,7 @@ from sparsessm_plugin.calibration.contexts import of_quantization
 from sparsessm_plugin.calibration.finite import is_finite
 from sparsessm_plugin.calibration.overflow import FiniteCheck
 from sparsessm_plugin.cost import Cost
-from sparsessm_plugin.errors import SparseSSMError, shown
+from sparsessm_plugin.errors import SparseSSMError, first_problem, shown
 from sparsessm_plugin.families import (
     MixerAdapter,
     check_not_quantized,
@@ -30,11 +30,24 @@ from sparsessm_plugin.families.fast_forward import fast_forward
 from sparsessm_plugin.patterns import check_pattern, check_patterns
 from sparsessm_plugin.progress import Stage
 
+_Settings = TypeVar("_Settings", bound="MethodSettings")
+
 
 class MethodSettings(BaseModel):
     """The fields of a method, checked against each other. Its modifier has the same fields."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @classmethod
+    def of(cls: type[_Settings], who: str, fields: dict[str, Any]) -> _Settings:
+        """Settings from what a function of this name was given.
+
+        :raises SparseSSMError: naming the field, its value and what is allowed
+        """
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise SparseSSMError(first_problem(error, who, cls.model_fields)) from error
 
     @property
     def watches_data(self) -> bool:

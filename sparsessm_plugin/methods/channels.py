@@ -257,9 +257,8 @@ def remove_channels(
     :param batches: what the model's forward takes; None for settings that need no data
     :param settings: fields of :class:`sparsessm_plugin.ChannelRemovalModifier`, such as ``keep``
     :return: one :class:`Removed` a mixer, and the config fields of the new size
-    :raises pydantic.ValidationError: a field that is not allowed
-    :raises SparseSSMError: what does not fit the model or the data
+    :raises SparseSSMError: a field that is not allowed, what does not fit the model or the data
     """
-    method = ChannelRemoval(ChannelSettings(**settings), "remove_channels")
+    method = ChannelRemoval(ChannelSettings.of("remove_channels", settings), "remove_channels")
     run(method, model, batches)
     return method.result()

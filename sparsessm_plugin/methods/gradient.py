@@ -402,11 +402,11 @@ def prune_by_gradient(
     :param settings: fields of :class:`sparsessm_plugin.GradientMagnitudeModifier`, such as
         ``sparsity``
     :return: one :class:`PrunedWeight` a weight, one :class:`PruningRound` a round
-    :raises pydantic.ValidationError: a field that is not allowed
-    :raises SparseSSMError: what does not fit the model or the data; loss or gradients that are
-        not finite
+    :raises SparseSSMError: a field that is not allowed, what does not fit the model or the
+        data, loss or gradients that are not finite
     """
-    method = GradientPruning(GradientSettings(**settings), "prune_by_gradient")
+    who = "prune_by_gradient"
+    method = GradientPruning(GradientSettings.of(who, settings), who)
     run(method, model, batches)
     return method.result()
 

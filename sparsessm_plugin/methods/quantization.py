@@ -305,10 +305,9 @@ def quantize_pruned(
     :param scheme: see :class:`QuantizationSettings`
     :param settings: its other fields, such as ``ignore``
     :return: one :class:`QuantizedWeight` a weight, and the scales
-    :raises pydantic.ValidationError: a field that is not allowed
-    :raises SparseSSMError: what does not fit the model or the data
+    :raises SparseSSMError: a field that is not allowed, what does not fit the model or the data
     """
-    chosen = QuantizationSettings(scheme=scheme, **settings)
+    chosen = QuantizationSettings.of("quantize_pruned", {"scheme": scheme, **settings})
     method = MaskedQuantization(chosen, "quantize_pruned")
     run(method, model, batches)
     return method.result()

@@ -248,7 +248,7 @@ class MixerRemoval(MixerMethod[S]):
         inputs.join(adapter.name)
         self.check_mixer(adapter)  # again: an earlier modifier may have made it smaller
         if self.settings.watches_data:
-            _check_tokens(adapter, inputs.tokens)
+            self._check_tokens(adapter, inputs.tokens)
         small = self.shrink(adapter.float_clone(), inputs)
         _share_weights(adapter, small.mixer)
         group = MixerDependencyGraph(adapter).get_axis_group(small.axis, small.removed)
@@ -277,6 +277,19 @@ class MixerRemoval(MixerMethod[S]):
         logger.info(
             f"{adapter.name}: removed {len(small.removed)} of {group.old_size} {small.axis}"
         )
+
+    def _check_tokens(self, adapter: MixerAdapter, tokens: int) -> None:
+        """Refuse to remove without any calibration tokens, and warn once of few to fit to."""
+        if tokens == 0:
+            raise SparseSSMError(f"{adapter.name} saw no calibration tokens; nothing was removed")
+        few = _TOKENS_PER_CHANNEL * adapter.sizes.intermediate_size
+        fitted = getattr(self.settings, "compensate", None) != []
+        if tokens < few and fitted and not self._layers:
+            logger.warning(
+                f"{adapter.name}: {tokens} calibration tokens are few for "
+                f"{adapter.sizes.intermediate_size} channels; what is fitted to them may not "
+                f"hold elsewhere, give {few} or more"
+            )
 
     def finish(self) -> None:
         if self._new_fields and hasattr(self._model, "config"):
@@ -339,19 +352,6 @@ def remove(adapter: MixerAdapter, axis: str, removed: list[int]) -> MixerAdapter
     small = adapter.float_clone()
     MixerDependencyGraph(small).get_axis_group(axis, removed).prune()
     return small
-
-
-def _check_tokens(adapter: MixerAdapter, tokens: int) -> None:
-    """Refuse to remove without any calibration tokens, and warn of few."""
-    if tokens == 0:
-        raise SparseSSMError(f"{adapter.name} saw no calibration tokens; nothing was removed")
-    few = _TOKENS_PER_CHANNEL * adapter.sizes.intermediate_size
-    if tokens < few:
-        logger.warning(
-            f"{adapter.name}: {tokens} calibration tokens are few for "
-            f"{adapter.sizes.intermediate_size} channels; what is fitted to them may not "
-            f"hold elsewhere, give {few} or more"
-        )
 
 
 def _share_weights(adapter: MixerAdapter, small: MixerAdapter) -> None:

@@ -1,10 +1,13 @@
 """Run a method on a plain model; no framework is needed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from torch import Tensor, nn
 
 from sparsessm_plugin.calibration import CalibrationBatches
 from sparsessm_plugin.calibration.passes import layer_by_layer
+from sparsessm_plugin.errors import SparseSSMError, cut, shown
 from sparsessm_plugin.methods.base import MethodResult, MixerMethod
 
 
@@ -21,6 +24,30 @@ class Position:
         return self._index
 
 
+def _checked(method: MixerMethod[Any], batches: Iterable[Any] | None) -> Iterator[Any]:
+    """The batches, once it is sure that they are some.
+
+    :raises SparseSSMError: showing one that is none
+    """
+    takes_any = getattr(method.settings, "loss_fn", None) is not None  # it knows what they are
+    if isinstance(batches, (Mapping, str, Tensor)):
+        raise SparseSSMError(
+            f"{method.who} takes a list of batches, or anything that gives one after the other; "
+            f"got a single {type(batches).__name__}"
+        )
+    for number, batch in enumerate(batches or (), 1):
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if not takes_any and not (isinstance(ids, Tensor) and ids.ndim == 2):
+            what = f"is a {type(batch).__name__}"
+            if isinstance(batch, Mapping):
+                what = f"holds {cut(', '.join(map(str, batch)))}"
+            raise SparseSSMError(
+                f"{method.who}: batch {number} {what}; a batch is a mapping of what the model's "
+                "forward takes, with input_ids, a tensor of shape (b, L)"
+            )
+        yield batch
+
+
 def run(method: MixerMethod[Any], model: Any, batches: Iterable[Any] | None) -> MethodResult:
     """Change a model in place, layer by layer, each with what the changed layers before it give.
 
@@ -32,10 +59,13 @@ def run(method: MixerMethod[Any], model: Any, batches: Iterable[Any] | None) -> 
     :raises SparseSSMError: what does not fit, before anything is changed where that can be known
     """
     with method.released_on_error():
+        if not isinstance(model, nn.Module):
+            raise SparseSSMError(f"{method.who} takes a loaded model, got {shown(model)}")
         method.prepare(model)
         data = None
         if method.settings.reads_data:
-            data = CalibrationBatches.draw(method.who, batches or ()).read_by(method.who)
+            data = CalibrationBatches.draw(method.who, _checked(method, batches))
+            data = data.read_by(method.who)
             embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
             if hasattr(embeddings, "num_embeddings"):  # other models read other data
                 data.check_vocabulary(embeddings.num_embeddings)

@@ -249,9 +249,8 @@ def remove_states(
     :param batches: what the model's forward takes; None for settings that need no data
     :param settings: fields of :class:`sparsessm_plugin.StateRemovalModifier`, such as ``keep``
     :return: one :class:`Removed` a mixer, and the config fields of the new size
-    :raises pydantic.ValidationError: a field that is not allowed
-    :raises SparseSSMError: what does not fit the model or the data
+    :raises SparseSSMError: a field that is not allowed, what does not fit the model or the data
     """
-    method = StateRemoval(StateSettings(**settings), "remove_states")
+    method = StateRemoval(StateSettings.of("remove_states", settings), "remove_states")
     run(method, model, batches)
     return method.result()

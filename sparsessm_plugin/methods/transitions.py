@@ -281,9 +281,7 @@ def prune_transitions(
     :param batches: what the model's forward takes; None for ``saliency="magnitude"``
     :param settings: fields of :class:`sparsessm_plugin.SparseSSMModifier`, such as ``sparsity``
     :return: one :class:`PrunedTransition` a mixer
-    :raises pydantic.ValidationError: a field that is not allowed
-    :raises SparseSSMError: what does not fit the model or the data
+    :raises SparseSSMError: a field that is not allowed, what does not fit the model or the data
     """
-    return run(
-        TransitionPruning(TransitionSettings(**settings), "prune_transitions"), model, batches
-    )
+    who = "prune_transitions"
+    return run(TransitionPruning(TransitionSettings.of(who, settings), who), model, batches)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsessm_plugin.errors import SparseSSMError, cut, shown
+from sparsessm_plugin.errors import SparseSSMError, cut, first_problem, shown
 from sparsessm_plugin.patterns import check_patterns
 from sparsessm_plugin.recipes.reading import patterns, read_regular_file, read_yaml
 
@@ -196,7 +196,9 @@ def _make_modifier(kind: Any, fields: Any, name: str) -> Any:
             kind, allow_registered=True, allow_experimental=True, **fields
         )
     except ValidationError as error:
-        raise SparseSSMError(f"{name}: {_first_problem(error, kind, known[kind])}") from error
+        hidden: frozenset[str] = getattr(known[kind], "meaningless_fields", frozenset())
+        allowed = [f for f in known[kind].model_fields if not f.endswith("_") and f not in hidden]
+        raise SparseSSMError(f"{name}: {first_problem(error, kind, allowed)}") from error
     except Exception as error:
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
         who = "" if reason.startswith(f"{kind}.") else f"{kind}: "
@@ -211,19 +213,3 @@ def _known_modifiers() -> dict[str, Any]:
         **ModifierFactory._experimental_registry,
         **ModifierFactory._registered_registry,
     }
-
-
-def _first_problem(error: Any, kind: str, modifier: Any) -> str:
-    """The first of pydantic's complaints as one line."""
-    problem = error.errors()[0]
-    where = ".".join([kind, *(str(part) for part in problem["loc"])])
-    if problem["type"] == "extra_forbidden":
-        hidden: frozenset[str] = getattr(modifier, "meaningless_fields", frozenset())
-        fields = [f for f in modifier.model_fields if not f.endswith("_") and f not in hidden]
-        close = difflib.get_close_matches(str(problem["loc"][-1]), fields, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        return f"unknown field {cut(where)}; {hint}allowed: {', '.join(sorted(fields))}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":  # from our validators, which name the value
-        return f"{where}: {cut(message, _LONGEST)}"
-    return f"{where}: {cut(message, _LONGEST)}, got {shown(problem['input'])}"

@@ -30,7 +30,7 @@ from sparsessm_plugin.checkpoints.loading import (
     read_checkpoint,
 )
 from sparsessm_plugin.cost import halved, has_room, peak_memory_bytes, reset_peak_memory, shortage
-from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning
+from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning, shown
 from sparsessm_plugin.families.config_levels import language_field
 from sparsessm_plugin.recipes import CheckedRecipe
 
@@ -60,6 +60,9 @@ class ModelSource:
         """What to give to ``from_pretrained``."""
         if self.name == DEMO_MODEL and not Path(self.name).exists():
             return str(_ASSETS / DEMO_MODEL)
+        looks_local = os.path.isabs(self.name) or self.name.startswith((".", "~"))
+        if looks_local and not Path(self.name).exists():
+            raise SparseSSMError(f"model {shown(self.name)} does not exist")
         return self.name
 
     def load_skeleton(self) -> nn.Module:

@@ -466,10 +466,10 @@ def prune_projections(
     :param settings: fields of :class:`sparsessm_plugin.SensitivitySparseGPTModifier`, such as
         ``sparsity``
     :return: one :class:`PrunedProjection` a weight
-    :raises pydantic.ValidationError: a field that is not allowed
-    :raises SparseSSMError: what does not fit the model or the data
+    :raises SparseSSMError: a field that is not allowed, what does not fit the model or the data
     """
-    method = ProjectionPruning(ProjectionSettings(**settings), "prune_projections")
+    who = "prune_projections"
+    method = ProjectionPruning(ProjectionSettings.of(who, settings), who)
     result = run(method, model, batches)
     assert isinstance(result, ProjectionResult)
     return result
