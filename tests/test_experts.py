@@ -38,7 +38,9 @@ for folder in sys.argv[2:]:
     with torch.no_grad():
         expected = torch.load(folder + ".pt")
         logits = model.eval().to(expected.device)(ids.to(expected.device)).logits
-    assert torch.equal(logits, expected), (folder, (logits - expected).abs().max())
+    # experts in one tensor are multiplied in another order than one by one, on several threads
+    away = (logits - expected).abs().max()
+    assert away < 1e-6, (folder, away)
 assert not any(name.startswith("sparsessm_plugin.") for name in sys.modules)
 """
 
