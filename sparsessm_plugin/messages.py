@@ -15,6 +15,8 @@ from sparsessm_plugin.errors import SparseSSMWarning
 _LEVEL = "LLM_COMPRESSOR_LOG_LEVEL"
 _OURS = "sparsessm_plugin"
 _WARNING, _ERROR = 30, 40  # numbers of loguru's levels
+# Loggers with handlers of their own: AutoRound's takes over what transformers says.
+_TALKATIVE = ("autoround", "torch.fx._symbolic_trace")
 
 
 def show_messages(show: Callable[[str, str], Any], verbose: bool) -> None:
@@ -76,6 +78,8 @@ def show_messages(show: Callable[[str, str], Any], verbose: bool) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DATASETS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.ERROR)
     if logging.lastResort is not None:  # of libraries that set up nothing
         logging.lastResort.setLevel(logging.WARNING if verbose else logging.ERROR)
 

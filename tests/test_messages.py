@@ -2,6 +2,8 @@
 
 import ast
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import sparsessm_plugin
 from sparsessm_plugin import recipes
 
 PACKAGE = Path(sparsessm_plugin.__file__).parent
+LEVEL = "LLM_COMPRESSOR_LOG_LEVEL"
 FEW = ("--num-samples", 2, "--max-seq-length", 32)
 
 
@@ -44,8 +47,25 @@ def test_warnings_of_ours_reach_stderr(sparsessm, text_file, tmp_path):
     assert "calibration tokens" not in stdout
 
 
+def test_nothing_to_say_is_nothing_on_stderr(text_file, tmp_path):
+    """No bars or logs of libraries, in a process as users start it, up to what is saved."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "sparsessm_plugin.cli", "prune", str(DEMO)),
+            *("--recipe", "alog-50", "--calibration", str(text_file), *map(str, FEW)),
+            *("--output", str(tmp_path / "out")),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        # as users have them, and not as this suite sets them
+        env={k: v for k, v in os.environ.items() if k not in ("TQDM_DISABLE", LEVEL)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_verbose_shows_the_libraries_on_stderr_too(sparsessm, text_file, tmp_path, monkeypatch):
-    monkeypatch.delenv("LLM_COMPRESSOR_LOG_LEVEL")
+    monkeypatch.delenv(LEVEL)
     stdout, stderr = prune(sparsessm, text_file, tmp_path / "out", "--verbose")
     assert "info: Compression lifecycle initialized for 1 modifiers" in stderr
     assert "calibration tokens are few" in stderr

@@ -30,7 +30,7 @@ from sparsessm_plugin.checkpoints.loading import (
     read_checkpoint,
 )
 from sparsessm_plugin.cost import halved, has_room, peak_memory_bytes, reset_peak_memory, shortage
-from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning, shown
+from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning, cut
 from sparsessm_plugin.families.config_levels import language_field
 from sparsessm_plugin.recipes import CheckedRecipe
 
@@ -62,7 +62,7 @@ class ModelSource:
             return str(_ASSETS / DEMO_MODEL)
         looks_local = os.path.isabs(self.name) or self.name.startswith((".", "~"))
         if looks_local and not Path(self.name).exists():
-            raise SparseSSMError(f"model {shown(self.name)} does not exist")
+            raise SparseSSMError(f"cannot load model {cut(self.name)}: it does not exist")
         return self.name
 
     def load_skeleton(self) -> nn.Module:
@@ -350,7 +350,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     :param folder: that exists
     :raises SparseSSMError: it cannot be written, as where the disk is full
     """
-    with _one_line("model"):
+    with _one_line("model"), _library_bars():
         model.save_pretrained(folder)
     with _one_line("tokenizer"):
         tokenizer.save_pretrained(folder)
