@@ -1,6 +1,5 @@
 """The dependency graph of a mixer, and the groups of tensor ranges that go together."""
 
-import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from sparsessm_plugin.dependency_graph.surrogate import Surrogate, make_surrogate
 from sparsessm_plugin.dependency_graph.tensors import (
     TensorChange,
+    check_indices,
     format_ranges,
     replace,
     without,
@@ -207,20 +207,7 @@ class MixerDependencyGraph(torch_pruning.DependencyGraph):
 
     def _check_indices(self, axis: str, indices: Iterable[int]) -> list[int]:
         name, length = self.adapter.name, self.adapter.axis_length(axis)
-        try:
-            checked = sorted(operator.index(index) for index in indices)
-        except TypeError as error:
-            raise SparseSSMError(f"{name}: indices of {axis} must be whole numbers") from error
-        if not checked:
-            raise SparseSSMError(f"{name}: no indices of {axis} to remove; give at least one")
-        for index in (checked[0], checked[-1]):
-            if not 0 <= index < length:
-                raise SparseSSMError(
-                    f"{name}: {axis} has no index {index}; allowed: 0 to {length - 1}"
-                )
-        twice = [index for index, count in Counter(checked).items() if count > 1]
-        if twice:
-            raise SparseSSMError(f"{name}: index {twice[0]} of {axis} is given more than once")
+        checked = list(check_indices(name, axis, indices, length))
         groups = self.adapter.groups_of(axis)
         if groups > 1:
             counts = Counter(index // (length // groups) for index in checked)

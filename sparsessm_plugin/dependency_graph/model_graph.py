@@ -1,8 +1,6 @@
 """The dependency graph of a whole model, and the groups of tensor ranges that go together."""
 
 import copy
-import operator
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace as with_values
 from typing import Any
@@ -22,6 +20,7 @@ from sparsessm_plugin.dependency_graph.stream import (
 )
 from sparsessm_plugin.dependency_graph.tensors import (
     TensorChange,
+    check_indices,
     format_ranges,
     replace,
     without,
@@ -147,7 +146,7 @@ class ModelDependencyGraph:
             if isinstance(removed, Mapping):
                 raise SparseSSMError(f"{adapter.name}: {axis} takes indices, not modules' names")
             length = adapter.axis_length(axis)
-            indices = {adapter.name: _check_indices(adapter.name, axis, removed, length)}
+            indices = {adapter.name: check_indices(adapter.name, axis, removed, length)}
             if axis == "layers":
                 group = ModelAxisGroup(self, axis, indices)
                 group.layers = tuple(adapter.layers[i] for i in indices[adapter.name])
@@ -227,7 +226,7 @@ class ModelDependencyGraph:
             removed = dict.fromkeys(blocks, tuple(removed))
         _check_names(self.adapter.name, axis, removed, blocks)
         indices = {
-            name: _check_indices(name, axis, removed[name], block.length)
+            name: check_indices(name, axis, removed[name], block.length)
             for name, block in blocks.items()
         }
         _check_equal(axis, indices)
@@ -372,19 +371,3 @@ def _check_equal(axis: str, indices: Mapping[str, Sequence[int]]) -> None:
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise SparseSSMError(f"every module must lose equally many {axis}, not {listed}")
-
-
-def _check_indices(name: str, axis: str, indices: Iterable[int], length: int) -> tuple[int, ...]:
-    try:
-        checked = sorted(operator.index(index) for index in indices)
-    except TypeError as error:
-        raise SparseSSMError(f"{name}: indices of {axis} must be whole numbers") from error
-    if not checked:
-        raise SparseSSMError(f"{name}: no indices of {axis} to remove; give at least one")
-    for index in (checked[0], checked[-1]):
-        if not 0 <= index < length:
-            raise SparseSSMError(f"{name}: {axis} has no index {index}; allowed: 0 to {length - 1}")
-    twice = [index for index, count in Counter(checked).items() if count > 1]
-    if twice:
-        raise SparseSSMError(f"{name}: index {twice[0]} of {axis} is given more than once")
-    return tuple(checked)

@@ -1,5 +1,7 @@
 """Entries removed from a module's tensors, and tensors put in the place of others."""
 
+import operator
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +9,8 @@ from typing import Any
 import torch
 from compressed_tensors.offload.cache import OffloadCache
 from torch import Tensor, nn
+
+from sparsessm_plugin.errors import SparseSSMError
 
 
 @dataclass(frozen=True)
@@ -94,3 +98,25 @@ def replace(module: nn.Module, name: str, tensor: Tensor) -> None:
     entries[leaf].requires_grad_(requires_grad)
     for key in order:
         entries[key] = entries.pop(key)
+
+
+def check_indices(name: str, axis: str, indices: Iterable[int], length: int) -> tuple[int, ...]:
+    """Indices of an axis in ascending order.
+
+    :param name: of what has the axis, for messages
+    :param length: of the axis
+    :raises SparseSSMError: they are none, no whole numbers, out of range, or given twice
+    """
+    try:
+        checked = sorted(operator.index(index) for index in indices)
+    except TypeError as error:
+        raise SparseSSMError(f"{name}: indices of {axis} must be whole numbers") from error
+    if not checked:
+        raise SparseSSMError(f"{name}: no indices of {axis} to remove; give at least one")
+    for index in (checked[0], checked[-1]):
+        if not 0 <= index < length:
+            raise SparseSSMError(f"{name}: {axis} has no index {index}; allowed: 0 to {length - 1}")
+    twice = [index for index, count in Counter(checked).items() if count > 1]
+    if twice:
+        raise SparseSSMError(f"{name}: index {twice[0]} of {axis} is given more than once")
+    return tuple(checked)
