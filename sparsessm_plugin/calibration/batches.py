@@ -189,6 +189,24 @@ def fix_batches(
     return batches.read_by(who)
 
 
+def before_reading(loader: Any, act: Callable[[], None]) -> None:
+    """Call a function whenever a loader is about to be iterated; :func:`give_back` undoes it.
+
+    :param loader: a DataLoader; with anything else nothing happens
+    """
+    if not isinstance(loader, DataLoader):
+        return
+    kind = type(loader)
+
+    def iterate(self: Any) -> Iterator[Any]:
+        act()
+        return iter(kind.__iter__(self))
+
+    before = getattr(kind, "_kind_before", kind)
+    members = {"__iter__": iterate, "_kind_before": before}
+    object.__setattr__(loader, "__class__", type(kind.__name__, (kind,), members))
+
+
 def give_back(data: Any) -> None:
     """Let a loader that serves drawn batches draw for itself again.
 

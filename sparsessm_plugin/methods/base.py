@@ -245,6 +245,10 @@ class MixerMethod(Generic[S]):
         self._pending = {adapter.name: adapter for adapter in adapters}
         self._mixers = len(adapters)
 
+    def prepare_again(self, model: nn.Module) -> None:
+        """As :meth:`prepare`, after other methods of a run have removed parts of the model."""
+        self.prepare(model)
+
     def begin(self, batches: CalibrationBatches | None) -> list[Watch]:
         """Start, now that the data is known.
 

@@ -221,6 +221,9 @@ class MixerRemoval(MixerMethod[S]):
                 )
         super().prepare(model)
 
+    def prepare_again(self, model: nn.Module) -> None:
+        super().prepare(model)  # scales of a later quantization are there, unset, by now
+
     # -- calibration -----------------------------------------------------------------
 
     def begin(self, batches: CalibrationBatches | None) -> list[Watch]:

@@ -29,6 +29,7 @@ from sparsessm_plugin.modifiers.lifecycle import (
     outputs_collected_again,
     outputs_not_collected,
     read_batches,
+    weight_shapes,
 )
 
 
@@ -58,6 +59,7 @@ class MethodModifier(Modifier):
     _method: Any = PrivateAttr(default=None)
     _batches: CalibrationBatches | None = PrivateAttr(default=None)
     _no_outputs: Callable[[], None] | None = PrivateAttr(default=None)
+    _prepared_for: Any = PrivateAttr(default=None)
 
     meaningless_fields: ClassVar[frozenset[str]] = MEANINGLESS
 
@@ -120,6 +122,7 @@ class MethodModifier(Modifier):
                 check_experts_of_session(state.model)
                 check_recipe("initialize", self, state.model)
                 self._method.prepare(state.model)
+                self._prepared_for = weight_shapes(state.model)
                 if self.reads_calibration_data:
                     self._batches = read_batches(who, state, kwargs.get("calib_data"))
             settings = self.model_dump(exclude={*Modifier.model_fields, "report_path"})
@@ -129,6 +132,8 @@ class MethodModifier(Modifier):
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         with self._released_on_error():
             check_recipe("calibration_start", self, state.model)
+            if weight_shapes(state.model) != self._prepared_for:
+                self._method.prepare_again(state.model)
             self._method.current_batch = lambda: state.current_batch_idx
             watched = self._method.begin(self._batches)
         if self._batches is not None and watched:

@@ -54,6 +54,7 @@ from sparsessm_plugin.modifiers.base import MethodModifier
 from sparsessm_plugin.modifiers.channel_removal import ChannelRemovalModifier
 from sparsessm_plugin.modifiers.gradient_magnitude import GradientMagnitudeModifier
 from sparsessm_plugin.modifiers.lifecycle import register_check
+from sparsessm_plugin.modifiers.model_removal import ModelRemovalModifier
 from sparsessm_plugin.modifiers.removal import RemovalModifier
 from sparsessm_plugin.modifiers.rules import RULES, Effects, Names, Rule
 from sparsessm_plugin.modifiers.sensitivity import SensitivitySparseGPTModifier
@@ -141,6 +142,14 @@ def _check_sizes(modifiers: Sequence[Any], model: nn.Module) -> None:
     """Refuse a removal that an earlier one leaves nothing to remove."""
     left: dict[str, int] = {}
     for modifier in modifiers:
+        if isinstance(modifier, ModelRemovalModifier) and _names(modifier.matching_mixers, model):
+            for axis, kept in modifier.kept_sizes(model).items():
+                if kept >= left.get(axis, kept + 1):
+                    raise SparseSSMError(
+                        f"{type(modifier).__name__} would keep {kept} {axis}, and an earlier one "
+                        f"leaves {left[axis]}; keep fewer, or leave one of them out"
+                    )
+                left[axis] = kept
         if not isinstance(modifier, RemovalModifier) or not _names(modifier.matching_mixers, model):
             continue
         adapter = find_mixers(model)[0]
@@ -208,6 +217,14 @@ def check_pass(modifier: Any, model: nn.Module) -> None:
                 f"{who}: {type(earlier).__name__} watches the same calibration pass and scales "
                 "what was seen of it; run one after the other, with pipeline independent"
             )
+    if isinstance(modifier, ModelRemovalModifier):
+        for other in modifiers:
+            if not isinstance(other, ModelRemovalModifier):
+                raise SparseSSMError(
+                    f"{who} changes the model when the calibration pass begins, and "
+                    f"{type(other).__name__} watches the same one; run one after the other, with "
+                    "pipeline independent"
+                )
     for later in modifiers[own + 1 :] if isinstance(modifier, RemovalModifier) else ():
         if modifier.distill_steps or isinstance(later, GradientMagnitudeModifier):
             when = "ends" if modifier.distill_steps else "begins"
@@ -346,6 +363,18 @@ def _of_removal(modifier: Any, model: nn.Module) -> Effects:
     )
 
 
+def _of_model_removal(modifier: Any, model: nn.Module) -> Effects:
+    if not _names(modifier.matching_mixers, model):
+        return Effects()
+    everything = frozenset(n for n in dict(model.named_parameters()) if ".experts." not in n)
+    return Effects(
+        changes=everything,
+        overwrites=everything if modifier.distill_steps else everything & modifier.written(model),
+        columns=everything if modifier.changes_inputs else _NONE,
+        own=True,
+    )
+
+
 def _of_gptq_with_zeros(modifier: Any, model: nn.Module) -> Effects:
     names = _weights(quantized_weights(modifier, model))
     return Effects(changes=names, grid=names)
@@ -393,6 +422,7 @@ _EFFECTS: tuple[tuple[type, Callable[[Any, nn.Module], Effects]], ...] = (
     (SensitivitySparseGPTModifier, _of_projections),
     (GradientMagnitudeModifier, _of_gradients),
     (RemovalModifier, _of_removal),
+    (ModelRemovalModifier, _of_model_removal),
     (SparseGPTQModifier, _of_gptq_with_zeros),
     (GPTQModifier, _of_gptq),
     (AutoRoundModifier, _of_gptq),

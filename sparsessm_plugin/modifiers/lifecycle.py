@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from compressed_tensors.offload import disable_onloading
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
 from torch import nn
 
 from sparsessm_plugin.calibration import CalibrationBatches, fix_batches
+from sparsessm_plugin.calibration.contexts import of_quantization
 from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.files import check_path, read_json
 
@@ -39,6 +41,13 @@ def note_ids(modifier: Modifier, state: State, batches: CalibrationBatches) -> N
     embeddings = _embeddings(state.model)
     if embeddings is not None:
         modifier.register_hook(embeddings, note, "forward_pre")
+
+
+def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight by name; no scales, which a quantization stage adds meanwhile."""
+    with disable_onloading():
+        named = list(model.named_parameters())
+    return {name: tuple(p.shape) for name, p in named if not of_quantization(name)}
 
 
 def check_new(modifier: Modifier) -> None:
