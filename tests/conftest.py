@@ -24,6 +24,7 @@ import torch
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BambaConfig,
     FalconH1Config,
     FalconMambaConfig,
@@ -554,6 +555,13 @@ def refused(sparsessm, tmp_path):
         return lines[-1]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The packaged checkpoint and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(DEMO).to(DEVICE).eval()
+    return model, AutoTokenizer.from_pretrained(DEMO)
 
 
 @pytest.fixture(scope="session")

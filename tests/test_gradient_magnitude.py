@@ -489,7 +489,9 @@ def test_a_model_without_a_loss():
     with pytest.raises(SparseSSMError, match=r"MambaModel returns no loss; give loss_fn"):
         directly(model.backbone, [{"input_ids": torch.zeros(2, 5).long()}])
     series = [{"series": torch.ones(2, 5, 3)}]
-    with pytest.raises(SparseSSMError, match=r"batch 1 holds series; a batch is a mapping .* with input_ids"):
+    with pytest.raises(
+        SparseSSMError, match=r"batch 1 holds series; a batch is a mapping .* with input_ids"
+    ):
         directly(model, series)
     for bad, message in (
         (lambda m, b: 1.0, "loss_fn returned a float"),

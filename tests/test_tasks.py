@@ -47,12 +47,6 @@ def data(tmp_path):
     return folder
 
 
-@pytest.fixture(scope="module")
-def demo():
-    model = AutoModelForCausalLM.from_pretrained(DEMO).to(DEVICE).eval()
-    return model, AutoTokenizer.from_pretrained(DEMO)
-
-
 def unbatched(model, context, continuation):
     """Log-likelihood of a continuation by the model's own forward, one sequence at a time."""
     ids = torch.tensor([context + continuation], device=model.device)
@@ -145,10 +139,10 @@ def test_local_tasks_score_what_their_definition_says(demo, data):
     model, tokenizer = demo
     assert local_task_names() == ["arc_easy_local", "blimp_local", "lambada_local", "piqa_local"]
     suite = load_tasks(local_task_names(), data)
-    assert suite.requests == 2 * 5 + 7 + 5 + 2
+    assert suite.requests_of(model, tokenizer) == 2 * 5 + 7 + 5 + 2
     done = []
     results = evaluate_tasks(model, tokenizer, suite, batch_size=5, progress=done.append)
-    assert sum(done) == suite.requests
+    assert sum(done) == suite.requests_of(model, tokenizer)
 
     for name, rows in (("piqa_local", CHOICES), ("arc_easy_local", CHOICES[1:])):
         right, by_length = choices_by_hand(model, tokenizer, rows)
@@ -210,7 +204,7 @@ def test_all_paradigms_of_the_folder_are_found(assets):
     suite = load_tasks(["blimp_local"], assets / "data", limit=1)
     files = list((assets / "data" / "blimp").glob("*.jsonl"))
     assert len(suite.loaded["tasks"]) == len(files) > 1
-    assert suite.requests == 2 * len(files)
+    assert sum(len(task.instances) for task in suite.loaded["tasks"].values()) == 2 * len(files)
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,10 @@ def compare(
         chosen[label] = (where, recipe.text)
         runs += [(label, seed) for seed in (numbers if recipe.reads_data else numbers[:1])]
     # only to find out now what would fail later
-    load_tasks(names, tasks_data, limit)
+    suite = load_tasks(names, tasks_data, limit, next(iter(texts.values()), None), text_field)
     vocab_size, tokenizer = vocab_size_of(skeleton), source.load_tokenizer()
+    if suite is not None:
+        suite.requests_of(skeleton, tokenizer)
     for where in (*texts.values(), *([] if calibration is None else [calibration])):
         windows_of(where, tokenizer, max_seq_length, vocab_size, text_field)
 

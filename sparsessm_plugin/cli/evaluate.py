@@ -66,7 +66,7 @@ def evaluate(
     allow_unused_tensors: Unused = False,
     verbose: Verbose = False,
 ) -> None:
-    """Perplexity over non-overlapping windows of texts, and lm-eval's tasks."""
+    """Perplexity over non-overlapping windows of texts, recall, and lm-eval's tasks."""
     quiet(verbose)
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval has a bar a task; ours says more
     texts, names = named(text or []), split_names("--tasks", tasks)
@@ -78,13 +78,15 @@ def evaluate(
     from sparsessm_plugin.files import write_json
     from sparsessm_plugin.recipes.pruning import versions
 
-    vocab_size = vocab_size_of(source.load_skeleton())
+    skeleton = source.load_skeleton()
+    vocab_size = vocab_size_of(skeleton)
     tokenizer = source.load_tokenizer()
     samples = {
         name: windows_of(where, tokenizer, max_seq_length, vocab_size, text_field)[:num_samples]
         for name, where in texts.items()
     }
-    suite = load_tasks(names, tasks_data, limit)
+    suite = load_tasks(names, tasks_data, limit, next(iter(texts.values()), None), text_field)
+    requests = 0 if suite is None else suite.requests_of(skeleton, tokenizer)
     loaded = source.load()
     report: dict[str, Any] = {
         "model": model,
@@ -109,7 +111,7 @@ def evaluate(
         from sparsessm_plugin.evaluation.tasks import evaluate_tasks
 
         started = time.perf_counter()
-        with progress("tasks", suite.requests) as advance:
+        with progress("tasks", requests) as advance:
             results = evaluate_tasks(loaded, tokenizer, suite, tasks_batch_size, advance)
         report["tasks"] = {name: result.to_dict() for name, result in results.items()}
         report["tasks_asked_for"] = list(suite.names)

@@ -54,12 +54,25 @@ def windows_of(
     return samples
 
 
-def load_tasks(names: list[str], data: Path | None, limit: int | None) -> Any:
+def load_tasks(
+    names: list[str],
+    data: Path | None,
+    limit: int | None,
+    text: str | None = None,
+    text_field: str = "text",
+) -> Any:
+    """The tasks of these names, None for none.
+
+    :param text: what recall reads
+    """
     if not names:
         return None
+    from sparsessm_plugin.evaluation.data import read_texts
+    from sparsessm_plugin.evaluation.recall import NAME
     from sparsessm_plugin.evaluation.tasks import load_tasks
 
-    return load_tasks(names, data, limit)
+    read = text is not None and NAME in names
+    return load_tasks(names, data, limit, read_texts(text, text_field) if read and text else None)
 
 
 def has_mixers(model: Any) -> bool:

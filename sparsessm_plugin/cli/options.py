@@ -43,8 +43,8 @@ BatchSize = Annotated[int, typer.Option(min=1, max=MOST, help="Windows a forward
 Tasks = Annotated[
     list[str] | None,
     typer.Option(
-        help="Tasks of lm-eval, or blimp_local, piqa_local, arc_easy_local, "
-        "lambada_local; with commas or repeated."
+        help="recall (of the first --text), tasks of lm-eval, or blimp_local, piqa_local, "
+        "arc_easy_local, lambada_local; with commas or repeated."
     ),
 ]
 TasksData = Annotated[

@@ -1,7 +1,8 @@
-"""Zero-shot tasks, run by lm-eval on a model in memory.
+"""Zero-shot tasks, run by lm-eval on a model in memory, and recall, which needs neither.
 
 Tasks are lm-eval's own, by name, where their data can be reached, and those of ``task_configs``,
 which read JSON lines from a folder and need no network. lm-eval is an optional dependency.
+``recall`` is made of the model's vocabulary and a text, see :mod:`.recall`.
 """
 
 import difflib
@@ -15,12 +16,24 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import yaml
 
 from sparsessm_plugin.errors import SparseSSMError, cut, shown
+from sparsessm_plugin.evaluation.data import tokenize
+from sparsessm_plugin.evaluation.recall import NAME as RECALL
+from sparsessm_plugin.evaluation.recall import (
+    SEQUENCES,
+    Probe,
+    Recalled,
+    evaluate_recall,
+    make_probes,
+    sequences_of,
+    vocabulary_of,
+)
 from sparsessm_plugin.families.fast_forward import fast_forward
 from sparsessm_plugin.files import parse_json
 
@@ -65,6 +78,8 @@ class Tasks:
     :param loaded: lm-eval's dictionary of tasks and groups
     :param limit: documents a task at most; None for all
     :param encodings: token ids of strings, by tokenizer
+    :param recall: whether recall is asked for
+    :param text: documents for the parts of recall that read one
     """
 
     names: tuple[str, ...]
@@ -73,11 +88,31 @@ class Tasks:
     encodings: WeakKeyDictionary[Any, dict[Any, list[int]]] = field(
         default_factory=WeakKeyDictionary
     )
+    recall: bool = False
+    text: list[str] | None = None
 
-    @property
-    def requests(self) -> int:
-        """Requests that one run makes of a model."""
-        return sum(len(task.instances) for task in self.loaded["tasks"].values())
+    def requests_of(self, model: Any, tokenizer: Any) -> int:
+        """Requests that one run makes of a model, which may be on the meta device.
+
+        :raises SparseSSMError: see :meth:`recall_probes`
+        """
+        of_tasks = sum(len(task.instances) for task in self.loaded.get("tasks", {}).values())
+        return of_tasks + sequences_of(self.recall_probes(model, tokenizer))
+
+    def recall_probes(self, model: Any, tokenizer: Any) -> list[Probe]:
+        """The sequences of recall for a model, none where it is not asked for.
+
+        :raises SparseSSMError: the model or the text is too short, or the vocabulary too small
+        """
+        if not self.recall:
+            return []
+        config = model.config.get_text_config()
+        return make_probes(
+            vocabulary_of(tokenizer, model.get_input_embeddings().num_embeddings),
+            None if self.text is None else tokenize(self.text, tokenizer),
+            getattr(config, "max_position_embeddings", None),
+            SEQUENCES if self.limit is None else min(self.limit, SEQUENCES),
+        )
 
 
 def local_task_names() -> list[str]:
@@ -89,18 +124,24 @@ def load_tasks(
     names: Iterable[str],
     data: str | os.PathLike[str] | None = None,
     limit: int | None = None,
+    text: list[str] | None = None,
 ) -> Tasks:
     """Load tasks and their data.
 
-    :param names: of lm-eval's tasks, groups and tags, or of :func:`local_task_names`
-    :param data: the folder that the latter read
-    :param limit: documents a task at most
+    :param names: of lm-eval's tasks, groups and tags, of :func:`local_task_names`, or ``recall``
+    :param data: the folder that the local ones read
+    :param limit: documents a task at most, sequences a probe and distance of recall
+    :param text: documents that recall reads; None for its random tokens alone
     :raises SparseSSMError: lm-eval is not installed, there is no such task, its data cannot
         be fetched, or the folder does not hold it
     """
+    asked_for = tuple(dict.fromkeys(names))
+    recall = RECALL in asked_for
+    names = [name for name in asked_for if name != RECALL]
+    if not names:
+        return Tasks(asked_for, {}, limit, recall=recall, text=text)
     _check_lm_eval()
 
-    names = tuple(dict.fromkeys(names))
     local = local_task_names()
     ours, theirs = [n for n in names if n in local], [n for n in names if n not in local]
     if ours and data is None:
@@ -109,7 +150,7 @@ def load_tasks(
     manager = _manager(bool(theirs))
     for name in theirs:
         if name not in manager.all_tasks:
-            close = difflib.get_close_matches(name, [*local, *manager.all_tasks], n=1)
+            close = difflib.get_close_matches(name, [RECALL, *local, *manager.all_tasks], n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise SparseSSMError(
                 f"no task {shown(name)}; {hint}from a folder: {', '.join(local)}; all others are "
@@ -125,7 +166,7 @@ def load_tasks(
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
         with _quiet_lm_eval():
             _build_requests(task, limit)
-    return Tasks(names, loaded, limit)
+    return Tasks(asked_for, loaded, limit, recall=recall, text=text)
 
 
 def evaluate_tasks(
@@ -148,6 +189,9 @@ def evaluate_tasks(
     :return: by name, groups and all tasks
     :raises SparseSSMError: the model computes NaN, or a score is not a finite number
     """
+    results = _recall(model, tokenizer, tasks, progress)
+    if not tasks.loaded:
+        return results
     from lm_eval.evaluator import evaluate
 
     from sparsessm_plugin.evaluation.harness import BatchedLM
@@ -168,10 +212,37 @@ def evaluate_tasks(
     finally:
         model.train(training)
     subtasks = found["group_subtasks"]
-    return {
+    return results | {
         name: _result(name, numbers, found["higher_is_better"].get(name, {}), subtasks)
         for name, numbers in found["results"].items()
     }
+
+
+def _recall(
+    model: Any, tokenizer: Any, tasks: Tasks, progress: Callable[[int], Any] | None
+) -> dict[str, TaskResult]:
+    probes = tasks.recall_probes(model, tokenizer)
+    if not probes:
+        return {}
+    by_name: dict[str, list[Recalled]] = {}
+    for each in evaluate_recall(model, probes, progress):
+        by_name.setdefault(each.name, []).append(each)
+    of_probes = {f"{RECALL}_{name}": _of_probe(found) for name, found in by_name.items()}
+    means = {f"{name}_loss": of_probes[f"{RECALL}_{name}"].metrics["loss"] for name in by_name}
+    answers = sum(result.samples for result in of_probes.values())
+    return {RECALL: TaskResult(answers, means, tuple(of_probes)), **of_probes}
+
+
+def _of_probe(found: list[Recalled]) -> TaskResult:
+    """Means over the distances of a probe, and the loss at each."""
+    metrics = {
+        "loss": Metric(fmean(each.loss for each in found), None, False),
+        "loss_unseen": Metric(fmean(each.loss_unseen for each in found), None, False),
+        "acc": Metric(fmean(each.accuracy for each in found), None, True),
+    }
+    for each in found:
+        metrics[f"loss_{each.distance}"] = Metric(each.loss, each.stderr, False)
+    return TaskResult(sum(each.answers for each in found), metrics)
 
 
 def read_local(files: Path, fields: list[str], **_: Any) -> dict[str, list[dict[str, Any]]]:
