@@ -12,7 +12,6 @@ evaluates on these and writes no result.
 import argparse
 import os
 import statistics
-import time
 from functools import partial
 from typing import Any
 
@@ -30,6 +29,7 @@ from sparsessm_plugin.families import MixerAdapter, find_mixers, get_tensor
 from sparsessm_plugin.methods.gradient import tuned_parameters
 from sparsessm_plugin.recipes import parse_recipe
 from sparsessm_plugin.recipes.pruning import ModelSource, prune
+from sparsessm_plugin.training.budget import Plan
 from sparsessm_plugin.training.gradients import mean_gradients
 from sparsessm_plugin.training.tuner import Tuner
 
@@ -258,11 +258,11 @@ def tuned(run: Run, result: Result) -> None:
 def seconds_a_step(run: Run) -> float:
     model: Any = run.source.load()
     batches = list(run.loader(PROBE_STEPS * run.options.batch_size, 0))
-    tuner = Tuner(model, tuned_parameters(model), batches, 2 * PROBE_STEPS, 1e-6)
-    tuner.take(PROBE_STEPS, {})  # compiles, allocates
-    started = time.perf_counter()
-    tuner.take(PROBE_STEPS, {})
-    return (time.perf_counter() - started) / PROBE_STEPS
+    tuner = Tuner(model, tuned_parameters(model), batches, Plan(2 * PROBE_STEPS, 0.0, 1e-6))
+    tuner.run({}, 1, 2)  # compiles, allocates
+    before = tuner.budget.seconds
+    tuner.run({}, 2, 2)
+    return (tuner.budget.seconds - before) / PROBE_STEPS
 
 
 def components(run: Run, result: Result) -> None:

@@ -1,10 +1,12 @@
 """What a run takes: seconds by stage, tokens, memory; and what to do where memory is short."""
 
+import os
 import re
 import resource
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,6 +129,22 @@ def has_room(device: torch.device, needed: int) -> bool:
     free += torch.cuda.memory_reserved(device) - allocated
     limit = total * torch.cuda.get_per_process_memory_fraction(device)
     return min(free, limit - allocated) - needed > limit / 2
+
+
+def memory_available() -> int:
+    """Bytes of main memory that this process can still take, as far as Linux tells.
+
+    The limit of a container counts where it is lower than what the machine has.
+    """
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")]
+    with suppress(OSError, ValueError, IndexError):
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        found = [1024 * int(text.partition("MemAvailable:")[2].split()[0])]
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # "max" is no number, and then there is no limit
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        found.append(limit - int((group / "memory.current").read_text(encoding="ascii")))
+    return max(0, min(found))
 
 
 def kept(tensor: Tensor) -> Tensor:

@@ -165,6 +165,27 @@ def reduce_sum(
     return sums
 
 
+def average(what: str, tensors: Sequence[Tensor]) -> None:
+    """Means over ranks, in place, in float32 and the same bits on every rank.
+
+    For what all ranks do equally often, such as gradient steps: they do not meet before it, and
+    one that is gone is noticed all the same.
+
+    :param what: for messages
+    :param tensors: of the same shapes on every rank
+    :raises RanksError: a rank has failed or died
+    """
+    if not is_distributed():
+        return
+    for bucket in _buckets(list(tensors)):
+        packed = torch.cat([t.reshape(-1).to(_device(), torch.float32) for t in bucket])
+        _finish(what, dist.reduce(packed, dst=0, async_op=True))
+        _finish(what, dist.broadcast(packed, src=0, async_op=True))
+        packed /= world_size()
+        for t, part in zip(bucket, packed.split([t.numel() for t in bucket]), strict=True):
+            t.copy_(part.view(t.shape))
+
+
 def reduce_fields(what: str, statistics: Any, to: int | None = None) -> None:
     """:func:`reduce_sum` of all tensors that an object holds as attributes, in place."""
     held = {n: v for n, v in vars(statistics).items() if v is None or isinstance(v, Tensor)}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from sparsessm_plugin.errors import SparseSSMError
 
@@ -62,13 +62,22 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
     :raises SparseSSMError: the file cannot be written
     """
+    write_through(path, lambda file: file.write(content))
+
+
+def write_through(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
+    """:func:`write_bytes` for what is not in memory as a whole.
+
+    :param write: writes the content into the open file that it is given
+    :raises SparseSSMError: the file cannot be written
+    """
     target = Path(path)
     partial = None
     try:
         _remove_left_over(target)
         with _claimed(target, _create_file) as (partial, handle):
             with os.fdopen(handle, "wb", closefd=False) as file:
-                file.write(content)
+                write(file)
             os.fsync(handle)
             os.replace(partial, target)
             _sync_directory(target.parent)

@@ -22,11 +22,9 @@ from torch.nn import functional as F
 from sparsessm_plugin import ChannelRemovalModifier, StateRemovalModifier
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import find_mixers
-from sparsessm_plugin.training.distillation import (
-    Distillation,
-    divergences,
-    mixer_parameters,
-)
+from sparsessm_plugin.training.budget import Plan
+from sparsessm_plugin.training.distillation import Distillation, mixer_parameters
+from sparsessm_plugin.training.divergence import divergences
 
 
 def last(**fields):
@@ -46,14 +44,14 @@ def test_divergences_agree_with_torch():
 def test_the_fit_comes_closer_to_the_dense_model(family):
     dense, model = (tiny_model(family).to(DEVICE) for _ in range(2))
     ready = batches(2, 2, 12, padded=True)
-    distillation = Distillation(model, ready, "this")
+    distillation = Distillation(model, ready, "this", Plan(20, 0.0, 1e-3))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in mixer_parameters(model).values():
             noise = torch.randn(parameter.shape, generator=generator).to(DEVICE)
             parameter += 0.5 * parameter.norm() / parameter.numel() ** 0.5 * noise
         before = divergence_from(dense, model, ready)
-        found = distillation.fit(model, 20, 1e-3)
+        found = distillation.fit(model)
     assert found.divergence_before == pytest.approx(before, rel=1e-3)
     assert found.divergence_after < 0.9 * before
     after = divergence_from(dense, model, ready)
@@ -117,7 +115,7 @@ def test_factor_between_head_and_logits_is_found(family, factor):
     }
     model = tiny_model(family, **changes.get(family, {})).to(DEVICE)
     distillation = Distillation(model, batches(1, 1, 8), "this")
-    assert distillation._scale == pytest.approx(factor(model.config), rel=1e-3)
+    assert distillation._head.scale == pytest.approx(factor(model.config), rel=1e-3)
     assert distillation.divergence(model) == pytest.approx(0, abs=1e-6)
 
 

@@ -14,7 +14,7 @@ from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration.contexts import undisturbed
 from sparsessm_plugin.calibration.finite import is_finite
 from sparsessm_plugin.calibration.replay import Replay
-from sparsessm_plugin.training.distillation import divergences
+from sparsessm_plugin.training.divergence import divergences
 
 _ROWS, _LENGTH = 4, 256  # of the data that predictions are looked at with
 _TOGETHER = 8  # changes of one layer whose effects are computed in one batch

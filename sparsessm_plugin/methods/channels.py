@@ -52,7 +52,7 @@ class ChannelSettings(RemovalSettings):
     def watches_data(self) -> bool:
         """Whether channels are chosen or weights fitted by what enters the mixers."""
         data_free = not CHANNEL_CRITERIA[self.saliency].needs_data and self.compensate == []
-        return not data_free or bool(self.distill_steps)
+        return not data_free or self.distills
 
     def axis_of(self, adapter: MixerAdapter) -> str:
         """The axis to shrink in a mixer."""

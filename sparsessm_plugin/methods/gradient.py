@@ -33,6 +33,7 @@ from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.families import MixerAdapter, check_not_quantized, find_mixers
 from sparsessm_plugin.families.prunable import PrunableWeight, prunable_weights, vocabulary_names
 from sparsessm_plugin.methods.base import MethodResult, MixerMethod, TargetSettings, Total, Watch
+from sparsessm_plugin.methods.distilling import TuneSettings
 from sparsessm_plugin.methods.run import run
 from sparsessm_plugin.selection.masks import check_sparsity
 from sparsessm_plugin.training.distillation import Distillation
@@ -46,7 +47,7 @@ from sparsessm_plugin.training.non_finite import NonFiniteGradients
 from sparsessm_plugin.training.tuner import Tuner
 
 
-class GradientSettings(TargetSettings):
+class GradientSettings(TargetSettings, TuneSettings):
     """The fields of :class:`sparsessm_plugin.GradientMagnitudeModifier`, which describes them."""
 
     sparsity: float
@@ -56,7 +57,6 @@ class GradientSettings(TargetSettings):
     gradient_power: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
     scope: Literal["global", "per_layer", "per_kind"] = "global"
     min_keep: float = Field(default=0.01, ge=0.0, lt=1.0)
-    distill_steps: int = Field(default=0, ge=0)
     distill_loss: Literal["labels", "dense"] = "labels"
     distill_learning_rate: float = Field(default=2e-4, gt=0.0, allow_inf_nan=False)
     calibration_batches: int | None = Field(default=None, ge=1)
@@ -71,7 +71,7 @@ class GradientSettings(TargetSettings):
     @property
     def reads_data(self) -> bool:
         """Whether there are gradients to gather or steps to take."""
-        return self.saliency != "magnitude" or self.distill_steps > 0
+        return self.saliency != "magnitude" or self.distills
 
     @field_validator("sparsity")
     @classmethod
@@ -92,8 +92,10 @@ class GradientSettings(TargetSettings):
                 )
         elif self.gradient_power is None:
             self.gradient_power = 1.0
-        if self.distill_loss == "dense" and not self.distill_steps:
-            raise ValueError("distill_loss 'dense' has no meaning without distill_steps")
+        if self.distill_loss == "dense" and not self.distills:
+            raise ValueError(
+                "distill_loss 'dense' has no meaning without distill_steps or distill_minutes"
+            )
         if self.distill_loss == "dense" and self.loss_fn is not None:
             raise ValueError(
                 "distill_loss 'dense' compares predictions of tokens; loss_fn must be None"
@@ -269,7 +271,7 @@ class GradientPruning(MixerMethod[GradientSettings]):
         zero_before = {name: int(mask.sum()) for name, mask in pruned.items()}
         start = sum(zero_before.values()) / sum(mask.numel() for mask in pruned.values())
         tuner, others = None, {}
-        if settings.distill_steps:
+        if settings.distills:
             tuner = self._tuner(model, batches)
             # what an earlier method has pruned outside of the targets stays so, too
             known = _prunable(model)
@@ -303,8 +305,9 @@ class GradientPruning(MixerMethod[GradientSettings]):
 
     def _tune(self, tuner: Tuner, done: int, pruned: dict[str, Tensor]) -> tuple[float, bool]:
         """The loss along the steps after a round, and whether they were taken back."""
-        steps, rate = self.settings.distill_steps, self.settings.distill_learning_rate
-        tuned = tuner.run(steps, pruned)
+        rate, before = self.settings.distill_learning_rate, tuner.budget.done
+        tuned = tuner.run(pruned, done, self.settings.rounds)
+        steps = tuner.budget.done - before
         if tuned.diverged:
             logger.warning(
                 f"round {done}: {steps} steps at learning rate {rate:g} did not lower the loss "
@@ -315,8 +318,9 @@ class GradientPruning(MixerMethod[GradientSettings]):
 
     def _tuner(self, model: Any, batches: Sequence[Any]) -> Tuner:
         parameters, loss_fn = tuned_parameters(model), self.settings.loss_fn
+        plan = self.settings.plan(self.settings.rounds)
         if self.settings.distill_loss == "dense":
-            distillation = Distillation(model, batches, "distill_loss: dense")
+            distillation = Distillation(model, batches, "distill_loss: dense", plan)
             batches, loss_fn = distillation.batches, distillation.loss
             # it reads what the dense model gave to the head, which stays as it is
             head = {id(p) for p in model.get_output_embeddings().parameters()}
@@ -325,8 +329,8 @@ class GradientPruning(MixerMethod[GradientSettings]):
             model,
             parameters,
             batches,
-            self.settings.rounds * self.settings.distill_steps,
-            self.settings.distill_learning_rate,
+            plan,
+            self.who,
             loss_fn=loss_fn,
             non_finite=self._non_finite,
         )

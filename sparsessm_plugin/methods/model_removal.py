@@ -67,7 +67,8 @@ class ModelRemoval(MixerMethod[S]):
 
     All is done when calibration begins, in passes of its own over the model, which is held on
     the device where it computes. Subclasses implement :meth:`remove`, which chooses, fits and
-    calls :meth:`prune`. With ``distill_steps`` what remains is then fitted to what the dense
+    calls :meth:`prune`. With ``distill_steps`` or
+    ``distill_minutes`` what remains is then fitted to what the dense
     model predicted for the calibration data.
 
     Attributes: ``resizing``, a context around the model's change, set by whoever drives it;
@@ -143,14 +144,11 @@ class ModelRemoval(MixerMethod[S]):
 
     def dense_predictions(self) -> Distillation | None:
         """What the distillation needs of the dense model; None where no steps are asked for."""
-        if not self.settings.distill_steps:
-            return None
-        return Distillation(self._model, self.batches, "distill_steps")
+        return self.settings.distillation(self._model, self.batches)
 
     def distill(self, distillation: Distillation) -> Distilled:
         """Fit what remains to the dense predictions."""
-        settings = self.settings
-        return distillation.fit(self._model, settings.distill_steps, settings.distill_learning_rate)
+        return self.settings.distill(distillation, self._model)
 
     # -- which models ----------------------------------------------------------------
 
@@ -227,7 +225,7 @@ class ModelRemoval(MixerMethod[S]):
         if settings.reads_data:
             used = self.batches[: settings.calibration_batches]
             self._count(used)
-        if settings.distill_steps:
+        if settings.distills:
             with self.cost.stage("dense predictions"):
                 self._distillation = self.dense_predictions()
         with self.resizing(model), self.cost.stage("remove"):

@@ -19,7 +19,8 @@ from sparsessm_plugin.dependency_graph import MixerDependencyGraph, apply_config
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import MixerAdapter
 from sparsessm_plugin.families.config_levels import language_field
-from sparsessm_plugin.methods.base import MethodResult, MethodSettings, MixerMethod, Watch
+from sparsessm_plugin.methods.base import MethodResult, MixerMethod, Watch
+from sparsessm_plugin.methods.distilling import DistillSettings
 from sparsessm_plugin.selection.masks import check_sparsity
 from sparsessm_plugin.training.distillation import Distillation, Distilled
 
@@ -27,14 +28,12 @@ from sparsessm_plugin.training.distillation import Distillation, Distilled
 _TOKENS_PER_CHANNEL = 16
 
 
-class RemovalSettings(MethodSettings):
+class RemovalSettings(DistillSettings):
     """The fields that say how much is removed, over which batches, and how long it is distilled."""
 
     keep: int | None = None
     sparsity: float | None = None
     calibration_batches: int | None = Field(default=None, ge=1)
-    distill_steps: int = Field(default=0, ge=0)
-    distill_learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
 
     @field_validator("sparsity")
     @classmethod
@@ -152,10 +151,10 @@ class MixerRemoval(MixerMethod[S]):
     one. Only then is the mixer of the model changed, over its dependency graph. Once all
     mixers are, the model's config follows.
 
-    With ``distill_steps`` the mixers of the smaller model are then fitted, all together, to what
-    the dense model predicted for the calibration data. No labels; the one thing here that
-    looks beyond a layer, and slow on a CPU. It gains from much more text than a layer's fit,
-    which ``calibration_batches`` leaves with less.
+    With ``distill_steps`` or ``distill_minutes`` the weights of the smaller model are then fitted,
+    all together, to what the dense model predicted for the calibration data. No labels; the one
+    thing here that looks beyond a layer, and slow on a CPU. It gains from much more text than a
+    layer's fit, which ``calibration_batches`` leaves with less.
 
     Attributes: ``resizing``, a context around each mixer's change, set by whoever drives it;
     ``config_fields``, what the config says once all mixers are changed.
@@ -228,9 +227,9 @@ class MixerRemoval(MixerMethod[S]):
 
     def begin(self, batches: CalibrationBatches | None) -> list[Watch]:
         watched = super().begin(batches)
-        if self.settings.distill_steps:
+        if self.settings.distills:
             with self.cost.stage("dense predictions"):
-                self._distillation = Distillation(self._model, self.batches, "distill_steps")
+                self._distillation = self.settings.distillation(self._model, self.batches)
         return watched
 
     def observe(
@@ -301,9 +300,7 @@ class MixerRemoval(MixerMethod[S]):
         if self._distillation is not None:
             self._distilling = True
             with self.released_on_error(), self.cost.stage("distill"):
-                self._distilled = self._distillation.fit(
-                    self._model, self.settings.distill_steps, self.settings.distill_learning_rate
-                )
+                self._distilled = self.settings.distill(self._distillation, self._model)
             self._distilling = False
 
     def result(self) -> RemovalResult:

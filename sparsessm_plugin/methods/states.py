@@ -77,7 +77,7 @@ class StateSettings(RemovalSettings):
     def watches_data(self) -> bool:
         """Whether states are chosen or weights fitted by what enters the mixers."""
         data_free = not STATE_CRITERIA[self.saliency].needs_data and self.compensate == []
-        return not data_free or bool(self.distill_steps)
+        return not data_free or self.distills
 
     def kept(self, state_size: int) -> int:
         """How many of the states of a group stay."""

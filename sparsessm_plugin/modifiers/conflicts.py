@@ -62,7 +62,7 @@ from sparsessm_plugin.modifiers.sparse_gptq import SparseGPTQModifier, check_qua
 from sparsessm_plugin.modifiers.sparsessm import SparseSSMModifier
 from sparsessm_plugin.modifiers.state_removal import StateRemovalModifier
 from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure
-from sparsessm_plugin.training.distillation import mixer_parameters
+from sparsessm_plugin.training.distillation import fitted_parameters, mixer_parameters
 
 # What a removal writes new values into, by what it fits again; reconstruct depends on the family.
 _FITTED = {
@@ -226,9 +226,8 @@ def check_pass(modifier: Any, model: nn.Module) -> None:
                     "pipeline independent"
                 )
     for later in modifiers[own + 1 :] if isinstance(modifier, RemovalModifier) else ():
-        if modifier.distill_steps or isinstance(later, GradientMagnitudeModifier):
-            when = "ends" if modifier.distill_steps else "begins"
-            acts = who if modifier.distill_steps else type(later).__name__
+        if modifier.distills or isinstance(later, GradientMagnitudeModifier):
+            when, acts = ("ends", who) if modifier.distills else ("begins", type(later).__name__)
             raise SparseSSMError(
                 f"{who}: {type(later).__name__} watches the same calibration pass, and {acts} "
                 f"changes all weights when it {when}; run one after the other, with pipeline "
@@ -334,7 +333,7 @@ def _of_gradients(modifier: Any, model: nn.Module) -> Effects:
     names = _NONE
     with suppress(SparseSSMError):  # does not fit this model, which is said elsewhere
         names = frozenset(w.parameter_name for w in modifier.matching_weights(model))
-    tuned = frozenset(tuned_parameters(model)) if modifier.distill_steps and names else _NONE
+    tuned = frozenset(tuned_parameters(model)) if modifier.distills and names else _NONE
     return Effects(changes=names | tuned, pruned=names, own=True)
 
 
@@ -355,9 +354,10 @@ def _of_removal(modifier: Any, model: nn.Module) -> Effects:
                 }
         inputs = ("x_proj.weight", "out_proj.weight") if modifier.changes_inputs else ("A_log",)
         columns |= {_parameter(adapter, own) for own in inputs}
+    tuned = frozenset(fitted_parameters(model, modifier.distilled_weights))
     return Effects(
-        changes=everything,
-        overwrites=everything if modifier.distill_steps else everything & written,
+        changes=everything | tuned,
+        overwrites=everything & written | tuned,
         columns=everything & columns,
         own=True,
     )
@@ -369,7 +369,7 @@ def _of_model_removal(modifier: Any, model: nn.Module) -> Effects:
     everything = frozenset(n for n in dict(model.named_parameters()) if ".experts." not in n)
     return Effects(
         changes=everything,
-        overwrites=everything if modifier.distill_steps else everything & modifier.written(model),
+        overwrites=everything if modifier.distills else everything & modifier.written(model),
         columns=everything if modifier.changes_inputs else _NONE,
         own=True,
     )

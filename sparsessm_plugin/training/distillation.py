@@ -1,18 +1,17 @@
 """Fit a model that has become smaller to what the dense one predicted, without labels."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import patch_attr
 from loguru import logger
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration.contexts import of_quantization, undisturbed
@@ -20,15 +19,23 @@ from sparsessm_plugin.calibration.finite import is_finite
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import iter_mixers
 from sparsessm_plugin.families.fast_forward import fast_forward
-from sparsessm_plugin.training.gradients import on_compute_device, to_device
+from sparsessm_plugin.progress import Stage, clock
+from sparsessm_plugin.training.budget import Plan
+from sparsessm_plugin.training.dense import DenseStates, Head, real_positions
+from sparsessm_plugin.training.divergence import MeanDivergence, rows_at_once
+from sparsessm_plugin.training.gradients import on_compute_device, positions, to_device
 from sparsessm_plugin.training.non_finite import NonFiniteError, first_non_finite
+from sparsessm_plugin.training.resume import ResumeFile
 from sparsessm_plugin.training.tuner import Tuner
 
-_DENSE = "dense_hidden_states"  # in a batch: (b, L, hidden_size) what the dense head multiplied
+Weights = Literal["mixers", "all", "all_but_vocabulary"]
+
+# In a batch: (tokens, hidden_size) what the dense head multiplied, padding left out; what that is
+# to be multiplied by; and which positions (tokens,) of the batch these are, None if all.
+_DENSE, _SCALES, _REAL = "dense_hidden_states", "dense_scales", "real_positions"
 # How far the logits may be from a multiple of what the head gives, relative, in any dtype.
 _MULTIPLE = 0.02
-# Logits that are turned to float32 at once: 256 MB, and several times that for what becomes of it.
-_LOGITS = 2**26
+_COMPARED = 512  # tokens by which that is seen
 # Batches whose divergence is measured before and after a fit; more say nothing new.
 _MEASURED = 32
 
@@ -41,92 +48,132 @@ class Distilled:
     :param divergence_before: from the dense predictions, nats a token
     :param divergence_after: likewise, of what the steps made, taken back or not
     :param diverged: whether the steps were taken back
+    :param passes: how often the text was read
+    :param seconds: that the steps took
     """
 
     steps: int
     divergence_before: float
     divergence_after: float
     diverged: bool
+    passes: float = 0.0
+    seconds: float = 0.0
 
 
 class Distillation:
-    """What the dense model predicts for the calibration data, and a fit of the mixers to it.
+    """What the dense model predicts for the calibration data, and a fit of a smaller one to it.
 
-    Kept are the inputs of the head, tokens x hidden_size numbers in main memory, since the head
-    itself does not change.
+    Kept are the inputs of the head, see :class:`DenseStates`, and the head as it is, so that the
+    smaller model may have another.
 
-    Attributes: ``batches``, those of the data with what the dense model makes of them; read by
-    :meth:`loss`.
+    Attributes: ``batches``, those of the data that the plan can come to, with what the dense model
+    makes of them; read by :meth:`loss`.
 
     :param model: dense, with its language head; all weights on one device
     :param data: batches that can be read again
     :param who: asks for it, for messages: a field and, where that is one, its value
+    :param plan: how long and how fast a later :meth:`fit` is
+    :param resume: where a fit that is interrupted leaves what a later run goes on from
     :raises NonFiniteError: predictions that are NaN or infinite
     :raises SparseSSMError: no language head, weights on several devices, or logits that are no
         multiple of what the head gives
     """
 
-    def __init__(self, model: Any, data: Any, who: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        data: Sequence[Any],
+        who: str,
+        plan: Plan | None = None,
+        resume: ResumeFile | None = None,
+    ) -> None:
         head = model.get_output_embeddings()
         if head is None:
             raise SparseSSMError(
                 f"{who}: it needs a language head, and {type(model).__name__} has none"
             )
         self._who = who
-        self._scale = 1.0
-        self.batches: list[dict[str, Any]] = []
-        inputs: list[Tensor] = []
-        handle = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-        try:
-            with _in_place(who, model) as device:
-                for number, batch in enumerate(data, 1):
-                    ready = to_device(batch, device)
-                    logits = self._logits(model, ready)
-                    hidden_states = inputs.pop()
-                    if not _real_are_finite(logits, ready):
-                        where = first_non_finite(model, partial(self._logits, model, ready))
-                        raise NonFiniteError(
-                            f"{who}: NaN or infinite values in what the dense model predicts for "
-                            f"batch {number}, which begin in {where}; nothing was changed"
-                        )
-                    if not self.batches:
-                        self._scale = _logit_scale(who, logits[:1], head(hidden_states[:1]))
-                        inputs.clear()
-                    self.batches.append({**batch, _DENSE: hidden_states.cpu()})
-        finally:
-            handle.remove()
+        self._plan = plan or Plan()
+        self._resume = resume
+        if self._plan.steps and not self._plan.minutes:
+            data = data[: max(self._plan.steps, _MEASURED)]
+        real = [real_positions(batch, positions(batch)) for batch in data]
+        counts = [
+            positions(batch) if where is None else len(where)
+            for batch, where in zip(data, real, strict=True)
+        ]
+        states: DenseStates | None = None
+        with _in_place(who, model) as device, Stage(f"{who}, dense model", len(data)) as stage:
+            for number, batch in enumerate(data):
+                ready = to_device(batch, device)
+                found = _head_inputs(model, ready, logits=states is None)
+                hidden_states = _chosen(found[0], real[number])
+                finite = is_finite(hidden_states)
+                if states is None and finite:
+                    logits = _chosen(found[1], real[number])
+                    self._head = _dense_head(who, model, hidden_states, logits)
+                if not finite or not self._are_finite(hidden_states):
+                    where = first_non_finite(model, partial(_logits, model, ready))
+                    raise NonFiniteError(
+                        f"{who}: NaN or infinite values in what the dense model predicts for "
+                        f"batch {number + 1}, which begin in {where}; nothing was changed"
+                    )
+                if states is None:
+                    width, dtype = hidden_states.shape[-1], hidden_states.dtype
+                    states = DenseStates(counts, width, dtype, device, who)
+                states.put(number, hidden_states)
+                stage.advance()
+            if states is None:
+                raise SparseSSMError(f"{who} needs calibration data: there is no batch")
+        self.batches = _WithDense(data, states, real)
 
-    @staticmethod
-    def _logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
-        return model(**_inputs(batch)).logits
+    def _are_finite(self, hidden_states: Tensor) -> bool:
+        """Whether predictions are numbers."""
+        each = [
+            self._head.logits(rows).sum(dtype=torch.float64)
+            for rows in hidden_states.split(rows_at_once(len(self._head.weight)))
+        ]
+        return is_finite(torch.stack(each)) if each else True
 
-    def fit(self, model: Any, steps: int, learning_rate: float) -> Distilled:
-        """Gradient steps on all weights of all mixers; taken back if they do not help.
+    def fit(self, model: Any, weights: Weights = "mixers") -> Distilled:
+        """Gradient steps as planned; taken back if they do not help.
 
         :param model: the model as it is now
-        :param steps: of Adam, a batch each
-        :param learning_rate: the highest
-        :raises SparseSSMError: the model's predictions are no numbers
+        :param weights: which are fitted
+        :raises SparseSSMError: the model's predictions are no numbers, or the file to go on from
+            is of another run
         """
-        with _in_place(self._who, model):
+        plan = self._plan
+        with _in_place(self._who, model) as device:
+            self._head = self._head.to(device)
             tuner = Tuner(
                 model,
-                mixer_parameters(model),
+                fitted_parameters(model, weights),
                 self.batches,
-                steps,
-                learning_rate,
+                plan,
+                self._who,
                 loss_fn=self.loss,
                 measure=partial(self.divergence, model),
+                resume=self._resume,
             )
             with torch.enable_grad():
-                found = tuner.run(steps, {})
+                found = tuner.run({})
+        steps = tuner.budget.done
+        asked = f"{steps} steps" if plan.steps else f"{clock(60 * plan.minutes)} minutes of steps"
         if found.diverged:
             logger.warning(
-                f"{self._who}: {steps} steps at learning rate {learning_rate:g} did not lower the "
+                f"{self._who}: {asked} at learning rate {plan.learning_rate:g} did not lower the "
                 f"divergence of the predictions ({found.before:.4g} before, {found.after:.4g} "
                 "after); the weights are what they were before the steps"
             )
-        return Distilled(steps, found.before, found.after, found.diverged)
+        return Distilled(
+            steps,
+            found.before,
+            found.after,
+            found.diverged,
+            round(steps / len(self.batches), 2),
+            round(tuner.budget.seconds, 2),
+        )
 
     def divergence(self, model: Any) -> float:
         """Mean Kullback-Leibler divergence from the dense predictions, nats a token.
@@ -135,59 +182,75 @@ class Distillation:
         """
         total = count = 0.0
         device = next(model.parameters()).device
-        with fast_forward(model):
+        self._head = self._head.to(device)
+        with fast_forward(model), torch.no_grad():
             for batch in self.batches[:_MEASURED]:
                 batch = to_device(batch, device)
-                each = self._divergences(model, batch)
-                total += float(torch.stack([row.double().sum() for row in each]).sum())
-                count += sum(row.numel() for row in each)
+                tokens = len(batch[_DENSE])
+                total += float(self.loss(model, batch)) * tokens
+                count += tokens
         total, count = distributed.total("divergence of the predictions", total, count)
         return total / max(count, 1.0)
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
         """Mean divergence of one of ``batches``, nats a token, to be differentiated.
 
-        :param model: of the same head as the dense one
+        :param model: on one device, perhaps with another head than the dense one
         :param batch: on the model's device
         """
-        return torch.cat(self._divergences(model, batch)).mean()
-
-    def _divergences(self, model: Any, batch: Mapping[str, Any]) -> list[Tensor]:
-        """(tokens,) of a few rows each, padding left out."""
-        logits = model(**_inputs(batch)).logits
-        mask = batch.get("attention_mask")
         head, dense = model.get_output_embeddings(), batch[_DENSE]
-        # float32 logits of a whole batch may be large
-        rows = max(1, _LOGITS // logits[0].numel())
-        each = []
-        for start in range(0, len(logits), rows):
-            part = slice(start, start + rows)
-            found = checkpoint(
-                self._part,
-                head,
-                dense[part],
-                logits[part],
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            each.append(found.flatten() if mask is None else found[mask[part].bool()])
-        return each
-
-    def _part(self, head: Any, hidden_states: Tensor, logits: Tensor) -> Tensor:
-        with torch.no_grad():
-            reference = self._scale * head(hidden_states)
-        return divergences(reference, logits)
+        hidden_states = _chosen(_head_inputs(model, batch)[0], batch[_REAL])
+        if batch[_SCALES] is not None:
+            dense = dense.float() * batch[_SCALES]
+        bias = getattr(head, "bias", None)
+        return MeanDivergence.apply(
+            hidden_states, head.weight, bias, self._head.scale, dense, self._head
+        )
 
 
-def divergences(reference: Tensor, logits: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of two predictions of every token, in nats.
+class _WithDense(Sequence[Any]):
+    """Batches with what the dense model makes of them, fetched when they are read."""
 
-    :param reference: (..., vocabulary) logits
-    :param logits: (..., vocabulary)
-    :return: (...) float32
+    def __init__(
+        self, data: Sequence[Any], states: DenseStates, real: Sequence[Tensor | None]
+    ) -> None:
+        self.states = states
+        self._data = data
+        self._real = real
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        rows, scales = self.states.of(index)
+        return {**self._data[index], _DENSE: rows, _SCALES: scales, _REAL: self._real[index]}
+
+
+def fitted_parameters(model: nn.Module, weights: Weights | None) -> dict[str, nn.Parameter]:
+    """The floating-point weights of a model that are fitted, by name; no scales of quantization.
+
+    :param weights: ``mixers``: all of all mixers; ``all``; ``all_but_vocabulary``: not those that
+        embed or predict tokens; None: none
     """
-    expected, found = (x.float().log_softmax(-1) for x in (reference, logits))
-    return (expected.exp() * (expected - found)).sum(-1)
+    if weights is None:
+        return {}
+    if weights == "mixers":
+        return mixer_parameters(model)
+    left_out: set[int] = set()
+    if weights == "all_but_vocabulary":
+        ends: Any = model
+        for module in (ends.get_input_embeddings(), ends.get_output_embeddings()):
+            left_out |= {id(p) for p in module.parameters()}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+        and not of_quantization(name)
+        and id(parameter) not in left_out
+    }
 
 
 def mixer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -200,15 +263,55 @@ def mixer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _real_are_finite(logits: Tensor, batch: Mapping[str, Any]) -> bool:
-    """Whether predictions are numbers, wherever no padding is."""
-    mask = batch.get("attention_mask")
-    return is_finite(logits) or (mask is not None and is_finite(logits[mask.bool()]))
-
-
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What the model needs for its logits; from labels it would make a loss, too."""
-    return {k: v for k, v in batch.items() if k not in (_DENSE, "labels")}
+    ours = (_DENSE, _SCALES, _REAL, "labels")
+    return {k: v for k, v in batch.items() if k not in ours}
+
+
+def _logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    logits: Tensor = model(**_inputs(batch)).logits
+    return logits
+
+
+def _head_inputs(
+    model: Any, batch: Mapping[str, Any], logits: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(b, L, hidden_size) what the head multiplies, and what the model returns as logits.
+
+    :param logits: whether these are wanted; otherwise they, which are large, are not made
+    """
+    head, found = model.get_output_embeddings(), []
+    own = head.forward
+
+    def take(hidden_states: Tensor) -> Tensor:
+        found.append(hidden_states)
+        return own(hidden_states) if logits else hidden_states
+
+    with patch_attr(head, "forward", take):
+        returned = _logits(model, batch)
+    return found[-1], returned
+
+
+def _chosen(hidden_states: Tensor, real: Tensor | None) -> Tensor:
+    """(tokens, hidden_size) of (b, L, hidden_size), padding left out."""
+    rows = hidden_states.flatten(0, -2)
+    return rows if real is None else rows.index_select(0, real.to(rows.device))
+
+
+def _dense_head(who: str, model: Any, hidden_states: Tensor, logits: Tensor) -> Head:
+    """A copy of the model's head, with the factor between it and the logits.
+
+    :param hidden_states: (tokens, hidden_size) what it multiplied
+    :param logits: (tokens, vocabulary) of the model
+    """
+    head, logits = model.get_output_embeddings(), logits[:_COMPARED]
+    scale = 1.0
+    if is_finite(logits):  # what is not is refused with its place
+        scale = _logit_scale(who, logits, head(hidden_states[:_COMPARED]))
+    bias = getattr(head, "bias", None)
+    weight = head.weight.detach().clone()
+    return Head(weight, None if bias is None else bias.detach().clone(), scale)
 
 
 @contextmanager

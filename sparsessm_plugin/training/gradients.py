@@ -39,7 +39,10 @@ _TRAINING = 20
 
 @contextmanager
 def differentiable(
-    model: nn.Module, parameters: Iterable[nn.Parameter], positions: int | None = None
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    positions: int | None = None,
+    checkpointing: bool | None = None,
 ) -> Iterator[None]:
     """Let a loss of the model be differentiated for these parameters and no others.
 
@@ -49,7 +52,10 @@ def differentiable(
     :param model: any model with state-space mixers
     :param parameters: of the model, floating point
     :param positions: of a batch, at most; None if that is not known
+    :param checkpointing: whether layers are computed twice; None where the memory decides
     """
+    if checkpointing is None:
+        checkpointing = positions is None or not _keeps_layers(model, positions)
     wanted = {id(p) for p in parameters}
     everything = list(model.parameters())
     flags = [p.requires_grad for p in everything]
@@ -62,7 +68,7 @@ def differentiable(
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_without_cache(model))
             stack.enter_context(fast_forward(model, gradients=True))
-            if positions is None or not _keeps_layers(model, positions):
+            if checkpointing:
                 stack.enter_context(_checkpointed(model))
             yield
     finally:
@@ -333,7 +339,15 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on a device."""
     if isinstance(batch, Mapping):  # BatchEncoding among them
         batch = dict(batch)
-    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+
+    def move(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if device.type == "cuda" and x.device.type == "cpu":  # what computes there goes on
+            return x.pin_memory().to(device, non_blocking=True)
+        return x.to(device)
+
+    return tree_map(move, batch)
 
 
 # -- gradients -----------------------------------------------------------------------------

@@ -46,15 +46,23 @@ class NonFiniteGradients:
         finite = [is_finite(g) for g in grads.values()]
         if all(finite):  # only the sum of squares is too large
             return False
-        began = first_non_finite(model, loss)
-        # on another rank, if it is not found here
-        self.skipped.append(began or f"the gradient of {list(grads)[finite.index(False)]}")
+        self.skip(model, loss, f"the gradient of {list(grads)[finite.index(False)]}")
+        return True
+
+    def skip(self, model: nn.Module, loss: Callable[[], Any], otherwise: str) -> None:
+        """Count a batch that is skipped.
+
+        :param model: asked where it began
+        :param loss: computes the loss of the batch once more, see :func:`first_non_finite`
+        :param otherwise: where it began if that cannot be seen here, as on another rank
+        :raises NonFiniteError: it is the third
+        """
+        self.skipped.append(first_non_finite(model, loss) or otherwise)
         if len(self.skipped) >= _MOST_SKIPPED:
             raise NonFiniteError(
                 f"{len(self.skipped)} batches gave NaN or infinite gradients, which begin in "
                 f"{self.skipped[-1]} in the last; no more are skipped"
             )
-        return True
 
 
 def first_non_finite(model: nn.Module, loss: Callable[[], Any]) -> str | None:

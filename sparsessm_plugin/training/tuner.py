@@ -1,18 +1,21 @@
 """Steps along the gradients of a model's weights, taken back where they do not help."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from loguru import logger
 from torch import Tensor, nn
 
 from sparsessm_plugin.backends.precision import tf32
-from sparsessm_plugin.cost import kept
-from sparsessm_plugin.distributed import reduce_sum, total, world_size
+from sparsessm_plugin.distributed import average, is_distributed, rank, total, world_size
+from sparsessm_plugin.progress import Stage, clock
+from sparsessm_plugin.training.budget import Budget, Plan, batch_of_step
+from sparsessm_plugin.training.flat import FlatWeights
 from sparsessm_plugin.training.gradients import (
     LossFunction,
     differentiable,
@@ -25,10 +28,11 @@ from sparsessm_plugin.training.non_finite import (
     NonFiniteGradients,
     first_non_finite,
 )
+from sparsessm_plugin.training.resume import ResumeFile
 
 _CLIP = 1.0  # norm of the gradient of all parameters that a tuning step goes along
 _MEASURED = 8  # batches whose loss is looked at before and after the steps
-_WARM_UP = 0.1  # share of the tuning steps over which the learning rate rises
+_MANY = 12  # times that text is read again, from which on it is learnt by heart
 
 
 @dataclass(frozen=True)
@@ -48,20 +52,21 @@ class Tuning:
 
 
 class Tuner:
-    """Adam on float32 copies of a model's weights, some of which stay zero.
+    """Adam on float32 weights of a model, some of which stay zero; see :class:`FlatWeights`.
 
-    The learning rate rises over the first tenth of all steps and falls along a cosine. Memory: 16
-    bytes a weight (copy, gradient, two moments) beside the model and its own gradients, and 4 more
-    for the weights as they were.
+    The learning rate rises over the first tenth of the plan and falls along a cosine.
+
+    Attributes: ``budget``, how much of the plan is used up.
 
     :param model: changed in place, weights and nothing else
     :param parameters: what is tuned, by name
-    :param batches: taken in turn
-    :param steps: over all calls of :meth:`run`
-    :param learning_rate: the highest
+    :param batches: taken in turn, each time all were read in another order
+    :param plan: over all calls of :meth:`run`
+    :param who: asks for it, for messages
     :param loss_fn: see :func:`loss_of`
     :param non_finite: counts the batches that are skipped
     :param measure: gives the loss that steps are to lower; default the mean over the first batches
+    :param resume: where to keep what an interrupted run goes on from
     """
 
     def __init__(
@@ -69,34 +74,41 @@ class Tuner:
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         batches: Sequence[Any],
-        steps: int,
-        learning_rate: float,
+        plan: Plan,
+        who: str = "tuning",
         *,
         loss_fn: LossFunction | None = None,
         non_finite: NonFiniteGradients | None = None,
         measure: Callable[[], float] | None = None,
+        resume: ResumeFile | None = None,
     ):
         self.model = model
         self.parameters = dict(parameters)
         self.batches = batches
+        self.plan = plan
+        self.who = who
         self.loss_fn = loss_fn
         self.non_finite = non_finite or NonFiniteGradients()
         self.measure = measure
-        self.done = 0
+        self.budget = Budget(plan)
+        self._resume = resume
         self._usable: frozenset[int] | None = None
-        self._copies = {n: p.detach().float().clone() for n, p in self.parameters.items()}
-        self._adam = torch.optim.Adam(self._copies.values(), lr=learning_rate)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._adam, lambda step: _learning_rate_share(step, steps)
-        )
+        self._weights = FlatWeights(self.parameters)
+        self._counts = [positions(batch) for batch in batches]
+        self._autocast = autocast_dtype(model, self._weights.device, plan.precision)
+        self._units_before = 0
+        self._seconds = 0.0  # that all ranks agree on
+        self._whole = True  # no step is half taken
+        self._told = False
 
-    def run(self, steps: int, pruned: Mapping[str, Tensor]) -> Tuning:
-        """Take some steps, and take them back where they do not lower the loss.
+    def run(self, pruned: Mapping[str, Tensor], part: int = 1, parts: int = 1) -> Tuning:
+        """Take steps, and take them back where they do not lower the loss.
 
         The loss is the mean over the first batches, where there are many.
 
-        :param steps: how many
         :param pruned: bool by name, True where a weight is zero and stays so
+        :param part: go on to the end of so many
+        :param parts: equal parts of the plan
         :raises NonFiniteError: the loss is not finite before the first step
         :raises SparseSSMError: see :func:`loss_of`
         """
@@ -108,25 +120,23 @@ class Tuner:
                 f"the loss is {before:g} before the first gradient step"
                 f"{f', which begins in {where}' if where else ''}; nothing can be tuned"
             )
-        for name, mask in pruned.items():
-            self._copies[name].masked_fill_(mask, 0.0)
-        earlier = {name: kept(copy.clone()) for name, copy in self._copies.items()}
         skipped = len(self.non_finite.skipped)
         loss = after = math.nan
         lower = False
         try:
-            with suppress(NonFiniteError):
-                loss = self.take(steps, pruned)
-                after = self._measured()
-            lower = after < before
+            with self._weights.attached():
+                with suppress(NonFiniteError):
+                    loss = self.take(pruned, part, parts)
+                    after = self._measured()
+                lower = after < before
+                if lower:
+                    self._weights.write_back()
+                    self._save(finished=part == parts)
         finally:
             if not lower:
                 del self.non_finite.skipped[skipped:]
-                self._adam.state.clear()
-                with torch.no_grad():
-                    for name, copy in self._copies.items():
-                        copy.copy_(earlier[name])
-                        self.parameters[name].copy_(copy)
+                self._weights.forget()
+                self._weights.take()
         return Tuning(before, after, loss, diverged=not lower)
 
     def _measured(self) -> float:
@@ -134,11 +144,10 @@ class Tuner:
             return self._mean_loss() if self.measure is None else self.measure()
 
     def _mean_loss(self) -> float:
-        device = next(iter(self.parameters.values())).device
+        device = self._weights.device
         losses: dict[int, float] = {}
         summed = weight = 0.0
-        most = max(map(positions, self.batches), default=0)
-        with differentiable(self.model, self.parameters.values(), most):
+        with self._differentiable():
             for i, batch in enumerate(self.batches[:_MEASURED]):
                 if self._usable is not None and i not in self._usable:
                     continue
@@ -154,66 +163,214 @@ class Tuner:
 
     def _where_it_begins(self) -> str | None:
         """In the first of the batches whose loss is not finite; None if another rank has it."""
-        device = next(iter(self.parameters.values())).device
         with differentiable(self.model, self.parameters.values()):
             for batch in self.batches[:_MEASURED]:
-                where = first_non_finite(
-                    self.model, partial(loss_of, self.model, to_device(batch, device), self.loss_fn)
-                )
+                where = first_non_finite(self.model, self._loss_of(batch))
                 if where is not None:
                     return where
         return None
 
-    def take(self, steps: int, pruned: Mapping[str, Tensor]) -> float:
-        """Take some steps, wherever they lead.
+    def _loss_of(self, batch: Any) -> Callable[[], Any]:
+        ready = to_device(batch, self._weights.device)
+        return partial(loss_of, self.model, ready, self.loss_fn)
 
-        :param steps: how many
-        :param pruned: bool by name, True where a weight is zero and stays so
+    def _differentiable(self) -> AbstractContextManager[None]:
+        most, plan = max(self._counts, default=0), self.plan
+        return differentiable(self.model, self.parameters.values(), most, plan.checkpointing)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Around a forward pass: what was cast is let go of at its end."""
+        if self._autocast is None:
+            return nullcontext()
+        return torch.autocast(self._weights.device.type, self._autocast)
+
+    # -- steps -------------------------------------------------------------------------
+
+    def take(self, pruned: Mapping[str, Tensor], part: int = 1, parts: int = 1) -> float:
+        """Take steps, wherever they lead, inside of ``FlatWeights.attached``.
+
         :return: the mean loss of the batches that were used
         :raises SparseSSMError: see :func:`loss_of`
         """
-        device = next(iter(self.parameters.values())).device
-        losses = []
+        weights, budget = self._weights, self.budget
+        self._go_on()
+        masks = weights.masks(pruned)
+        weights.zero(masks)
+        # on the device, so that no step waits for the one before it
+        sums = torch.zeros(2, dtype=torch.float64, device=weights.device)
+        behind: tuple[_Numbers, Any] | None = None
         # steps are far coarser than what TF32 rounds away
-        most = max(map(positions, self.batches), default=0)
-        with differentiable(self.model, self.parameters.values(), most), tf32():
-            for _ in range(steps):
-                batch = to_device(self.batches[self.done % len(self.batches)], device)
-                self.done += 1
-                loss, count = loss_of(self.model, batch, self.loss_fn)
+        with self._differentiable(), tf32(), self._stage(part, parts) as stage, self._timed():
+            batch = self._batch(budget.done)
+            weights.clear_gradients()  # what the context before has taken away
+            while not budget.reached(self._seconds, part, parts):
+                self._check_text()
+                rate = budget.learning_rate(self._seconds)
+                with self._precision():
+                    loss, count = loss_of(self.model, batch, self.loss_fn)
                 if count:
                     loss.backward()
-                if self._step(pruned, batch) and count:
-                    losses.append(float(loss.detach()))
-                self._schedule.step()
-        return sum(losses) / len(losses) if losses else math.nan
+                self._whole = False
+                seconds = self._average()
+                norm = weights.step(rate, _CLIP, masks)
+                weights.clear_gradients()
+                budget.done += 1
+                self._whole = True
+                numbers = _Numbers(loss.detach(), norm)
+                if count:
+                    one = torch.ones_like(norm)
+                    sums += torch.stack([loss.detach().double(), one]).where(
+                        norm.isfinite(), torch.zeros_like(one)
+                    )
+                taken, batch = batch, self._batch(budget.done)
+                # while the GPU works on this step, look at the one before
+                now = (numbers, taken) if numbers.waits else None
+                for one_step in (behind, None if now else (numbers, taken)):
+                    if one_step is not None:
+                        self._look(*one_step, stage, seconds, part, parts)
+                behind = now
+                self._seconds = seconds if is_distributed() else budget.elapsed()
+                if self._resume is not None and self._resume.is_due():
+                    self._save()
+            if behind is not None:
+                self._look(*behind, stage, self._seconds, part, parts)
+        loss_sum, used = sums.tolist()
+        return loss_sum / used if used else math.nan
 
-    def _step(self, pruned: Mapping[str, Tensor], batch: Any) -> bool:
-        for name, p in self.parameters.items():
-            grad = torch.zeros_like(self._copies[name]) if p.grad is None else p.grad.float()
-            p.grad = None
-            self._copies[name].grad = grad
-        copies: Any = self._copies
-        if world_size() > 1:
-            reduce_sum("a tuning step", {name: copy.grad for name, copy in copies.items()})
-            for copy in copies.values():
-                copy.grad /= world_size()
-        loss = partial(loss_of, self.model, batch, self.loss_fn)
-        if self.non_finite.found(self.model, copies, loss):
-            return False
-        for name, mask in pruned.items():
-            copies[name].grad.masked_fill_(mask, 0.0)
-        nn.utils.clip_grad_norm_(copies.values(), _CLIP)
-        self._adam.step()
-        with torch.no_grad():
-            for name, mask in pruned.items():  # the moments of what was pruned last still move it
-                copies[name].masked_fill_(mask, 0.0)
-            torch._foreach_copy_(list(self.parameters.values()), list(copies.values()))
-        return True
+    def _batch(self, step: int) -> Any:
+        return to_device(self.batches[batch_of_step(step, len(self.batches))], self._weights.device)
+
+    def _average(self) -> float:
+        """Mean gradients of all ranks; and the seconds that rank 0 has worked."""
+        own = self.budget.elapsed()
+        if not is_distributed():
+            return own
+        seconds = torch.tensor([own * world_size() if rank() == 0 else 0.0])
+        average("a tuning step", [*self._weights.gradients, seconds])
+        return float(seconds)
+
+    def _look(
+        self, numbers: "_Numbers", batch: Any, stage: Stage, seconds: float, part: int, parts: int
+    ) -> None:
+        """Show how far it is, and count a batch whose gradients were no numbers."""
+        loss, norm = numbers.read()
+        if not math.isfinite(norm):
+            self.budget.pause()
+            again = partial(loss_of, self.model, batch, self.loss_fn)
+            self.non_finite.skip(self.model, again, "the gradients of all weights")
+            self._weights.clear_gradients()
+            self.budget.go()
+        stage.at(f"loss {loss:.4g}")
+        stage.advance(self._units(seconds) - stage.done - self._units_before)
+
+    # -- how far -----------------------------------------------------------------------
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        self.budget.go()
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            self.budget.pause()
+            if self._whole:
+                self._save()
+            raise
+        except BaseException as error:
+            # a command is terminated by an exception of its own
+            if not isinstance(error, Exception) and self._whole:
+                self._save()
+            raise
+        finally:
+            self.budget.pause()
+
+    def _units(self, seconds: float) -> int:
+        """Steps; or seconds, where nobody knows how many steps these allow."""
+        return self.budget.done if self.plan.steps else int(seconds)
+
+    def _stage(self, part: int, parts: int) -> Stage:
+        whole = self.plan.steps or math.ceil(self.budget.limit)
+        self._units_before = self._units(self._seconds)
+        return Stage(f"{self.who}, gradient steps", whole * part // parts - self._units_before)
+
+    def _check_text(self) -> None:
+        """Say once that little text is read often."""
+        plan, count = self.plan, len(self.batches)
+        passes = max(plan.steps if not plan.minutes else 0, self.budget.done) / count
+        if self._told or passes < _MANY:
+            return
+        self._told = True
+        tokens = sum(self._counts)
+        asked = f"{plan.steps} steps are {passes:.0f}"
+        if plan.minutes:
+            asked = (
+                f"after {clock(self._seconds)} of {clock(self.budget.limit)} minutes the steps are "
+                f"at the end of {passes:.0f}"
+            )
+        logger.warning(
+            f"{self.who}: {asked} passes over {count} calibration batches ({tokens} tokens), "
+            "which are then learnt by heart; give more text or ask for less"
+        )
+
+    # -- going on after an interrupt -----------------------------------------------------
+
+    def _go_on(self) -> None:
+        if self._resume is None or self.budget.done:
+            return
+        found = self._resume.load(self._weights, len(self.batches))
+        if found is not None:
+            self.budget.done, self.budget.seconds = found.done, found.seconds
+            self._seconds = found.seconds
+            self.non_finite.skipped[:] = found.skipped
+            logger.info(
+                f"{self.who}: goes on after {found.done} gradient steps, from {self._resume.path}"
+            )
+
+    def _save(self, finished: bool = False) -> None:
+        if self._resume is None:
+            return
+        running = self.budget._since is not None
+        self.budget.pause()
+        self._resume.save(
+            self._weights,
+            len(self.batches),
+            self.budget.done,
+            self.budget.seconds,
+            self.non_finite.skipped,
+            finished,
+        )
+        if running:
+            self.budget.go()
 
 
-def _learning_rate_share(step: int, steps: int) -> float:
-    warm_up = max(1.0, _WARM_UP * steps)
-    if step < warm_up:
-        return (step + 1) / warm_up if warm_up > 1 else 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1.0, steps - warm_up)))
+class _Numbers:
+    """Loss and norm of a step, on their way from the device."""
+
+    def __init__(self, loss: Tensor, norm: Tensor) -> None:
+        both = torch.stack([loss.to(norm.device).double(), norm])
+        self.waits = both.is_cuda  # otherwise they are here
+        self._here = both
+        if self.waits:
+            self._here = torch.empty(2, dtype=torch.float64, pin_memory=True)
+            self._here.copy_(both, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> tuple[float, float]:
+        if self.waits:
+            self._event.synchronize()
+        loss, norm = self._here.tolist()
+        return loss, norm
+
+
+def autocast_dtype(model: nn.Module, device: torch.device, precision: str) -> torch.dtype | None:
+    """What matrix products of training are made in; None where that is what the weights are in.
+
+    Models in half precision compute as they are. Those in float32 keep their weights, and their
+    matrix products run in bfloat16 where ``precision`` says so, or where it is ``auto`` and a GPU
+    has them.
+    """
+    floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if floats != {torch.float32}:
+        return None
+    on_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if precision == "bfloat16" or (precision == "auto" and on_gpu) else None

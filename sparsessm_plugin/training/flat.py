@@ -1,0 +1,266 @@
+"""Weights that are trained, side by side in memory, with gradients, float32 copies and moments.
+
+A step is then a few kernels over all weights, however many tensors there are.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam
+
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # torch's own
+_ALIGNED = 64  # numbers between the starts of two tensors: kernels want whole vectors
+# Numbers of which a step makes float32 gradients at once, where gradients are in half precision.
+_CHUNK = 2**24
+
+
+@dataclass
+class _Place:
+    """Where a parameter stands among the numbers of its group."""
+
+    name: str
+    parameter: nn.Parameter
+    shape: torch.Size
+    start: int
+    home: Tensor  # the memory that is the model's own
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat[self.start : self.start + self.shape.numel()].view(self.shape)
+
+
+@dataclass
+class _Group:
+    """The parameters of one dtype."""
+
+    dtype: torch.dtype
+    places: list[_Place] = field(default_factory=list)
+    size: int = 0
+    # (size,) each: what the model computes with, its gradient, float32 weights (where the dtype
+    # is float32 they are the former), both moments
+    weights: Tensor = field(default_factory=lambda: torch.empty(0))
+    gradients: Tensor = field(default_factory=lambda: torch.empty(0))
+    masters: Tensor = field(default_factory=lambda: torch.empty(0))
+    moments: tuple[Tensor, Tensor] = field(default_factory=lambda: (torch.empty(0), torch.empty(0)))
+    steps: list[Tensor] = field(default_factory=list)  # that each chunk has been moved by
+
+    def allocate(self, device: torch.device) -> None:
+        whole = {"dtype": torch.float32, "device": device}
+        self.masters = torch.zeros(self.size, **whole)  # type: ignore[call-overload]
+        self.weights = self.masters
+        if self.dtype != torch.float32:
+            self.weights = torch.zeros(self.size, dtype=self.dtype, device=device)
+        self.gradients = torch.zeros_like(self.weights)
+        self.moments = torch.zeros_like(self.masters), torch.zeros_like(self.masters)
+        count = max(1, math.ceil(self.size / _CHUNK))
+        self.steps = [torch.zeros((), **whole) for _ in range(count)]  # type: ignore[call-overload]
+
+
+class FlatWeights:
+    """Float32 weights and Adam for parameters of a model, which computes with copies of them.
+
+    Bytes a weight beside the model's own: 16, of which the copy that is computed with and its
+    gradient take 8 in float32 and 4 in half precision, where float32 weights add 4. The model's
+    own memory stays as it was until :meth:`write_back`.
+
+    :param parameters: by name, floating point, all on one device; those that share their memory
+        stay one
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.device = next(iter(parameters.values())).device
+        groups: dict[torch.dtype, _Group] = {}
+        shared: dict[Any, int] = {}
+        for name, parameter in parameters.items():
+            group = groups.setdefault(parameter.dtype, _Group(parameter.dtype))
+            home = parameter.data
+            key = (home.data_ptr(), home.dtype, home.shape, home.stride()) if home.numel() else name
+            if key not in shared:
+                shared[key] = group.size
+                group.size += math.ceil(home.numel() / _ALIGNED) * _ALIGNED
+            group.places.append(_Place(name, parameter, home.shape, shared[key], home))
+        self._groups = list(groups.values())
+        for group in self._groups:
+            group.allocate(self.device)
+        self.take()
+
+    @property
+    def numbers(self) -> int:
+        """How many there are, gaps between tensors among them."""
+        return sum(group.size for group in self._groups)
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Begin from the model's own weights; moments stay."""
+        for group in self._groups:
+            for place in group.places:
+                place.of(group.masters).copy_(place.home)
+            _to_weights(group)
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Let the model's own memory hold the weights as they are now."""
+        for group in self._groups:
+            for place in group.places:
+                place.home.copy_(place.of(group.weights))
+
+    def forget(self) -> None:
+        """Take the moments back to the start."""
+        for group in self._groups:
+            for tensor in (*group.moments, *group.steps):
+                tensor.zero_()
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Let the model compute with these weights; the memory of its own comes back on exit."""
+        places = [(group, place) for group in self._groups for place in group.places]
+        for _, place in places:  # since the last time the model may have been moved
+            place.home = place.parameter.data
+        try:
+            for group, place in places:
+                place.parameter.data = place.of(group.weights)
+            self.clear_gradients()
+            yield
+        finally:
+            for _, place in places:
+                place.parameter.grad, place.parameter.data = None, place.home
+
+    def clear_gradients(self) -> None:
+        """Gradients of zero, into which the next backward pass adds."""
+        for group in self._groups:
+            group.gradients.zero_()
+            if group.places[0].parameter.grad is None:
+                for place in group.places:
+                    place.parameter.grad = place.of(group.gradients)
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """All gradients, a tensor for each dtype."""
+        return [group.gradients for group in self._groups]
+
+    def masks(self, pruned: Mapping[str, Tensor]) -> "list[Tensor | None]":
+        """Where weights are pruned, for :meth:`step`.
+
+        :param pruned: bool by name, True where a weight is zero and stays so
+        """
+        masks: list[Tensor | None] = []
+        for group in self._groups:
+            found = [place for place in group.places if place.name in pruned]
+            mask = torch.zeros(group.size, dtype=torch.bool, device=self.device) if found else None
+            for place in found:
+                place.of(mask).copy_(pruned[place.name])  # type: ignore[arg-type]
+            masks.append(mask)
+        return masks
+
+    @torch.no_grad()
+    def zero(self, masks: "list[Tensor | None]") -> None:
+        """Set pruned weights to zero."""
+        for group, mask in zip(self._groups, masks, strict=True):
+            if mask is not None:
+                group.masters.masked_fill_(mask, 0.0)
+                _to_weights(group)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, clip: float, masks: "list[Tensor | None]") -> Tensor:
+        """A step of Adam along the gradients, unless they are no numbers; nothing waits for it.
+
+        :param learning_rate: of this step
+        :param clip: norm of all gradients that the step goes along
+        :param masks: of :meth:`masks`
+        :return: float64 scalar, the norm as it was; NaN or infinite where no step was taken
+        """
+        squares = []
+        for group, mask in zip(self._groups, masks, strict=True):
+            if mask is not None:
+                group.gradients.masked_fill_(mask, 0.0)
+            # in float64 no square of a float32 number is too large
+            squares += [
+                torch.linalg.vector_norm(part, dtype=torch.float64).square()
+                for part in group.gradients.split(_CHUNK)
+            ]
+        norm = torch.stack(squares).sum().sqrt()
+        divisor = (norm / clip).clamp(min=1.0).float()
+        skipped = (~norm.isfinite()).float()
+        for group, mask in zip(self._groups, masks, strict=True):
+            first, second = (moment.split(_CHUNK) for moment in group.moments)
+            parts = zip(
+                group.masters.split(_CHUNK),
+                group.gradients.split(_CHUNK),
+                first,
+                second,
+                group.steps,
+                strict=True,
+            )
+            for master, gradient, m, v, steps in parts:
+                adam(
+                    [master],
+                    [gradient.float()],
+                    [m],
+                    [v],
+                    [],
+                    [steps],
+                    fused=True,
+                    grad_scale=divisor,
+                    found_inf=skipped,
+                    amsgrad=False,
+                    beta1=_BETAS[0],
+                    beta2=_BETAS[1],
+                    lr=learning_rate,
+                    weight_decay=0.0,
+                    eps=_EPSILON,
+                    maximize=False,
+                )
+            if mask is not None:  # the moments of what was pruned last still move it
+                group.masters.masked_fill_(mask, 0.0)
+            _to_weights(group)
+        return norm
+
+    # -- as a file ---------------------------------------------------------------------
+
+    def state(self, moments: bool = True) -> list[dict[str, Any]]:
+        """All that a later process needs to go on; tensors that the next step changes.
+
+        :param moments: also those of Adam
+        """
+        return [
+            {
+                "dtype": str(group.dtype),
+                "masters": group.masters,
+                "moments": list(group.moments) if moments else [],
+                "steps": [float(steps) for steps in group.steps],
+            }
+            for group in self._groups
+        ]
+
+    def described(self) -> list[list[Any]]:
+        """Names and shapes, by which another process knows that a state is of the same weights."""
+        return [
+            [place.name, list(place.shape), str(group.dtype)]
+            for group in self._groups
+            for place in group.places
+        ]
+
+    @torch.no_grad()
+    def load(self, state: list[dict[str, Any]]) -> None:
+        """Go on from what :meth:`state` gave."""
+        for group, saved in zip(self._groups, state, strict=True):
+            group.masters.copy_(saved["masters"])
+            for moment, value in zip(group.moments, saved["moments"], strict=False):
+                moment.copy_(value)
+            for steps, value in zip(group.steps, saved["steps"], strict=True):
+                steps.fill_(value)
+            _to_weights(group)
+
+    def sample(self, count: int = 4096) -> Tensor:
+        """Some of the weights, evenly spread, float32 on the CPU."""
+        picked = [group.masters[:: max(1, math.ceil(group.size / count))] for group in self._groups]
+        return torch.cat(picked).cpu()
+
+
+def _to_weights(group: _Group) -> None:
+    if group.weights is not group.masters:
+        group.weights.copy_(group.masters)
