@@ -9,7 +9,8 @@ import torch_pruning
 from compressed_tensors.offload import disable_onloading
 from torch import Tensor, nn
 
-from sparsessm_plugin.dependency_graph.surrogate import Surrogate, make_surrogate
+from sparsessm_plugin.dependency_graph.layouts import make_surrogate
+from sparsessm_plugin.dependency_graph.surrogate import Surrogate
 from sparsessm_plugin.dependency_graph.tensors import (
     TensorChange,
     check_indices,
@@ -176,8 +177,7 @@ class MixerDependencyGraph(torch_pruning.DependencyGraph):
                 f"{adapter.name}: removing {len(group.indices)} of {group.old_size} {axis} "
                 "leaves nothing"
             )
-        # states are counted group after group, but the module's size is that of one group
-        new_size = group.new_size // (adapter.sizes.n_groups if axis == "state" else 1)
+        new_size = adapter.size_of(axis, group.new_size)
         # refuses, while nothing has changed yet, what no loader could make
         adapter.size_fields(axis, new_size)
 

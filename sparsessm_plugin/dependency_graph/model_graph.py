@@ -318,7 +318,8 @@ class ModelDependencyGraph:
 
 def _axis_along(mixer: MixerAdapter) -> str:
     """The axis of a mixer whose indices are whole heads, or single channels without heads."""
-    return "heads" if "heads" in mixer.axis_names else "channels"
+    whole = ("heads", "value_heads")
+    return next((axis for axis in whole if axis in mixer.axis_names), "channels")
 
 
 def _channels_left(

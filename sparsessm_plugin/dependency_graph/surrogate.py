@@ -25,11 +25,8 @@ from sparsessm_plugin.dependency_graph.views import (
     Scale,
     View,
 )
-from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import MixerAdapter
-from sparsessm_plugin.families.mamba1 import Mamba1Adapter
 from sparsessm_plugin.families.mamba2 import Mamba2Adapter
-from sparsessm_plugin.families.zamba import ZambaAdapter
 
 # long enough for the recurrence and the convolution to show
 TRACE_LENGTH = 4
@@ -114,6 +111,8 @@ class Surrogate(nn.Module):
         return Quantity(view(data), frozenset(view.dims))
 
     def boundary(self, x: Quantity) -> Quantity:
+        if self._boundaries_used == MOST_BOUNDARIES and not x.data.is_meta:
+            return x  # a longer text than the trace's, of which values are asked for
         boundary = self.boundaries[self._boundaries_used]
         self._boundaries_used += 1
         return Quantity(boundary(x.data), x.dims)
@@ -344,17 +343,3 @@ class Mamba2Surrogate(Surrogate):
         if getattr(adapter.mixer.norm, "norm_before_gate", False):
             return self.view("out_proj", self.multiply(self.normalize(y), z))
         return self.view("out_proj", self.normalize(self.multiply(y, z)))
-
-
-def make_surrogate(adapter: MixerAdapter, axis: str) -> Surrogate:
-    """The surrogate of a mixer for one of its axes.
-
-    :raises SparseSSMError: no surrogate for the layout of the adapter
-    """
-    if isinstance(adapter, ZambaAdapter):
-        return ZambaSurrogate(adapter, axis)
-    if isinstance(adapter, Mamba1Adapter):
-        return Mamba1Surrogate(adapter, axis)
-    if isinstance(adapter, Mamba2Adapter):
-        return Mamba2Surrogate(adapter, axis)
-    raise SparseSSMError(f"{adapter.family} has no dependency graph")

@@ -81,18 +81,26 @@ class Section:
     :param dim: dimension of the tensor
     :param dims: named dimensions that the part unfolds into, slowest first
     :param before: the same of each part that precedes it
+    :param after: where the dimension holds the parts of one index of ``dims[0]`` after those of
+        another, the same of each part that follows it there; ``dims[0]`` is then in none of
+        ``before`` and ``after``
     """
 
     tensor: str
     dim: int
     dims: Dims
     before: tuple[Dims, ...] = ()
+    after: tuple[Dims, ...] | None = None
 
     def start(self, layout: Layout) -> int:
         return sum(layout.size(dims) for dims in self.before)
 
     def take(self, layout: Layout, tensor: Tensor) -> Tensor:
         """The part of the tensor that is this section's."""
+        if self.after is not None:
+            blocks = tensor.unflatten(self.dim, (layout.size(self.dims[:1]), -1))
+            own = blocks.narrow(self.dim + 1, self.start(layout), layout.size(self.dims[1:]))
+            return own.flatten(self.dim, self.dim + 1)
         dims = self.dims[1:] if self.is_stacked(layout) else self.dims
         return tensor.narrow(self.dim, self.start(layout), layout.size(dims))
 
@@ -109,6 +117,9 @@ class Section:
             tensor = layout.tensor(self.tensor)
             assert tensor is not None
             others = tensor.shape[self.dim] - layout.size(self.dims[1:])  # in each slice
+            entries += others * torch.arange(len(entries)).view(-1, *[1] * (entries.ndim - 1))
+        if self.after is not None:
+            others = sum(layout.size(dims) for dims in (*self.before, *self.after))
             entries += others * torch.arange(len(entries)).view(-1, *[1] * (entries.ndim - 1))
         rest = [dim for dim in self.dims if dim not in layout.axis_dims]
         order = [self.dims.index(dim) for dim in (*layout.axis_dims, *rest)]
@@ -188,13 +199,20 @@ class Projection(View):
     :param rows: dimensions of the rows
     :param columns: dimensions of the columns
     :param before: the parts of the rows that precede these
+    :param after: see :class:`Section`
     """
 
     def __init__(
-        self, layout: Layout, module: str, rows: Dims, columns: Dims, before: tuple[Dims, ...] = ()
+        self,
+        layout: Layout,
+        module: str,
+        rows: Dims,
+        columns: Dims,
+        before: tuple[Dims, ...] = (),
+        after: tuple[Dims, ...] | None = None,
     ):
-        weight, bias = f"{module}.weight", f"{module}.bias"
-        self_rows = [Section(weight, 0, rows, before), Section(bias, 0, rows, before)]
+        self_rows = [Section(f"{module}.{t}", 0, rows, before, after) for t in ("weight", "bias")]
+        weight = f"{module}.weight"
         super().__init__(layout, self_rows, [Section(weight, 1, columns)])
 
     def compute(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from sparsessm_plugin.backends.choice import backend_for, kernels_for
 from sparsessm_plugin.backends.products import project
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.recurrence import by_group, implementation, scan
-from sparsessm_plugin.recurrence.quantities import GroupedQuantities, MixerQuantities
+from sparsessm_plugin.recurrence.quantities import GroupedQuantities
 from sparsessm_plugin.recurrence.statistics import ScanStatistics
 
 _ROUTERS = ("router", "gate", "shared_expert_gate")  # beside a module's experts
@@ -121,6 +121,13 @@ class MixerAdapter(ABC):
     mixer_class: ClassVar[str]
     projections: ClassVar[tuple[str, ...]]
     axis_names: ClassVar[tuple[str, ...]]
+    # what the state does from step to step: the selective recurrence of Mamba, or the delta rule
+    recurrence: ClassVar[Literal["selective", "delta_rule"]] = "selective"
+    # projections that read the layer's input, and the one that makes its output
+    entry_kinds: ClassVar[tuple[str, ...]] = ("in_proj",)
+    exit_kind: ClassVar[str] = "out_proj"
+    # parameters of the recurrence that stand alone in the mixer
+    recurrent_parameters: ClassVar[tuple[str, ...]] = ("A_log", "D")
     # tensors whose first dimension is the head: positions along another one count head after head
     stacked: ClassVar[frozenset[str]] = frozenset()
 
@@ -177,19 +184,32 @@ class MixerAdapter(ABC):
         return self.A_log.ndim == 2
 
     @property
-    @abstractmethod
     def out_norm(self) -> Tensor:
-        """(D,) float32 Euclidean norm of each column of out_proj."""
+        """(D,) float32 Euclidean norm of each column of the output projection."""
+        weight = self.projection(self.exit_kind).weight
+        return torch.linalg.vector_norm(weight.detach().float(), dim=0)
 
     @abstractmethod
-    def quantities(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None
-    ) -> MixerQuantities:
+    def quantities(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Any:
         """Compute the quantities of the recurrence from what entered the mixer.
 
         :param hidden_states: (b, L, hidden_size)
         :param attention_mask: (b, L), zero at padding, or None
+        :return: :class:`MixerQuantities` of the selective recurrence, and
+            :class:`sparsessm_plugin.recurrence.quantities.DeltaQuantities` of the delta rule
         """
+
+    def check_selective(self, who: str, what: str) -> None:
+        """Refuse a mixer without A, B and C of the selective recurrence.
+
+        :param who: what messages call the method
+        :param what: the method reads, as ``A_log with an entry for every state``
+        :raises SparseSSMError: naming the mixer
+        """
+        if self.recurrence != "selective":
+            raise SparseSSMError(
+                f"{who}: {self.name} ({self.family}) is a gated delta net, which has no {what}"
+            )
 
     def in_input(self, hidden_states: Tensor) -> Tensor:
         """(b, L, hidden_size) what in_proj's weight multiplies, of what entered the mixer."""
@@ -226,14 +246,19 @@ class MixerAdapter(ABC):
             padding=conv1d.weight.shape[-1] - 1,
             groups=conv_input.shape[-1],
         )[..., : conv_input.shape[1]]
-        x = mixer.act(x).transpose(1, 2)
+        x = self.activate(x).transpose(1, 2)
         if mask is not None:
             # the convolution's bias and its look-back fill padded positions again
             x = x * mask[..., None].to(x.dtype)
         return x
 
+    def activate(self, x: Tensor) -> Tensor:
+        """The activation behind conv1d."""
+        result: Tensor = self.mixer.act(x)
+        return result
+
     @abstractmethod
-    def out_gain(self, quantities: MixerQuantities, y: Tensor) -> Tensor:
+    def out_gain(self, quantities: Any, y: Tensor) -> Tensor:
         """(b, L, D) float32 factor between the scan output and the input of out_proj.
 
         The gate, and where a norm follows it that norm's scale for this very ``y``.
@@ -241,21 +266,25 @@ class MixerAdapter(ABC):
         :param y: (b, L, D) output of the recurrence, skip connection included
         """
 
-    def out_input(self, quantities: MixerQuantities, y: Tensor) -> Tensor:
+    def out_input(self, quantities: Any, y: Tensor) -> Tensor:
         """(b, L, D) float32 input of out_proj.
 
         :param y: (b, L, D) output of the recurrence, skip connection included
         """
         return y * self.out_gain(quantities, y)
 
-    def output(self, quantities: MixerQuantities, y: Tensor) -> Tensor:
+    def output(self, quantities: Any, y: Tensor) -> Tensor:
         """Turn the scan output into the mixer's output.
 
         :param y: (b, L, D) output of the recurrence, skip connection included
         :return: (b, L, hidden_size) in the dtype of the model
         """
-        dtype = quantities.inputs["in_proj"].dtype
-        return project(self.mixer.out_proj, self.out_input(quantities, y).to(dtype))
+        dtype = quantities.inputs[self.entry_kinds[0]].dtype
+        return self.project_out(self.out_input(quantities, y).to(dtype))
+
+    def project_out(self, x: Tensor) -> Tensor:
+        """(b, L, hidden_size) what the output projection makes of its input (b, L, D)."""
+        return project(self.mixer.get_submodule(self.exit_kind), x)
 
     @abstractmethod
     def axis_length(self, axis: str) -> int:
@@ -268,12 +297,20 @@ class MixerAdapter(ABC):
         """Equal parts of an axis that must lose equally many indices."""
         return self.sizes.n_groups if axis in ("state", "heads") else 1
 
+    def size_of(self, axis: str, length: int) -> int:
+        """The size that the module states where the axis has this length.
+
+        States are counted group after group, and the module's size is that of one group.
+        """
+        return length // self.sizes.n_groups if axis == "state" else length
+
     @abstractmethod
     def axes(self, axis: str) -> list[TensorAxis]:
         """Every tensor range that shrinks when the axis does.
 
         :param axis: ``state`` (N; in the Mamba-2 layout G N, group after group), ``channels``
-            (Mamba-1), ``heads`` or ``head_dim`` (Mamba-2)
+            (Mamba-1), ``heads`` or ``head_dim`` (Mamba-2); ``key_dims``, ``value_heads`` or
+            ``value_dims`` of gated delta nets
         :raises SparseSSMError: the family has no such axis
         """
 
@@ -398,7 +435,7 @@ def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
 
 
 def read_out(
-    adapter: MixerAdapter, quantities: MixerQuantities, statistics: ScanStatistics | None = None
+    adapter: MixerAdapter, quantities: Any, statistics: ScanStatistics | None = None
 ) -> Tensor:
     """Run the recurrence up to what out_proj multiplies.
 
@@ -408,6 +445,8 @@ def read_out(
     :return: (b, L, D) float32; where the quantities are in half precision and kernels of this
         package run, in that
     """
+    if adapter.recurrence == "delta_rule":
+        return adapter.out_input(quantities, scan(quantities))
     dtype = quantities.u.dtype
     name = backend_for(quantities.u.device)
     on_cpu = name == "cpu" and not torch.is_grad_enabled()

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsessm_plugin.backends.choice import REFERENCE, backend_for
-from sparsessm_plugin.backends.products import project
 from sparsessm_plugin.families.base import MixerAdapter, read_out
 from sparsessm_plugin.families.kernels import scans_in_kernels
 from sparsessm_plugin.families.registry import get_adapter, iter_mixers, known_mixers
-from sparsessm_plugin.recurrence.quantities import MixerQuantities
+from sparsessm_plugin.recurrence import scan
 
 
 @contextmanager
@@ -89,9 +88,11 @@ class _Forward:
     def _takes_over(self, device: torch.device, dtype: torch.dtype) -> bool:
         return self.gradients if torch.is_grad_enabled() else self._is_fast_on(device, dtype)
 
-    def _read_out(self, quantities: MixerQuantities) -> Tensor:
+    def _read_out(self, quantities: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return read_out(self.adapter, quantities)
+        if self.adapter.recurrence == "delta_rule":
+            return self.adapter.out_input(quantities, scan(quantities))
         from sparsessm_plugin.recurrence import differentiable  # brings numba along
 
         return self.adapter.out_input(quantities, differentiable.scan(quantities))
@@ -128,11 +129,11 @@ class _Forward:
         of_this = offered and offered[0] is hidden_states and offered[1] is attention_mask
         if replaces and offered and of_this and not torch.is_grad_enabled():
             # no scan is faster than none
-            return project(self.adapter.mixer.out_proj, offered[2].to(hidden_states.dtype))
+            return self.adapter.project_out(offered[2].to(hidden_states.dtype))
         if not replaces or not self._takes_over(hidden_states.device, hidden_states.dtype):
             return self.own_forward(
                 hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
             )
         quantities = self.adapter.quantities(hidden_states, attention_mask)
         x = self._read_out(quantities)
-        return project(self.adapter.mixer.out_proj, x.to(hidden_states.dtype))
+        return self.adapter.project_out(x.to(hidden_states.dtype))

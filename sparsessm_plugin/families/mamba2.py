@@ -51,10 +51,6 @@ class Mamba2Adapter(MixerAdapter):
             n_groups=mixer.n_groups,
         )
 
-    @property
-    def out_norm(self) -> Tensor:
-        return torch.linalg.vector_norm(self.mixer.out_proj.weight.detach().float(), dim=0)
-
     def in_output(self, projected: Tensor) -> Tensor:
         """(b, L, 2 D + 2 G N + H) what the family makes of in_proj's output."""
         return projected

@@ -83,6 +83,8 @@ class ModelAdapter:
         # Any: nn.Module types every attribute as Tensor | Module
         self.model: Any = model
         self.base: Any = self.model.base_model
+        if not hasattr(self.base, "layers"):  # the language model beside an image encoder
+            self.base = getattr(self.base, "language_model", self.base)
 
     def __repr__(self) -> str:
         return (
@@ -198,6 +200,15 @@ class ModelAdapter:
         names = self.first_names()
         found = (f"{part.name}.weight" for part in self.parts if isinstance(part, Norm))
         return tuple(dict.fromkeys(names[name] for name in found))
+
+    @property
+    def norm_offset(self) -> float:
+        """What the norms of ``stream_norms`` add to their weights.
+
+        A norm scales entry i by ``norm_offset + weight[i]``. Who changes that by a factor s sets
+        the weight to ``(norm_offset + weight) * s - norm_offset``.
+        """
+        return next((part.offset for part in self.parts if isinstance(part, Norm)), 0.0)
 
     def first_names(self) -> dict[str, str]:
         """Every parameter's name -> the first name of the same parameter."""

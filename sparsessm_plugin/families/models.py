@@ -287,3 +287,95 @@ class ZambaModelAdapter(SharedBlockModelAdapter):
         users = [i for i, layer in enumerate(self.base.layers) if hasattr(layer, self.shared)]
         pattern = rf"layers.(?!{users[0]}\.)\d+.{self.shared}"
         self.retie({pattern: f"layers.{users[0]}.{self.shared}"})
+
+
+class DeltaNetModelAdapter(ModelAdapter):
+    """Gated delta net or attention, then an MLP or experts; kinds of layers are listed.
+
+    No size of the mixers follows another, and the head_dim of attention is a field of its own.
+    """
+
+    unit_fields: ClassVar[dict[str, str]] = {"mlp": "intermediate_size"}
+
+    def mixer_fields(self, mixer: MixerAdapter, hidden_size: int, channels: int) -> dict[str, Any]:
+        return mixer.config_sizes() | {
+            "linear_num_value_heads": channels // mixer.sizes.head_dim,
+        }
+
+    def layer_fields(self, kept: Sequence[int]) -> dict[str, Any]:
+        fields, types = super().layer_fields(kept), self.config.layer_types
+        return fields | {"layer_types": [types[i] for i in kept]}
+
+    def run_layer(self, layer: Any, index: int, stream: Tensor, embedded: Tensor) -> Tensor:
+        output: Tensor = layer(stream, position_embeddings=None)
+        return output
+
+
+@register_model
+class Qwen3_5ModelAdapter(DeltaNetModelAdapter):
+    """An MLP in every layer."""
+
+    family = "qwen3_5"
+    model_class = "Qwen3_5ForCausalLM"
+
+
+@register_model
+class Qwen3_5VisionModelAdapter(Qwen3_5ModelAdapter):
+    """The same beside an image encoder, which writes into the stream and stays as it is."""
+
+    model_class = "Qwen3_5ForConditionalGeneration"
+
+
+@register_model
+class Qwen3_5MoeModelAdapter(DeltaNetModelAdapter):
+    """Experts and a shared one in every layer."""
+
+    family = "qwen3_5_moe"
+    model_class = "Qwen3_5MoeForCausalLM"
+    unit_fields: ClassVar[dict[str, str]] = {
+        "experts": "moe_intermediate_size",
+        "shared_experts": "shared_expert_intermediate_size",
+    }
+
+
+@register_model
+class Qwen3_5MoeVisionModelAdapter(Qwen3_5MoeModelAdapter):
+    """The same beside an image encoder."""
+
+    model_class = "Qwen3_5MoeForConditionalGeneration"
+
+
+@register_model
+class Qwen3NextModelAdapter(DeltaNetModelAdapter):
+    """Experts and a shared one, or an MLP where the config lists the layer or its step says so."""
+
+    family = "qwen3_next"
+    model_class = "Qwen3NextForCausalLM"
+    unit_fields: ClassVar[dict[str, str]] = {
+        "mlp": "intermediate_size",
+        "experts": "moe_intermediate_size",
+        "shared_experts": "shared_expert_intermediate_size",
+    }
+
+    def layer_fields(self, kept: Sequence[int]) -> dict[str, Any]:
+        # with a step of 1, every layer has experts but those that are listed
+        dense = [new for new, old in enumerate(kept) if not self.layers[old].has("moe")]
+        return super().layer_fields(kept) | {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+
+
+@register_model
+class OlmoHybridModelAdapter(DeltaNetModelAdapter):
+    """An MLP in every layer; queries and keys of attention are normalised over all heads."""
+
+    family = "olmo_hybrid"
+    model_class = "OlmoHybridForCausalLM"
+
+    def layer_fields(self, kept: Sequence[int]) -> dict[str, Any]:
+        fields = super().layer_fields(kept)
+        if not any(self.layers[i].has("mixer") for i in kept):
+            mixers = [i for i, layer in enumerate(self.layers) if layer.has("mixer")]
+            raise SparseSSMError(
+                f"{self.name}: the config of {self.family} wants a gated delta net in at least one "
+                f"layer: keep at least one of {', '.join(map(str, mixers))}"
+            )
+        return fields

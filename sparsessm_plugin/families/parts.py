@@ -19,7 +19,7 @@ from torch import nn
 
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families.base import TensorAxis, get_tensor
-from sparsessm_plugin.families.registry import is_mixer
+from sparsessm_plugin.families.registry import get_adapter, is_mixer
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,11 @@ class Head(Part):
 
 
 class Norm(Part):
-    """An RMSNorm: what goes in comes out, entry by entry."""
+    """An RMSNorm: what goes in comes out, entry by entry.
+
+    ``offset`` is what its forward pass adds to the weight: 1 where transformers keeps the
+    weight zero-centred, so that scaling by s takes ``(offset + weight) * s - offset``.
+    """
 
     kind = "norm"
     width_attributes = ()
@@ -150,6 +154,11 @@ class Norm(Part):
     @staticmethod
     def matches(module: Any) -> bool:
         return type(module).__name__.endswith("RMSNorm") and module.weight.ndim == 1
+
+    @property
+    def offset(self) -> float:
+        """What the module adds to its weight."""
+        return norm_offset(self.module)
 
     def reads(self) -> list[TensorAxis]:
         return self.ranges(0, "weight")
@@ -165,10 +174,12 @@ class Mixer(Part):
         return is_mixer(module)
 
     def reads(self) -> list[TensorAxis]:
-        return self.ranges(1, "in_proj.weight")
+        adapter = get_adapter(self.module, self.name)
+        return self.ranges(1, *(f"{kind}.weight" for kind in adapter.entry_kinds))
 
     def writes(self) -> list[TensorAxis]:
-        return self.ranges(0, "out_proj.weight", "out_proj.bias")
+        kind = get_adapter(self.module, self.name).exit_kind
+        return self.ranges(0, f"{kind}.weight", f"{kind}.bias")
 
 
 class Linear(Part):
@@ -218,7 +229,7 @@ class Attention(Part):
     @property
     def num_heads(self) -> int:
         """Query heads, as the tensors have them."""
-        return self.module.q_proj.weight.shape[0] // self.head_dim
+        return self.module.o_proj.weight.shape[1] // self.head_dim
 
     def reads(self) -> list[TensorAxis]:
         result = self.ranges(1, *(f"{name}.weight" for name in self.projections))
@@ -230,15 +241,20 @@ class Attention(Part):
         return self.ranges(0, "o_proj.weight", "o_proj.bias")
 
     def blocks(self) -> list[UnitBlock]:
-        queries = self.num_heads // self.num_key_value_heads * self.head_dim  # entries a group
+        groups, head_dim = self.num_key_value_heads, self.head_dim
+        queries = self.num_heads // groups * head_dim  # entries a group
+        # q_proj may make a gate beside each query head
+        made = self.module.q_proj.weight.shape[0] // groups
         rows = []
-        for name, block in zip(
-            self.projections, (queries, self.head_dim, self.head_dim), strict=True
-        ):
+        for name, block in zip(self.projections, (made, head_dim, head_dim), strict=True):
             rows += self.ranges(0, f"{name}.weight", f"{name}.bias", block=block)
             if self.has_adapters:
                 adapters = f"linear_{name[0]}_adapter_list"
                 rows += adapter_ranges(self, adapters, 1, 0, block=block)
+        for name, block in (("q_norm", queries), ("k_norm", head_dim)):
+            norm = get_tensor(self.module, f"{name}.weight")
+            if norm is not None and len(norm) == block * groups:  # else one for every head
+                rows += self.ranges(0, f"{name}.weight", block=block)
         columns = self.ranges(1, "o_proj.weight", block=queries)
         # the number of heads stands nowhere in the module: it reshapes by head_dim
         return [
@@ -337,17 +353,19 @@ class Experts(Part):
 
     def _shared(self) -> list[MLP]:
         """The expert that sees every token, if there is one."""
-        shared = getattr(self.module, "shared_experts", None)
-        if shared is None:
-            return []
-        return [MLP(f"{self.name}.shared_experts", shared, "shared_experts")]
+        return [
+            MLP(f"{self.name}.{name}", getattr(self.module, name), "shared_experts")
+            for name in ("shared_experts", "shared_expert")
+            if hasattr(self.module, name)
+        ]
 
     def _on_stream(self) -> list[MLP]:
         """The MLPs of the part that read and write the stream themselves."""
         return self._shared() if self._is_latent else self._apart() + self._shared()
 
     def reads(self) -> list[TensorAxis]:
-        result = self.ranges(1, f"{self._router(self.module)}.weight")
+        # the shared expert may have a gate of its own
+        result = self.ranges(1, f"{self._router(self.module)}.weight", "shared_expert_gate.weight")
         if self._is_latent:
             result += self.ranges(1, "fc1_latent_proj.weight")
         else:
@@ -393,6 +411,8 @@ class Experts(Part):
         self._resize(length)
 
 
+# norms that multiply by 1 + weight
+_ZERO_CENTRED = ("Qwen3NextRMSNorm", "Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm")
 # in the order in which they are tried
 _PARTS: list[type[Part]] = [Mixer, Attention, Experts, MLP, Norm, Linear]
 _Part = TypeVar("_Part", bound=type[Part])
@@ -435,6 +455,11 @@ def adapter_ranges(part: Part, adapters: str, position: int, dim: int, **shape: 
     return part.ranges(
         dim, *(f"{adapters}.{index}.{position}.weight" for index in range(count)), **shape
     )
+
+
+def norm_offset(module: Any) -> float:
+    """What a norm of transformers adds to its weight: 1 in families with zero-centred weights."""
+    return 1.0 if type(module).__name__ in _ZERO_CENTRED else 0.0
 
 
 def set_existing(module: Any, names: Iterable[str], value: int) -> None:

@@ -10,6 +10,13 @@ from sparsessm_plugin.families.base import MixerAdapter
 from sparsessm_plugin.registry import Registry
 
 _ADAPTERS: Registry[type[MixerAdapter]] = Registry("mixer", "sparsessm_plugin.families")
+# what is known and has no adapter, and why
+_REFUSED = {
+    "KimiLinearForgetGate": (
+        "gates each key dimension of Kimi Linear, whose config gives keys and values one "
+        "linear_head_dim: no stock loader takes one without the other"
+    )
+}
 _Adapter = TypeVar("_Adapter", bound=type[MixerAdapter])
 
 
@@ -37,6 +44,8 @@ def get_adapter(mixer: nn.Module, name: str = "mixer") -> MixerAdapter:
     for cls in type(mixer).__mro__:
         if cls.__name__ in _ADAPTERS:
             return _ADAPTERS[cls.__name__](mixer, name)
+        if cls.__name__ in _REFUSED:
+            raise SparseSSMError(f"{name} {_REFUSED[cls.__name__]}; it is not supported")
     raise SparseSSMError(
         f"module {name!r} is a {type(mixer).__name__}, which is not a known state-space mixer; "
         f"known: {', '.join(known_mixers())}"

@@ -106,6 +106,7 @@ class StateRemoval(MixerRemoval[StateSettings]):
 
     def check_mixer(self, adapter: MixerAdapter) -> None:
         who, sizes = self.who, adapter.sizes
+        adapter.check_selective(who, "states with rows of B and C")
         keep = self.settings.kept(sizes.state_size)
         if not 1 <= keep < sizes.state_size:
             raise SparseSSMError(

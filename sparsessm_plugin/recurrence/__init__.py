@@ -9,8 +9,9 @@ from torch import Tensor
 
 from sparsessm_plugin.backends.choice import REFERENCE, backend_for
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.recurrence import kernels, ssd
+from sparsessm_plugin.recurrence import delta_rule, kernels, ssd
 from sparsessm_plugin.recurrence.quantities import (
+    DeltaQuantities,
     GroupedQuantities,
     HeadQuantities,
     MixerQuantities,
@@ -19,6 +20,7 @@ from sparsessm_plugin.recurrence.statistics import PrunedValue, ScanStatistics, 
 
 __all__ = [
     "REFERENCE",
+    "DeltaQuantities",
     "GroupedQuantities",
     "HeadQuantities",
     "MixerQuantities",
@@ -48,11 +50,11 @@ def implementation(backend: str | None, device: torch.device) -> Any:
 
 
 def scan(
-    quantities: MixerQuantities,
+    quantities: MixerQuantities | DeltaQuantities,
     statistics: ScanStatistics | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Run the selective recurrence from a zero state and accumulate statistics on the way.
+    """Run the recurrence from a zero state and accumulate statistics on the way.
 
     No tensor with both a batch and a time axis has a state axis; a GPU keeps states of the ends
     of chunks, which are the longer the more work there is. Differentiable only through
@@ -63,6 +65,10 @@ def scan(
     :param backend: to use instead of the device's own: ``cpu``, ``cuda`` or :data:`REFERENCE`
     :return: y (b, L, D) float32, skip connection included, before the gate
     """
+    if isinstance(quantities, DeltaQuantities):
+        if statistics is not None:
+            raise SparseSSMError("statistics of A_log need the selective recurrence")
+        return delta_rule.scan(quantities, backend)
     if isinstance(quantities, HeadQuantities):
         if statistics is not None:
             raise SparseSSMError(
