@@ -10,7 +10,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from sparsessm_plugin.checkpoints import experts
 from sparsessm_plugin.checkpoints.runtimes import runtime_support
-from sparsessm_plugin.families import catalog, mamba1, mamba2, model, registry
+from sparsessm_plugin.families import catalog, delta_net, mamba1, mamba2, model, registry
 
 ADAPTERS = {adapter.family: adapter for adapter in registry._ADAPTERS.values()}
 
@@ -23,7 +23,11 @@ def test_the_catalog_has_the_families_that_have_adapters():
 @pytest.mark.parametrize("name", catalog.FAMILIES)
 def test_the_catalog_says_what_adapters_and_transformers_say(name):
     family, adapter = catalog.FAMILIES[name], ADAPTERS[name]
-    layouts = {"mamba1": mamba1.Mamba1Adapter, "mamba2": mamba2.Mamba2Adapter}
+    layouts = {
+        "mamba1": mamba1.Mamba1Adapter,
+        "mamba2": mamba2.Mamba2Adapter,
+        "delta": delta_net.DeltaNetAdapter,
+    }
     assert issubclass(adapter, layouts[family.layout])
     assert adapter.state_size_field == family.state_size_field
     theirs = import_module(f"transformers.models.{name}.modeling_{name}")
@@ -37,7 +41,9 @@ def test_the_catalog_says_what_adapters_and_transformers_say(name):
     # NemotronH looks for the parameter by name, and passes over loaded ones
     reads = "module.out_proj.weight" in inspect.getsource(base_class._init_weights)
     assert family.initialiser == (base_class.__name__ if reads else None)
-    merging = get_checkpoint_conversion_mapping(name) or []
+    # beside an image encoder, transformers goes by the language model's own type
+    mappings = map(get_checkpoint_conversion_mapping, (name, f"{name}_text"))
+    merging = next(filter(None, mappings), [])
     assert any(map(experts._merges_experts, merging)) == (family.experts == "single")
     assert (family.experts is not None) == ("Experts" in inspect.getsource(theirs))
 

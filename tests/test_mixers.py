@@ -409,7 +409,7 @@ def test_unknown_mixer_lists_the_known_ones():
         find_mixers(nn.Sequential(MadeUpMixer()))
     message = str(error.value)
     assert "module '0' is a MadeUpMixer, which is not a known state-space mixer" in message
-    assert len(known_mixers()) == 10
+    assert len(known_mixers()) == 14
     assert all(name in message for name in known_mixers())
     assert "\n" not in message
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.families.base import MixerSizes
-from sparsessm_plugin.families.catalog import FAMILIES
+from sparsessm_plugin.families.catalog import family_of
 from sparsessm_plugin.files import write_json
 
 FORMATS = ("mamba_ssm",)
@@ -54,7 +54,7 @@ def mamba_ssm_config(model: Any) -> dict[str, Any]:
     :raises SparseSSMError: mamba_ssm cannot compute this model as transformers does
     """
     config = model.config
-    family = FAMILIES.get(config.model_type)
+    family = family_of(config.model_type)
     if family is None or not family.mamba_ssm:
         raise SparseSSMError(
             f"mamba_ssm has no {config.model_type} model; only plain Mamba and Mamba-2 can be "

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from sparsessm_plugin.checkpoints.loading import read_header
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families.catalog import FAMILIES, Family
+from sparsessm_plugin.families.catalog import FAMILIES, Family, family_of
 from sparsessm_plugin.files import read_json
 
 Answer = Literal["yes", "no", "unknown"]
@@ -81,7 +81,7 @@ class _Checkpoint:
 
     @property
     def family(self) -> Family | None:
-        return FAMILIES.get(self.model_type)
+        return family_of(self.model_type)
 
     @property
     def is_initialised_again(self) -> bool:
@@ -116,14 +116,26 @@ class _Checkpoint:
         return sizes
 
     def _grouped_state_size(self, mixer: str) -> int | None:
-        """N = (conv channels - D) / 2 G of the Mamba-2 layout."""
+        """N = (conv channels - D) / 2 G of the Mamba-2 layout, and dk of a gated delta net."""
         conv = self.tensors.get(f"{mixer}.conv1d.weight")
+        if self.family is not None and self.family.layout == "delta":
+            return self._key_head_dim(mixer, conv)
         norm = self.tensors.get(f"{mixer}.norm.weight")
         groups = self.text_config.get("n_groups", self.text_config.get("mamba_n_groups"))
         groups = groups or self.text_config.get("mamba_ngroups")
         if conv is None or norm is None or not groups:
             return None
         return (int(conv["shape"][0]) - int(norm["shape"][0])) // (2 * int(groups))
+
+    def _key_head_dim(self, mixer: str, conv: Mapping[str, Any] | None) -> int | None:
+        """dk = (conv channels - H dv) / 2 G."""
+        norms = (self.tensors.get(f"{mixer}.{name}.weight") for name in ("norm", "o_norm"))
+        norm = next((found for found in norms if found is not None), None)
+        groups = self.text_config.get("linear_num_key_heads")
+        if conv is None or norm is None or not groups:
+            return None
+        values = int(self.tensors[f"{mixer}.A_log"]["shape"][0]) * int(norm["shape"][0])
+        return (int(conv["shape"][0]) - values) // (2 * int(groups))
 
     @cached_property
     def single_experts(self) -> list[str]:

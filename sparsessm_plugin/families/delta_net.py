@@ -78,7 +78,7 @@ class DeltaNetAdapter(MixerAdapter):
     axis_names = ("key_dims", "value_heads", "value_dims")
     norm_name: ClassVar[str] = "norm"
     # the config field of each size
-    key_dim_field: ClassVar[str] = "linear_key_head_dim"
+    state_size_field: ClassVar[str] = "linear_key_head_dim"
     key_heads_field: ClassVar[str] = "linear_num_key_heads"
     value_heads_field: ClassVar[str] = "linear_num_value_heads"
     value_dim_field: ClassVar[str] = "linear_value_head_dim"
@@ -205,7 +205,7 @@ class DeltaNetAdapter(MixerAdapter):
     def size_fields(self, axis: str, size: int) -> dict[str, Any]:
         self.check_axis(axis)
         field = {
-            "key_dims": self.key_dim_field,
+            "key_dims": self.state_size_field,
             "value_heads": self.value_heads_field,
             "value_dims": self.value_dim_field,
         }[axis]
@@ -237,7 +237,7 @@ class DeltaNetAdapter(MixerAdapter):
     def config_sizes(self) -> dict[str, int]:
         sizes = self.sizes
         return {
-            self.key_dim_field: sizes.head_k_dim,
+            self.state_size_field: sizes.head_k_dim,
             self.key_heads_field: sizes.num_k_heads,
             self.value_heads_field: sizes.num_v_heads,
             self.value_dim_field: sizes.head_v_dim,
