@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
     from sparsessm_plugin.families import find_mixers
     from sparsessm_plugin.families.fast_forward import fast_forward
+    from sparsessm_plugin.fitting import fit
     from sparsessm_plugin.modifiers import (
         ChannelRemovalModifier,
         GradientMagnitudeModifier,
@@ -44,6 +45,7 @@ _PUBLIC = {
     "evaluate_perplexity": "sparsessm_plugin.evaluation.perplexity",
     "fast_forward": "sparsessm_plugin.families.fast_forward",
     "find_mixers": "sparsessm_plugin.families",
+    "fit": "sparsessm_plugin.fitting",
     "load": "sparsessm_plugin.checkpoints.loading",
     "load_mamba_ssm": "sparsessm_plugin.checkpoints.export",
     "recipe_path": "sparsessm_plugin.recipes",
@@ -64,6 +66,7 @@ __all__ = [
     "evaluate_perplexity",
     "fast_forward",
     "find_mixers",
+    "fit",
     "load",
     "load_mamba_ssm",
     "recipe_path",

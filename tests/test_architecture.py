@@ -10,7 +10,7 @@ ROOT = Path(sparsessm_plugin.__file__).parent
 ORDER = (
     *("backends", "recurrence", "families", "selection", "criteria", "solvers", "refit"),
     *("dependency_graph", "calibration", "training", "allocation", "checkpoints", "methods"),
-    *("modifiers", "evaluation", "recipes", "cli"),
+    *("modifiers", "evaluation", "recipes", "fitting", "cli"),
 )
 LONG = 500  # lines
 

@@ -21,6 +21,8 @@ _MAX_STATE_SIZE = 256  # of the scan kernels of mamba_ssm and vLLM
 _CONV_MULTIPLE = 8  # of the channels that causal-conv1d takes in the Mamba-2 layout
 _COMPRESSED = (".weight_packed", ".weight_scale")
 _FLOATS = ("F64", "F32", "F16", "BF16")
+# those whose limits can be asked for before a checkpoint is made
+RUNTIMES = ("transformers", "vllm", "mamba-ssm")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def runtime_support(folder: str | os.PathLike[str]) -> list[RuntimeSupport]:
     :return: transformers, transformers + sparsessm_plugin, vLLM, mamba-ssm
     :raises SparseSSMError: no config.json, no safetensors file, or one that cannot be read
     """
-    checkpoint = _Checkpoint(Path(folder))
+    checkpoint = _Checkpoint.read(Path(folder))
     return [
         _transformers(checkpoint),
         _with_plugin(checkpoint),
@@ -58,17 +60,43 @@ def runtime_support(folder: str | os.PathLike[str]) -> list[RuntimeSupport]:
     ]
 
 
-class _Checkpoint:
-    """Config and tensor shapes of a folder."""
+def runtime_problems(runtime: str, model: Any) -> list[str]:
+    """Why a runtime could not load a model of these sizes, were it saved; by its code, if not run.
 
-    def __init__(self, folder: Path):
-        self.config: dict[str, Any] = _read_json(folder / "config.json")
+    :param runtime: one of :data:`RUNTIMES`; for mamba-ssm, once the model is exported
+    :param model: unquantized, of transformers; the meta device will do
+    :return: as ``inspect`` says it; nothing where nothing is known to go wrong
+    """
+    tensors: dict[str, Mapping[str, Any]] = {
+        name: {"shape": list(tensor.shape)} for name, tensor in model.state_dict().items()
+    }
+    checkpoint = _Checkpoint(model.config.to_dict(), tensors)
+    if runtime == "mamba-ssm":
+        if checkpoint.family is None or not checkpoint.family.mamba_ssm:
+            return [f"it has no {checkpoint.model_type} model"]
+        return _kernel_problems(checkpoint)
+    support = _vllm(checkpoint) if runtime == "vllm" else _transformers(checkpoint)
+    return list(support.reasons) if support.answer == "no" else []
+
+
+class _Checkpoint:
+    """Config and tensor shapes of a checkpoint."""
+
+    def __init__(self, config: dict[str, Any], tensors: dict[str, Mapping[str, Any]]):
+        self.config = config
+        self.tensors = tensors
+
+    @classmethod
+    def read(cls, folder: Path) -> "_Checkpoint":
+        """Of a folder."""
+        config = _read_json(folder / "config.json")
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise SparseSSMError(f"{folder} holds no .safetensors file")
-        self.tensors: dict[str, Mapping[str, Any]] = {}
+        tensors: dict[str, Mapping[str, Any]] = {}
         for file in files:
-            self.tensors.update(read_header(file))
+            tensors.update(read_header(file))
+        return cls(config, tensors)
 
     @property
     def is_mamba_ssm(self) -> bool:

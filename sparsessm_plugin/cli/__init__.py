@@ -14,6 +14,7 @@ from sparsessm_plugin.cli import (
     demo,
     evaluate,
     export,
+    fit,
     inspect,
     prune,
     recipes,
@@ -33,6 +34,7 @@ app = typer.Typer(
 # in the order of the help
 for _command in (
     prune.prune,
+    fit.fit,
     evaluate.evaluate,
     compare.compare,
     recipes.recipes,

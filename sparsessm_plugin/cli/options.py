@@ -104,12 +104,12 @@ def named(sources: list[str], option: str = "--text") -> dict[str, str]:
     return named
 
 
-def new_file(option: str, path: Path | None, suffix: str) -> None:
+def new_file(option: str, path: Path | None, *suffixes: str) -> None:
     """Refuse before the work what could not be written after it."""
     if path is None:
         return
-    if path.suffix.lower() != suffix:
-        raise SparseSSMError(f"{option} must end in {suffix}, got {path}")
+    if path.suffix.lower() not in suffixes:
+        raise SparseSSMError(f"{option} must end in {' or '.join(suffixes)}, got {path}")
     if path.exists() or path.is_symlink():
         raise SparseSSMError(f"{option} {path} exists; choose another name")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sparsessm_plugin.evaluation.component_loss import ComponentLoss
     from sparsessm_plugin.evaluation.components import Inventory
     from sparsessm_plugin.evaluation.latency import Latency
+    from sparsessm_plugin.fitting import FitResult
     from sparsessm_plugin.recipes.demo import DemoResult
 
 
@@ -65,6 +66,53 @@ def print_pruned(report: dict[str, Any], output: Path) -> None:
             f"sparsessm_plugin.load, see {NOTE_NAME} there",
             soft_wrap=True,
         )
+
+
+def print_fit(result: "FitResult", output: Path) -> None:
+    plan = result.plan
+    kinds = list(plan.costs)
+    table = Table("alone", "keeps", *(_cost_name(kind) for kind in kinds), "loss", box=None)
+    for row in plan.rows:
+        costs = (f"{row.costs[kind]:.3f}" for kind in kinds)
+        about = "" if row.measured else "  (from its neighbours)"
+        table.add_row(row.axis, f"{row.size:,}", *costs, f"{row.loss:.4f}{about}")
+    out.print(table)
+    table = Table("mix", *(_cost_name(kind) for kind in kinds), "predicted", "loss", box=None)
+    for candidate in plan.candidates:
+        costs = (f"{candidate.costs[kind]:.3f}" for kind in kinds)
+        loss = f"{candidate.predicted:.4f}", f"{candidate.loss:.4f}"
+        table.add_row(_sizes(plan.dense, candidate.sizes), *costs, *loss)
+    if plan.candidates:
+        out.print(table)
+    out.print(f"chosen: {_sizes(plan.dense, plan.sizes)}", soft_wrap=True, highlight=False)
+    table = Table("", "predicted", "came out", box=None)
+    for kind in kinds:
+        table.add_row(_cost_name(kind), f"{plan.costs[kind]:.3f}", f"{result.costs[kind]:.3f}")
+        if kind == "speed":
+            table.add_row(
+                "speed", f"x {1 / plan.costs[kind]:.3f}", f"x {1 / result.costs[kind]:.3f}"
+            )
+    done = f", distilled for {plan.distill_minutes:g} min" if plan.distill_minutes else ""
+    table.add_row("loss, nats a token", f"{plan.predicted:.4f}", f"{result.loss:.4f}{done}")
+    out.print(table)
+    best = min(plan.alone.items(), key=lambda item: item[1]["loss"], default=None)
+    if best is not None and len(plan.sizes) > 1:
+        axis, found = best
+        out.print(
+            f"best single axis: {axis} {found['size']:g}, loss {found['loss']:.4f} before any "
+            "distillation" + (f", the mix {plan.loss:.4f}" if plan.loss is not None else ""),
+            soft_wrap=True,
+            highlight=False,
+        )
+    out.print(f"saved to {escape(str(output))}", soft_wrap=True)
+
+
+def _cost_name(kind: str) -> str:
+    return "time / dense" if kind == "speed" else f"{kind} / dense"
+
+
+def _sizes(dense: dict[str, int], sizes: dict[str, int]) -> str:
+    return ", ".join(f"{axis} {dense[axis]:,} -> {size:,}" for axis, size in sizes.items())
 
 
 def print_tasks(report: dict[str, Any]) -> None:

@@ -1,0 +1,35 @@
+"""Channels of the mixers, or channels of their heads."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from sparsessm_plugin.families import MixerAdapter, find_mixers
+from sparsessm_plugin.fitting.axes import Axis, register_axis, shares_of
+
+_WHOLE_TILES = 512  # from here on channels come in 64s, as kernels like them
+
+
+def _axis_of(mixer: MixerAdapter) -> str:
+    return "channels" if "channels" in mixer.axis_names else "head_dim"
+
+
+@register_axis
+class Channels(Axis):
+    """D of every Mamba-1 mixer; P of every head in the Mamba-2 layout."""
+
+    name = "channels"
+    order = 50
+    modifier = "ChannelRemovalModifier"
+
+    def length(self, model: nn.Module) -> int | None:
+        mixer = find_mixers(model)[0]
+        return mixer.axis_length(_axis_of(mixer))
+
+    def sizes(self, length: int) -> Sequence[int]:
+        return shares_of(length, 64 if length >= _WHOLE_TILES else 8)
+
+    def config_fields(self, model: nn.Module, size: int) -> dict[str, Any]:
+        mixer = find_mixers(model)[0]
+        return mixer.size_fields(_axis_of(mixer), size)

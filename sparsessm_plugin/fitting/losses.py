@@ -1,0 +1,167 @@
+"""What a mix of sizes loses: the divergence of its predictions from the dense model's."""
+
+import copy
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import Tensor
+
+from sparsessm_plugin.backends.products import fast_products
+from sparsessm_plugin.cost import has_room, kept
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.families.fast_forward import fast_forward
+from sparsessm_plugin.fitting.axes import in_order
+from sparsessm_plugin.fitting.costs import stored_bytes
+from sparsessm_plugin.methods import run
+from sparsessm_plugin.training.distillation import divergences
+from sparsessm_plugin.training.gradients import to_device
+
+_REFERENCE_BYTES = 2**30  # of the dense model's predictions that are held
+
+
+class HeldBack:
+    """Text that no fit sees, and what the dense model predicts for it.
+
+    :param model: dense
+    :param batches: as many of them are used as the predictions have room for
+    :raises SparseSSMError: predictions that are NaN or infinite
+    """
+
+    def __init__(self, model: Any, batches: Sequence[Mapping[str, Any]]) -> None:
+        vocabulary = model.get_input_embeddings().num_embeddings
+        self._held: list[tuple[dict[str, Any], Tensor]] = []
+        used = 0
+        for batch in batches:
+            used += 2 * vocabulary * batch["input_ids"].numel()
+            if self._held and used > _REFERENCE_BYTES:
+                break
+            logits = _logits(model, batch)
+            if not bool(torch.isfinite(logits).all()):
+                raise SparseSSMError(
+                    "the dense model predicts NaN or infinite values for the calibration text"
+                )
+            predicted = logits.log_softmax(-1).clamp(min=-3e4).half()
+            self._held.append((dict(batch), kept(predicted)))
+
+    @property
+    def tokens(self) -> int:
+        """How many are measured on."""
+        return sum(batch["input_ids"].numel() for batch, _ in self._held)
+
+    def divergence(self, model: Any) -> float:
+        """Mean Kullback-Leibler divergence from the dense predictions, nats a token."""
+        total, count = 0.0, 0
+        for batch, reference in self._held:
+            each = divergences(reference.to(model.device), _logits(model, batch))
+            mask = batch.get("attention_mask")
+            if mask is not None:
+                each = each[mask.to(each.device).bool()]
+            total += float(each.double().sum())
+            count += each.numel()
+        return total / max(count, 1)
+
+
+@torch.no_grad()
+def _logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """(b, L, vocabulary) float32."""
+    ready = {k: v for k, v in to_device(dict(batch), model.device).items() if k != "labels"}
+    training = model.training
+    model.eval()
+    try:
+        with fast_forward(model), fast_products(model.device):
+            logits: Tensor = model(**ready, use_cache=False).logits
+    finally:
+        model.train(training)
+    return logits.float()
+
+
+class Copies:
+    """Copies of the dense model to try things on; it waits in main memory if there is no room.
+
+    :param model: the dense model; stays as it is
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.device = model.device
+        self._model = model
+        if self.device.type == "cuda" and not has_room(self.device, stored_bytes(model)):
+            model.to("cpu")
+
+    def new(self) -> Any:
+        """One on the model's device."""
+        return copy.deepcopy(self._model).to(self.device)
+
+    def give_back(self) -> Any:
+        """The dense model, where it was."""
+        return self._model.to(self.device)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What became of a copy of the model.
+
+    :param sizes: by axis
+    :param loss: on the text that was held back, nats a token
+    :param seconds: of removal and fits
+    :param kept: indices of the layers that stay; None if all do
+    """
+
+    sizes: dict[str, int]
+    loss: float
+    seconds: float
+    kept: tuple[int, ...] | None = None
+
+
+@dataclass
+class Trials:
+    """Removes from copies what mixes say, with the closed-form fits, and measures the loss.
+
+    :param copies: of the dense model
+    :param batches: to choose and fit by
+    :param held_back: to measure on
+    :param fields: of every modifier, besides its size
+    """
+
+    copies: Copies
+    batches: Sequence[Mapping[str, Any]]
+    held_back: HeldBack
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def measure(self, sizes: Mapping[str, int]) -> Tried:
+        """Of a mix.
+
+        :raises SparseSSMError: a modifier cannot make it
+        """
+        started = time.perf_counter()
+        model = self.copies.new()
+        with _unheard():
+            layers = self._remove(model, sizes)
+        seconds = time.perf_counter() - started
+        return Tried(dict(sizes), self.held_back.divergence(model), seconds, layers)
+
+    def _remove(self, model: Any, sizes: Mapping[str, int]) -> tuple[int, ...] | None:
+        """The removal of a mix; indices of the layers that stay, where some go."""
+        layers = None
+        for axis in in_order(sizes):
+            modifier = axis.modifier_class(**axis.fields(sizes[axis.name]), **self.fields)
+            before = axis.length(model)
+            result = run(modifier.new_method(), model, self.batches)
+            if axis.name == "layers":
+                gone = {i for entry in result.layers for i in entry.removed}
+                layers = tuple(i for i in range(before or 0) if i not in gone)
+        return layers
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """The last pass says once more what methods say of a model and its data."""
+    logger.disable("sparsessm_plugin.methods")
+    try:
+        yield
+    finally:
+        logger.enable("sparsessm_plugin.methods")

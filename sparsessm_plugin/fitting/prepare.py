@@ -1,0 +1,259 @@
+"""What is known of a target before a weight is read: sizes, costs, whether it can be reached."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparsessm_plugin.checkpoints.runtimes import RUNTIMES, runtime_problems
+from sparsessm_plugin.errors import SparseSSMError, shown
+from sparsessm_plugin.families import find_mixers
+from sparsessm_plugin.fitting.axes import AXES, Axis, in_order
+from sparsessm_plugin.fitting.choice import MOST_MIXES, nearest_mix
+from sparsessm_plugin.fitting.costs import Array, Ladder, Space, counted
+from sparsessm_plugin.fitting.shapes import Shapes
+from sparsessm_plugin.fitting.targets import Target
+from sparsessm_plugin.fitting.timing import SpeedModel, Timed, Workload, measured_speedups
+from sparsessm_plugin.fitting.timing import speed_model as fit_speed_model
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What is asked for.
+
+    :param targets: all are to be reached
+    :param runtime: that must load the sizes
+    :param workload: what is timed for a speed; its length also counts an attention cache
+    :param minutes: that the whole may take once the model is loaded
+    :param axes: to choose from; None for all that there are
+    """
+
+    targets: tuple[Target, ...]
+    runtime: str = "transformers"
+    workload: Workload = field(default_factory=Workload)
+    minutes: float = 10.0
+    axes: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.runtime not in RUNTIMES:
+            raise SparseSSMError(
+                f"--runtime must be one of {', '.join(RUNTIMES)}, got {shown(self.runtime)}"
+            )
+        if not (math.isfinite(self.minutes) and self.minutes > 0):
+            raise SparseSSMError(f"--minutes must be above 0, got {self.minutes}")
+        for name in self.axes or ():
+            AXES.check(name)
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A size, or an axis, that cannot be chosen, and why."""
+
+    axis: str
+    size: int | None
+    reason: str
+
+
+class Prepared:
+    """Sizes and costs of a model for some targets.
+
+    Attributes: ``space``, all mixes; ``excluded``; ``speed``, where a speed is asked for.
+
+    :param shapes: of the model
+    :param settings: what is asked for
+    :param device: where speeds are measured
+    :raises SparseSSMError: a runtime that cannot load the model, nothing that can become smaller,
+        or a target that no mix reaches, with the nearest
+    """
+
+    def __init__(self, shapes: Shapes, settings: FitSettings, device: torch.device) -> None:
+        self.settings = settings
+        self.device = device
+        self.speed: SpeedModel | None = None
+        self.excluded: list[Excluded] = []
+        find_mixers(shapes.dense)  # raises, and says which are known, where there are none
+        if problems := runtime_problems(settings.runtime, shapes.dense):
+            raise SparseSSMError(f"{settings.runtime} cannot load this model: {problems[0]}")
+        ladders = self._ladders(shapes)
+        if not ladders:
+            why = f": {self.excluded[0].reason}" if self.excluded else ""
+            raise SparseSSMError(f"nothing of this model can become smaller{why}")
+        self.space = Space(shapes, self._affordable(ladders))
+        self._known: dict[str, dict[tuple[int, ...], float]] = {}
+        counts = [t for t in settings.targets if t.kind != "speed"]
+        self._check_reached(counts)
+        if len(counts) < len(settings.targets):
+            self.speed = fit_speed_model(self.space, settings.workload, device)
+            self._check_reached(settings.targets)
+        self._drop_needless()
+
+    # -- costs of all mixes ----------------------------------------------------------
+
+    def costs(self, targets: Sequence[Target] | None = None) -> list[Array]:
+        """The cost of every mix, as a share of the dense model's, one array a target.
+
+        What was counted or timed of single mixes stands in the place of what was predicted.
+        """
+        quantities = self.space.quantities()
+        dense = self.space.dense.total()
+        found = []
+        for target in self.settings.targets if targets is None else targets:
+            if target.kind == "speed":
+                assert self.speed is not None
+                cost = self.speed.milliseconds(quantities) / self.speed.milliseconds(dense)
+            else:
+                length = self.settings.workload.length
+                whole = float(counted(target.kind, dense, length))
+                cost = counted(target.kind, quantities, length) / whole
+            for mix, value in self._known.get(target.kind, {}).items():
+                cost[mix] = value
+            found.append(cost)
+        return found
+
+    def limits(self, targets: Sequence[Target] | None = None) -> list[float]:
+        """The largest share of the dense cost that reaches each target."""
+        dense, found = self.space.dense.total(), []
+        for target in self.settings.targets if targets is None else targets:
+            if target.kind == "speed":
+                found.append(target.limit(1.0))
+            else:
+                whole = float(counted(target.kind, dense, self.settings.workload.length))
+                found.append(target.limit(whole) / whole)
+        return found
+
+    def know_counts(self, mix: tuple[int, ...]) -> None:
+        """Count one mix by itself, as its loader makes it."""
+        quantities, dense = self.space.count(self.space.sizes(mix)), self.space.dense.total()
+        for target in self.settings.targets:
+            if target.kind != "speed":
+                length = self.settings.workload.length
+                share = counted(target.kind, quantities, length) / counted(
+                    target.kind, dense, length
+                )
+                self._known.setdefault(target.kind, {})[mix] = float(share)
+
+    def know_times(self, mixes: Sequence[tuple[int, ...]]) -> list[Timed]:
+        """Time some mixes beside the dense model; the speed model learns from it."""
+        if self.speed is None:
+            return []
+        known = self._known.setdefault("speed", {})
+        new = [mix for mix in mixes if mix not in known]
+        if not new:
+            return []
+        sizes = [self.space.sizes(mix) for mix in new]
+        timed, speedups = measured_speedups(self.space, sizes, self.settings.workload, self.device)
+        self.speed.add(timed)
+        known |= {mix: 1 / speedup for mix, speedup in zip(new, speedups, strict=True)}
+        return timed
+
+    def is_timed(self, mix: tuple[int, ...]) -> bool:
+        """Whether the speed of a mix is measured, or nobody asks for it."""
+        return self.speed is None or mix in self._known.get("speed", {})
+
+    # -- what there is to choose from ------------------------------------------------
+
+    def _ladders(self, shapes: Shapes) -> list[Ladder]:
+        chosen = in_order(AXES if self.settings.axes is None else self.settings.axes)
+        ladders = []
+        for axis in chosen:
+            if axis.modifier_class is None:
+                continue
+            try:
+                length = axis.length(shapes.dense)
+            except SparseSSMError as error:
+                self.excluded.append(Excluded(axis.name, None, str(error)))
+                continue
+            if length is None:
+                if self.settings.axes is not None:
+                    raise SparseSSMError(f"axis {axis.name}: the model has no such axis")
+                continue
+            sizes = [s for s in axis.sizes(length) if self._can_be(axis, s, shapes)]
+            if sizes:
+                ladders.append(Ladder(axis.name, (length, *sizes)))
+        return ladders
+
+    def _can_be(self, axis: Axis, size: int, shapes: Shapes) -> bool:
+        """Whether modifier, loader and runtime take a size."""
+        try:
+            modifier = axis.modifier_class(**axis.fields(size))
+            modifier.matching_mixers(shapes.dense)
+            model = shapes.model({axis.name: size})
+            problems = runtime_problems(self.settings.runtime, model)
+            reason = f"{self.settings.runtime}: {problems[0]}" if problems else None
+        except ValueError as error:  # pydantic's and this package's
+            reason = " ".join(str(error).split())
+        if reason is not None:
+            self.excluded.append(Excluded(axis.name, size, reason))
+        return reason is None
+
+    @staticmethod
+    def _affordable(ladders: list[Ladder]) -> list[Ladder]:
+        """Fewer sizes where there would be more mixes than can be looked at."""
+        while math.prod(len(ladder.sizes) for ladder in ladders) > MOST_MIXES:
+            longest = max(range(len(ladders)), key=lambda i: len(ladders[i].sizes))
+            sizes = ladders[longest].sizes
+            ladders[longest] = Ladder(ladders[longest].axis, (sizes[0], *sizes[2::2]))
+        return ladders
+
+    # -- whether it is enough --------------------------------------------------------
+
+    def _check_reached(self, targets: Sequence[Target]) -> None:
+        if not targets:
+            return
+        costs, limits = self.costs(targets), self.limits(targets)
+        near = nearest_mix(costs, limits)
+        missed = [i for i, cost in enumerate(costs) if cost[near] > limits[i]]
+        if not missed:
+            return
+        target, share = targets[missed[0]], float(costs[missed[0]][near])
+        raise SparseSSMError(
+            f"no mix of sizes reaches {target.text}: the nearest is {self.said(target, share)}, "
+            f"with {self.described(near)}"
+        )
+
+    def said(self, target: Target, share: float) -> str:
+        """A cost in the words of its target."""
+        if target.kind == "speed":
+            return f"speed={1 / share:.3g}"
+        if target.most is None:
+            return f"{target.kind}={share:.3g}"
+        dense = counted(target.kind, self.space.dense.total(), self.settings.workload.length)
+        return f"{target.kind}={share * float(dense):,.0f}"
+
+    def described(self, mix: tuple[int, ...]) -> str:
+        """The sizes of a mix, as a list for a person."""
+        pairs = [
+            f"{ladder.axis} {ladder.sizes[0]} -> {ladder.sizes[place]}"
+            for ladder, place in zip(self.space.ladders, mix, strict=True)
+            if place
+        ]
+        return ", ".join(pairs) or "nothing removed"
+
+    def _drop_needless(self) -> None:
+        """Sizes below the one that reaches all targets alone are of no use."""
+        costs, limits = self.costs(), self.limits()
+        reached = np.all([c <= most for c, most in zip(costs, limits, strict=True)], axis=0)
+        ladders = []
+        for place, ladder in enumerate(self.space.ladders):
+            alone = [
+                reached[tuple(i if p == place else 0 for p in range(reached.ndim))]
+                for i in range(len(ladder.sizes))
+            ]
+            last = alone.index(True) if True in alone else len(alone) - 1
+            ladders.append(Ladder(ladder.axis, ladder.sizes[: last + 1]))
+        self.space = Space(self.space.shapes, ladders)
+
+
+def sizes_of(model: nn.Module) -> dict[str, int]:
+    """The size of every axis that a model has."""
+    found: dict[str, Any] = {}
+    for axis in in_order(AXES):
+        try:
+            found[axis.name] = axis.length(model)
+        except SparseSSMError:
+            continue
+    return {name: size for name, size in found.items() if size is not None}

@@ -1,0 +1,144 @@
+"""Models without weights, as their loaders make them from configs of smaller sizes."""
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from sparsessm_plugin.dependency_graph import apply_config_fields
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.families import ModelAdapter, get_model_adapter
+from sparsessm_plugin.fitting.axes import in_order
+from sparsessm_plugin.fitting.axes.layers import signatures
+
+Sizes = Mapping[str, int]  # by axis; of an axis that is left out all stays
+_LAYERS = "layers"
+
+
+class Shapes:
+    """What a model becomes at smaller sizes, on the meta device; each is made once.
+
+    :param skeleton: the model as it is; its config says how it is loaded
+    :param dtype: of its weights; default as the skeleton has them
+    :param trust_remote_code: let the model's own code run
+    """
+
+    def __init__(
+        self,
+        skeleton: nn.Module,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._config: Any = copy.deepcopy(skeleton.config)
+        self._dtype = dtype or next(skeleton.parameters()).dtype
+        self._trust_remote_code = trust_remote_code
+        self._made: dict[tuple[Any, ...], nn.Module] = {}
+
+    @property
+    def dense(self) -> nn.Module:
+        """The model as it is."""
+        return self.model({})
+
+    def model(self, sizes: Sizes, kept: tuple[int, ...] | None = None) -> nn.Module:
+        """The model of these sizes.
+
+        :param sizes: by axis
+        :param kept: indices of the layers that stay, where they are known
+        :raises SparseSSMError: the loader cannot make it
+        """
+        model: nn.Module | None = None
+        path: tuple[Any, ...] = ()
+        for axis in in_order(sizes):
+            size = sizes[axis.name]
+            whole = model or self._make((), self._config)
+            if axis.length(whole) == size:
+                continue
+            path = (*path, (axis.name, size, kept if axis.name == _LAYERS else None))
+            if path in self._made:
+                model = self._made[path]
+                continue
+            if axis.name == _LAYERS and kept is not None:
+                fields = get_model_adapter(whole).layer_fields(kept)
+            else:
+                fields = axis.config_fields(whole, size)
+            config = copy.deepcopy(whole.config)
+            set_fields(config, fields)
+            model = self._make(path, config)
+        return model or self._make((), self._config)
+
+    def random(
+        self, sizes: Sizes, device: torch.device | str, kept: tuple[int, ...] | None = None
+    ) -> nn.Module:
+        """A model of these sizes with random weights on a device, to be timed."""
+        config = copy.deepcopy(self.model(sizes, kept).config)
+        with torch.random.fork_rng(), torch.device(device):
+            torch.manual_seed(0)
+            return self._from_config(config).eval()
+
+    def shallow(self, layers: int, rare: int = 1) -> "Shapes":
+        """The same of a model that has only so many layers, all kinds among them.
+
+        :param layers: how many
+        :param rare: how many of each kind but the commonest
+        :raises SparseSSMError: no config says so few
+        """
+        dense = self.model({})
+        adapter = get_model_adapter(dense)
+        kept = _shallow(adapter, layers, rare)
+        config = copy.deepcopy(self._config)
+        set_fields(config, adapter.layer_fields(kept))
+        made = Shapes(dense, self._dtype, self._trust_remote_code)
+        made._config = config
+        return made
+
+    def _make(self, path: tuple[Any, ...], config: Any) -> nn.Module:
+        if path not in self._made:
+            with torch.device("meta"):
+                self._made[path] = self._from_config(config)
+        return self._made[path]
+
+    def _from_config(self, config: Any) -> nn.Module:
+        try:
+            made: nn.Module = AutoModelForCausalLM.from_config(
+                config, dtype=self._dtype, trust_remote_code=self._trust_remote_code
+            )
+        except SparseSSMError:
+            raise
+        except Exception as error:  # transformers' own checks have many classes
+            said = " ".join(str(error).split())[:200]
+            raise SparseSSMError(f"transformers makes no model of these sizes: {said}") from error
+        return made
+
+
+def set_fields(config: Any, fields: Mapping[str, Any]) -> None:
+    """Set fields on a config, among them ``head_dim``, which some loaders read undeclared."""
+    language = config.get_text_config()
+    if "head_dim" in fields and not hasattr(language, "head_dim"):
+        language.head_dim = None
+    apply_config_fields(config, fields)
+
+
+def _shallow(adapter: ModelAdapter, count: int, rare: int) -> tuple[int, ...]:
+    """Indices of so many layers: a few of each rare kind, the rest of the commonest."""
+    kinds = signatures(adapter)
+    common = Counter(kinds).most_common(1)[0][0]
+    chosen = [
+        index
+        for kind in dict.fromkeys(kinds)
+        if kind != common
+        for index in [i for i, own in enumerate(kinds) if own == kind][:rare]
+    ]
+    chosen += [i for i, kind in enumerate(kinds) if kind == common][: max(0, count - len(chosen))]
+    refusal = SparseSSMError(f"{adapter.name}: no {count} layers can stay alone")
+    for kept in (tuple(sorted(chosen)), tuple(range(count))):
+        try:
+            adapter.layer_fields(kept)
+        except SparseSSMError as error:
+            refusal = error
+        else:
+            return kept
+    raise refusal
