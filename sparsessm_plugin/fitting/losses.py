@@ -18,7 +18,7 @@ from sparsessm_plugin.families.fast_forward import fast_forward
 from sparsessm_plugin.fitting.axes import in_order
 from sparsessm_plugin.fitting.costs import stored_bytes
 from sparsessm_plugin.methods import run
-from sparsessm_plugin.training.distillation import divergences
+from sparsessm_plugin.training.divergence import divergences
 from sparsessm_plugin.training.gradients import to_device
 
 _REFERENCE_BYTES = 2**30  # of the dense model's predictions that are held
@@ -45,8 +45,9 @@ class HeldBack:
                 raise SparseSSMError(
                     "the dense model predicts NaN or infinite values for the calibration text"
                 )
-            predicted = logits.log_softmax(-1).clamp(min=-3e4).half()
-            self._held.append((dict(batch), kept(predicted)))
+            # window by window: float32 logits of a whole batch would be large
+            rows = [row.float().log_softmax(-1).clamp(min=-3e4).half() for row in logits]
+            self._held.append((dict(batch), kept(torch.stack(rows))))
 
     @property
     def tokens(self) -> int:
@@ -57,8 +58,9 @@ class HeldBack:
         """Mean Kullback-Leibler divergence from the dense predictions, nats a token."""
         total, count = 0.0, 0
         for batch, reference in self._held:
-            each = divergences(reference.to(model.device), _logits(model, batch))
-            mask = batch.get("attention_mask")
+            pairs = zip(reference, _logits(model, batch), strict=True)
+            rows = [divergences(expected.to(found.device), found) for expected, found in pairs]
+            each, mask = torch.stack(rows), batch.get("attention_mask")
             if mask is not None:
                 each = each[mask.to(each.device).bool()]
             total += float(each.double().sum())
@@ -68,7 +70,7 @@ class HeldBack:
 
 @torch.no_grad()
 def _logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    """(b, L, vocabulary) float32."""
+    """(b, L, vocabulary) in the dtype of the model."""
     ready = {k: v for k, v in to_device(dict(batch), model.device).items() if k != "labels"}
     training = model.training
     model.eval()
@@ -77,7 +79,7 @@ def _logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
             logits: Tensor = model(**ready, use_cache=False).logits
     finally:
         model.train(training)
-    return logits.float()
+    return logits
 
 
 class Copies:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from sparsessm_plugin.checkpoints.runtimes import RUNTIMES, runtime_problems
@@ -76,9 +77,12 @@ class Prepared:
         self.speed: SpeedModel | None = None
         self.excluded: list[Excluded] = []
         find_mixers(shapes.dense)  # raises, and says which are known, where there are none
-        if problems := runtime_problems(settings.runtime, shapes.dense):
-            raise SparseSSMError(f"{settings.runtime} cannot load this model: {problems[0]}")
+        # what keeps the runtime from the model as it is; a smaller one may be free of it
+        self._problems = runtime_problems(settings.runtime, shapes.dense)
+        self._cured: dict[str, int] = {}  # by axis: the largest size that is
         ladders = self._ladders(shapes)
+        if self._problems and not self._cured:
+            raise SparseSSMError(f"{settings.runtime} cannot load this model: {self._problems[0]}")
         if not ladders:
             why = f": {self.excluded[0].reason}" if self.excluded else ""
             raise SparseSSMError(f"nothing of this model can become smaller{why}")
@@ -111,8 +115,17 @@ class Prepared:
                 cost = counted(target.kind, quantities, length) / whole
             for mix, value in self._known.get(target.kind, {}).items():
                 cost[mix] = value
-            found.append(cost)
+            found.append(np.where(self._loads(), cost, np.inf))
         return found
+
+    def _loads(self) -> NDArray[np.bool_]:
+        """Whether the runtime takes each mix, as far as single axes tell."""
+        loads = np.full(self.space.shape, not self._problems)
+        for place, ladder in enumerate(self.space.ladders):
+            if self._problems and ladder.axis in self._cured:
+                cured = np.array([size <= self._cured[ladder.axis] for size in ladder.sizes])
+                loads |= cured.reshape([-1 if p == place else 1 for p in range(loads.ndim)])
+        return loads
 
     def limits(self, targets: Sequence[Target] | None = None) -> list[float]:
         """The largest share of the dense cost that reaches each target."""
@@ -183,7 +196,12 @@ class Prepared:
             modifier.matching_mixers(shapes.dense)
             model = shapes.model({axis.name: size})
             problems = runtime_problems(self.settings.runtime, model)
-            reason = f"{self.settings.runtime}: {problems[0]}" if problems else None
+            new = [problem for problem in problems if problem not in self._problems]
+            if self._problems and new and len(problems) <= len(self._problems):
+                new = []  # the same, of other numbers
+            reason = f"{self.settings.runtime}: {new[0]}" if new else None
+            if self._problems and not problems:
+                self._cured[axis.name] = max(size, self._cured.get(axis.name, 0))
         except ValueError as error:  # pydantic's and this package's
             reason = " ".join(str(error).split())
         if reason is not None:
@@ -234,7 +252,7 @@ class Prepared:
         return ", ".join(pairs) or "nothing removed"
 
     def _drop_needless(self) -> None:
-        """Sizes below the one that reaches all targets alone are of no use."""
+        """Sizes far below the one that reaches all targets alone are of no use."""
         costs, limits = self.costs(), self.limits()
         reached = np.all([c <= most for c, most in zip(costs, limits, strict=True)], axis=0)
         ladders = []
@@ -244,7 +262,7 @@ class Prepared:
                 for i in range(len(ladder.sizes))
             ]
             last = alone.index(True) if True in alone else len(alone) - 1
-            ladders.append(Ladder(ladder.axis, ladder.sizes[: last + 1]))
+            ladders.append(Ladder(ladder.axis, ladder.sizes[: last + 2]))
         self.space = Space(self.space.shapes, ladders)
 
 

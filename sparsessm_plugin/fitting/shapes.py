@@ -55,7 +55,7 @@ class Shapes:
         for axis in in_order(sizes):
             size = sizes[axis.name]
             whole = model or self._make((), self._config)
-            if axis.length(whole) == size:
+            if axis.length(whole) in (size, None):  # it may have gone with the layers
                 continue
             path = (*path, (axis.name, size, kept if axis.name == _LAYERS else None))
             if path in self._made:

@@ -15,7 +15,7 @@ from sparsessm_plugin.fitting.prepare import FitSettings, Prepared, sizes_of
 from sparsessm_plugin.fitting.shapes import Shapes
 from sparsessm_plugin.fitting.targets import parse_targets
 from sparsessm_plugin.fitting.timing import Phase, Workload, measure, phase_of
-from sparsessm_plugin.methods import run
+from sparsessm_plugin.methods.run import run_in_turn
 from sparsessm_plugin.recipes import parse_recipe
 
 
@@ -93,8 +93,8 @@ def fit(
     prepared = Prepared(shapes, settings, next(model.parameters()).device)
     held_back = HeldBack(model, held)
     plan = make_plan(prepared, model, fitted, held_back, started)
-    for modifier in parse_recipe(plan.recipe, "the recipe found").modifiers:
-        run(modifier.new_method(), model, fitted)
+    recipe = parse_recipe(plan.recipe, "the recipe found")
+    run_in_turn([modifier.new_method() for modifier in recipe.modifiers], model, fitted)
     return outcome(prepared, plan, model, held_back, started)
 
 

@@ -249,6 +249,12 @@ class MixerMethod(Generic[S]):
         """As :meth:`prepare`, after other methods of a run have removed parts of the model."""
         self.prepare(model)
 
+    def foresee(self, batches: CalibrationBatches) -> None:
+        """Keep what is needed of the model before other methods of a run remove parts of it.
+
+        After :meth:`prepare`, and before the first of them begins.
+        """
+
     def begin(self, batches: CalibrationBatches | None) -> list[Watch]:
         """Start, now that the data is known.
 

@@ -200,6 +200,10 @@ class ModelRemoval(MixerMethod[S]):
 
     # -- the work --------------------------------------------------------------------
 
+    def foresee(self, batches: CalibrationBatches) -> None:
+        self._batches = batches
+        self._distillation = self.dense_predictions()
+
     def begin(self, batches: CalibrationBatches | None) -> list[Watch]:
         """Do all of it."""
         self._batches = batches
@@ -225,7 +229,7 @@ class ModelRemoval(MixerMethod[S]):
         if settings.reads_data:
             used = self.batches[: settings.calibration_batches]
             self._count(used)
-        if settings.distills:
+        if settings.distills and self._distillation is None:
             with self.cost.stage("dense predictions"):
                 self._distillation = self.dense_predictions()
         with self.resizing(model), self.cost.stage("remove"):

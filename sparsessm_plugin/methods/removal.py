@@ -225,9 +225,12 @@ class MixerRemoval(MixerMethod[S]):
 
     # -- calibration -----------------------------------------------------------------
 
+    def foresee(self, batches: CalibrationBatches) -> None:
+        self._distillation = self.settings.distillation(self._model, batches)
+
     def begin(self, batches: CalibrationBatches | None) -> list[Watch]:
         watched = super().begin(batches)
-        if self.settings.distills:
+        if self.settings.distills and self._distillation is None:
             with self.cost.stage("dense predictions"):
                 self._distillation = self.settings.distillation(self._model, self.batches)
         return watched

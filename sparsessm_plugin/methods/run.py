@@ -1,6 +1,6 @@
 """Run a method on a plain model; no framework is needed."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,6 +46,29 @@ def _checked(method: MixerMethod[Any], batches: Iterable[Any] | None) -> Iterato
                 "forward takes, with input_ids, a tensor of shape (b, L)"
             )
         yield batch
+
+
+def run_in_turn(
+    methods: Sequence[MixerMethod[Any]], model: Any, batches: Iterable[Any]
+) -> list[MethodResult]:
+    """:func:`run` several methods; who distils fits to the model as it was before the first.
+
+    :param methods: in order, each used once
+    :param model: transformers model
+    :param batches: as for :func:`run`
+    :return: what each did
+    :raises SparseSSMError: see :func:`run`
+    """
+    who = methods[0].who if methods else "run_in_turn"
+    data = CalibrationBatches.draw(who, batches)
+    try:
+        for method in methods[1:]:
+            method.prepare(model)
+            method.foresee(data)
+        return [run(method, model, data) for method in methods]
+    finally:
+        for method in methods:
+            method.release()
 
 
 def run(method: MixerMethod[Any], model: Any, batches: Iterable[Any] | None) -> MethodResult:

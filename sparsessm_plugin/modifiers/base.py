@@ -20,6 +20,7 @@ from sparsessm_plugin.checkpoints.saving import change_config
 from sparsessm_plugin.families import MixerAdapter
 from sparsessm_plugin.files import write_report
 from sparsessm_plugin.methods.base import MethodSettings, MixerMethod
+from sparsessm_plugin.methods.removal import RemovalSettings
 from sparsessm_plugin.modifiers.fields import MEANINGLESS, check_computed, check_given
 from sparsessm_plugin.modifiers.lifecycle import (
     check_new,
@@ -127,7 +128,15 @@ class MethodModifier(Modifier):
                     self._batches = read_batches(who, state, kwargs.get("calib_data"))
             settings = self.model_dump(exclude={*Modifier.model_fields, "report_path"})
             check_ranks(who, state.model, self._batches, settings)
+            if self._batches is not None and self._comes_after_removal():
+                self._method.foresee(self._batches)
         return True
+
+    def _comes_after_removal(self) -> bool:
+        """Whether the model will have lost parts by the time that this one begins."""
+        modifiers = active_session().lifecycle.recipe.modifiers
+        own = next((i for i, m in enumerate(modifiers) if m is self), 0)
+        return any(isinstance(modifier, RemovalSettings) for modifier in modifiers[:own])
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         with self._released_on_error():
