@@ -21,25 +21,31 @@ if TYPE_CHECKING:
     from sparsessm_plugin.families.fast_forward import fast_forward
     from sparsessm_plugin.fitting import fit
     from sparsessm_plugin.modifiers import (
+        AttentionRemovalModifier,
         ChannelRemovalModifier,
         GradientMagnitudeModifier,
+        MLPRemovalModifier,
         SensitivitySparseGPTModifier,
         SparseGPTQModifier,
         SparseSSMModifier,
         StateRemovalModifier,
+        WidthRemovalModifier,
     )
     from sparsessm_plugin.recipes import recipe_path
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AttentionRemovalModifier": "sparsessm_plugin.modifiers",
     "ChannelRemovalModifier": "sparsessm_plugin.modifiers",
     "GradientMagnitudeModifier": "sparsessm_plugin.modifiers",
+    "MLPRemovalModifier": "sparsessm_plugin.modifiers",
     "SensitivitySparseGPTModifier": "sparsessm_plugin.modifiers",
     "SparseGPTQModifier": "sparsessm_plugin.modifiers",
     "SparseSSMError": "sparsessm_plugin.errors",
     "SparseSSMModifier": "sparsessm_plugin.modifiers",
     "StateRemovalModifier": "sparsessm_plugin.modifiers",
+    "WidthRemovalModifier": "sparsessm_plugin.modifiers",
     "accelerate": "sparsessm_plugin.checkpoints.acceleration",
     "enable_compressed_loading": "sparsessm_plugin.checkpoints.loading",
     "evaluate_perplexity": "sparsessm_plugin.evaluation.perplexity",
@@ -53,13 +59,16 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "AttentionRemovalModifier",
     "ChannelRemovalModifier",
     "GradientMagnitudeModifier",
+    "MLPRemovalModifier",
     "SensitivitySparseGPTModifier",
     "SparseGPTQModifier",
     "SparseSSMError",
     "SparseSSMModifier",
     "StateRemovalModifier",
+    "WidthRemovalModifier",
     "__version__",
     "accelerate",
     "enable_compressed_loading",

@@ -183,7 +183,7 @@ class ModelDependencyGraph:
         if axis == "hidden":
             adapter.set_hidden(group.new_size)
             for mixer in mixers.values():
-                along = _axis_along(mixer)
+                along = axis_along(mixer)
                 mixer.set_size(along, mixer.axis_length(along))
         elif axis == "layers":
             adapter.set_layers(kept)
@@ -247,7 +247,7 @@ class ModelDependencyGraph:
         _check_names(self.adapter.name, "channels", channels, mixers)
         along, changes = {}, []
         for name, mixer in mixers.items():
-            group = MixerDependencyGraph(mixer).get_axis_group(_axis_along(mixer), channels[name])
+            group = MixerDependencyGraph(mixer).get_axis_group(axis_along(mixer), channels[name])
             along[name] = group.indices
             changes += [with_values(c, tensor=f"{name}.{c.tensor}") for c in group.changes]
         _check_equal("channels", along)
@@ -316,7 +316,7 @@ class ModelDependencyGraph:
         return tensor
 
 
-def _axis_along(mixer: MixerAdapter) -> str:
+def axis_along(mixer: MixerAdapter) -> str:
     """The axis of a mixer whose indices are whole heads, or single channels without heads."""
     whole = ("heads", "value_heads")
     return next((axis for axis in whole if axis in mixer.axis_names), "channels")

@@ -8,6 +8,8 @@ from sparsessm_plugin.methods.quantization import quantize_pruned
 from sparsessm_plugin.methods.run import run
 from sparsessm_plugin.methods.states import remove_states
 from sparsessm_plugin.methods.transitions import prune_transitions
+from sparsessm_plugin.methods.unit_removal import remove_kv_groups, remove_units
+from sparsessm_plugin.methods.width_removal import remove_width
 
 __all__ = [
     "MethodResult",
@@ -18,6 +20,9 @@ __all__ = [
     "prune_transitions",
     "quantize_pruned",
     "remove_channels",
+    "remove_kv_groups",
     "remove_states",
+    "remove_units",
+    "remove_width",
     "run",
 ]

@@ -111,7 +111,9 @@ class ChannelRemoval(MixerRemoval[ChannelSettings]):
             adapter.size_fields(axis, keep)
         except SparseSSMError as error:
             advice = nearest(partial(self._fits, adapter), keep, length)
-            raise SparseSSMError(f"{who}: {error}; {advice}") from error
+            raise SparseSSMError(
+                f"{who}: {error}; {advice}, or take the hidden size along with WidthRemovalModifier"
+            ) from error
         if "x_proj" in (self.settings.compensate or ()) and "x_proj" not in adapter.projections:
             raise SparseSSMError(f"{who}: {adapter.name} ({adapter.family}) has no x_proj")
 

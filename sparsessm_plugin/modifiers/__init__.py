@@ -7,13 +7,18 @@ from sparsessm_plugin.modifiers.sensitivity import SensitivitySparseGPTModifier
 from sparsessm_plugin.modifiers.sparse_gptq import SparseGPTQModifier
 from sparsessm_plugin.modifiers.sparsessm import SparseSSMModifier
 from sparsessm_plugin.modifiers.state_removal import StateRemovalModifier
+from sparsessm_plugin.modifiers.unit_removal import AttentionRemovalModifier, MLPRemovalModifier
+from sparsessm_plugin.modifiers.width_removal import WidthRemovalModifier
 
 __all__ = [
+    "AttentionRemovalModifier",
     "ChannelRemovalModifier",
     "GradientMagnitudeModifier",
+    "MLPRemovalModifier",
     "SensitivitySparseGPTModifier",
     "SparseGPTQModifier",
     "SparseSSMModifier",
     "StateRemovalModifier",
+    "WidthRemovalModifier",
     "conflicts",
 ]

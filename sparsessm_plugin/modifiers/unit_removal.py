@@ -1,0 +1,74 @@
+"""Remove intermediate units of MLPs and kv groups of attention from a recipe."""
+
+from typing import Any, ClassVar
+
+from sparsessm_plugin.methods.model_removal import ModelRemoval
+from sparsessm_plugin.methods.unit_removal import AttentionSettings, MLPSettings, UnitRemoval
+from sparsessm_plugin.modifiers.model_removal import ModelRemovalModifier
+
+
+class MLPRemovalModifier(MLPSettings, ModelRemovalModifier):
+    """Removes the intermediate units that down_proj can do without best, from every MLP alike.
+
+    Units are judged together: greedy elimination of the cost that remains once down_proj is
+    fitted again, which then happens, layer by layer.
+
+    Sample yaml::
+
+        prune_stage:
+          prune_modifiers:
+            MLPRemovalModifier:
+              sparsity: 0.25
+
+    Lifecycle: see :class:`ModelRemovalModifier`.
+
+    :param sparsity: share of the units to remove, in (0, 1), rounded so that what stays is a
+        multiple of ``multiple_of``
+    :param keep: units that stay in every MLP, instead of ``sparsity``
+    :param axis: ``mlp`` (default), or ``experts`` or ``shared_experts`` of a mixture of experts,
+        where the config counts them apart
+    :param multiple_of: what the kept number is a multiple of; default 64
+    :param saliency: ``output_energy`` (default); for comparison ``magnitude`` (norm of all
+        weights of a unit), ``last`` and ``random``
+    :param compensate: ``down_proj`` (default) or ``none``
+    :param calibration_batches: layers are looked at and fitted over so many batches, the first
+        (of each rank's); default all
+    :param distill_steps: gradient steps towards the dense model's predictions of the calibration
+        data, after the removal; 0 is none
+    :param distill_learning_rate: of Adam, the highest
+    :param report_path: ``.json`` file to write the report to
+    """
+
+    method_class: ClassVar[type[ModelRemoval[Any]]] = UnitRemoval
+
+
+class AttentionRemovalModifier(AttentionSettings, ModelRemovalModifier):
+    """Removes the kv groups that o_proj can do without best, from every attention alike.
+
+    A kv group is a key and a value head with the query heads that read them. Groups are judged
+    together: greedy elimination of the cost that remains once o_proj is fitted again, which then
+    happens, layer by layer.
+
+    Sample yaml::
+
+        prune_stage:
+          prune_modifiers:
+            AttentionRemovalModifier:
+              sparsity: 0.5
+
+    Lifecycle: see :class:`ModelRemovalModifier`.
+
+    :param sparsity: share of the kv groups to remove, in (0, 1), rounded to whole groups
+    :param keep: kv groups that stay in every attention, instead of ``sparsity``
+    :param saliency: ``output_energy`` (default); for comparison ``magnitude`` (norm of all
+        weights of a group), ``last`` and ``random``
+    :param compensate: ``o_proj`` (default) or ``none``
+    :param calibration_batches: layers are looked at and fitted over so many batches, the first
+        (of each rank's); default all
+    :param distill_steps: gradient steps towards the dense model's predictions of the calibration
+        data, after the removal; 0 is none
+    :param distill_learning_rate: of Adam, the highest
+    :param report_path: ``.json`` file to write the report to
+    """
+
+    method_class: ClassVar[type[ModelRemoval[Any]]] = UnitRemoval

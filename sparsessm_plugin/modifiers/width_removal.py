@@ -1,0 +1,53 @@
+"""Make the residual stream narrower from a recipe."""
+
+from typing import Any, ClassVar
+
+from sparsessm_plugin.methods.model_removal import ModelRemoval
+from sparsessm_plugin.methods.width_removal import WidthRemoval, WidthSettings
+from sparsessm_plugin.modifiers.model_removal import ModelRemovalModifier
+
+
+class WidthRemovalModifier(WidthSettings, ModelRemovalModifier):
+    """Makes the hidden size smaller: the stream keeps the subspace that predictions need most.
+
+    The whole model is rotated once, embeddings, norms and everything that reads or writes the
+    stream, so that what stays are its first entries; weights that read it are fitted to what
+    they read before, and norms are rescaled. A tied head stays tied. Where a loader ties
+    channels and hidden size (Mamba2, Bamba, Zamba, Zamba2, GraniteMoeHybrid, Jamba), all
+    channels stay if their number is a multiple of the new size, and otherwise heads (channels in
+    the Mamba-1 layout) go along, chosen and fitted as by ChannelRemovalModifier.
+
+    All is done when calibration starts, in passes with and without gradients that this modifier
+    makes itself. Beside the model: for each norm two float64 matrices of hidden_size squared.
+
+    Sample yaml::
+
+        prune_stage:
+          prune_modifiers:
+            WidthRemovalModifier:
+              sparsity: 0.25
+
+    Lifecycle: see :class:`ModelRemovalModifier`.
+
+    :param sparsity: share of the hidden size to remove, in (0, 1), rounded so that what stays is
+        a multiple of ``multiple_of``
+    :param keep: hidden size that stays, instead of ``sparsity``
+    :param multiple_of: what the kept size is a multiple of; default 64
+    :param saliency: ``output_energy`` (default): what the predictions lose at all norms together,
+        to second order; for comparison ``magnitude`` (norm of all weights of an entry), ``last``
+        and ``random``
+    :param rotate: whether any subspace may stay, or entries of the stream as they are; default
+        true for ``output_energy``
+    :param channels: ``along`` or ``kept``, where the loader ties them to the hidden size; default
+        ``kept`` if it can be
+    :param compensate: any of ``readers`` (weights that read the stream) and ``out_proj`` (of
+        mixers whose channels go along); ``none``; default both
+    :param calibration_batches: batches that are looked at, the first (of each rank's); default
+        all
+    :param distill_steps: gradient steps towards the dense model's predictions of the calibration
+        data, after the removal; 0 is none
+    :param distill_learning_rate: of Adam, the highest
+    :param report_path: ``.json`` file to write the report to
+    """
+
+    method_class: ClassVar[type[ModelRemoval[Any]]] = WidthRemoval

@@ -1,0 +1,323 @@
+"""Removal of hidden size: oracles, every family, and what is refused."""
+
+import pytest
+import torch
+from conftest import EXPERTS, FAMILIES, batches, fresh_process, relative, run, state, tiny_model
+
+import sparsessm_plugin as plugin
+from sparsessm_plugin.checkpoints.export import export_mamba_ssm
+from sparsessm_plugin.criteria.hidden import Reading, loss_of_basis, magnitude, norm_scale
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.families import find_mixers, get_model_adapter, get_tensor
+from sparsessm_plugin.methods import remove_width
+from sparsessm_plugin.methods.stream import StreamSums, reading_points
+from sparsessm_plugin.refit.width import expand, lift, narrow_scale
+from sparsessm_plugin.selection.subspaces import best_entries, best_subspace, leading_subspace
+
+READY = batches(2, 2, 16, padded=True)
+TIED = ("mamba2", "bamba", "zamba", "zamba2", "granitemoehybrid", "jamba")  # channels and size
+
+
+def logits(model, ids=None):
+    with torch.no_grad():
+        return model(input_ids=READY[0]["input_ids"] if ids is None else ids, use_cache=False).logits
+
+
+def spanned(model, basis):
+    """Let a model's stream stay in a subspace: P W for all that writes it."""
+    adapter = get_model_adapter(model)
+    projection = basis @ torch.linalg.inv(basis.T @ basis) @ basis.T
+    done = set()
+    with torch.no_grad():
+        for part in adapter.parts:
+            for where in part.writes():
+                tensor = get_tensor(model, where.tensor)
+                if id(tensor) in done and part.kind != "linear":
+                    continue
+                done.add(id(tensor))
+                moved = tensor.movedim(where.dim, -1)
+                moved.copy_((moved.double() @ projection).float())
+    return adapter
+
+
+def directions(size=32, keep=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(size, keep, generator=generator, dtype=torch.float64)).Q
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("fit", [None, "none"])
+def test_a_stream_of_few_directions_loses_nothing(family, fit):
+    model = tiny_model(family, tie_word_embeddings=False)
+    spanned(model, directions(keep=16))
+    dense = logits(model)
+    result = remove_width(model, READY, keep=16, compensate=fit, saliency="output_energy")
+    assert model.config.hidden_size == model.get_input_embeddings().weight.shape[1] == 16
+    assert relative(logits(model), dense) < 5e-3
+    assert result.layers[0].error_left < 1e-5
+
+
+@pytest.mark.parametrize("family", ["mamba", "granitemoehybrid", "falcon_h1"])
+def test_a_tied_head_stays_tied(family):
+    model = tiny_model(family, tie_word_embeddings=True)
+    adapter = spanned(model, directions(keep=16))
+    norm = [part for part in adapter.parts if part.kind == "norm"][-1].module
+    with torch.no_grad():
+        norm.weight.fill_(1.3)
+    dense = logits(model)
+    remove_width(model, READY, keep=16)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert head.weight is embedding.weight
+    assert head.in_features == 16
+    assert relative(logits(model), dense) < 5e-3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_entries_that_are_zero_cost_nothing(tied):
+    model, gone = tiny_model("mamba", tie_word_embeddings=tied), [3, 9, 20, 31]
+    kept = [i for i in range(32) if i not in gone]
+    spanned(model, torch.eye(32, dtype=torch.float64)[:, kept])
+    dense = logits(model)
+    result = remove_width(model, READY, keep=28, rotate=False)
+    assert result.layers[0].removed == gone
+    assert relative(logits(model), dense) < 5e-3
+
+
+@pytest.mark.parametrize("family", TIED)
+def test_heads_go_along_where_the_loader_ties_them(family):
+    model = tiny_model(family)
+    dense = logits(model)
+    remove_width(model, READY, keep=16, channels="along")
+    assert all(mixer.sizes.intermediate_size == 32 for mixer in find_mixers(model))
+    assert relative(logits(model), dense) < 1.5
+    with pytest.raises(SparseSSMError, match="does not tie the channels of the mixers"):
+        remove_width(tiny_model("mamba"), READY, keep=16, channels="along")
+
+
+def test_channels_stay_where_their_number_is_a_multiple():
+    for keep, channels in ((16, 64), (24, 48)):
+        model = tiny_model("mamba2")
+        remove_width(model, READY, keep=keep)
+        assert find_mixers(model)[0].sizes.intermediate_size == channels
+        assert model.config.expand * model.config.hidden_size == channels
+
+
+CHECK = """
+import json, sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+for path in sorted(Path(sys.argv[1]).glob("*/config.json")):
+    folder = path.parent
+    ids, expected = torch.load(folder.with_suffix(".pt"))
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, expected), folder.name
+        cached = model.generate(ids[:1], max_new_tokens=6, do_sample=False)
+        steps = ids[:1]
+        for _ in range(6):
+            last = model(steps, use_cache=False).logits[:, -1:]
+            steps = torch.cat([steps, last.argmax(-1)], 1)
+    end = model.generation_config.eos_token_id
+    length = cached.shape[1] if end is not None else steps.shape[1]
+    assert torch.equal(cached, steps[:, :length]), folder.name
+print(json.dumps("sparsessm_plugin.modifiers" in sys.modules))
+"""
+
+
+def save_with_logits(model, folder):
+    model.save_pretrained(folder)
+    ids = torch.randint(1, 96, (2, 15), generator=torch.Generator().manual_seed(5))
+    torch.save((ids, logits(model, ids)), folder.with_suffix(".pt"))
+
+
+def test_stock_transformers_loads_every_family(tmp_path):
+    for family in FAMILIES:
+        for tied in (False, True) if family == "granitemoehybrid" else (False,):
+            model = tiny_model(family, tie_word_embeddings=tied)
+            along = "along" if family in TIED and not tied else None
+            modifier = plugin.WidthRemovalModifier(keep=16, channels=along)
+            run(model, modifier, READY)
+            save_with_logits(model, tmp_path / f"{family}-{tied}")
+    environment = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    assert fresh_process(CHECK, tmp_path, **environment) is False
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_read_and_write_the_narrow_stream(family):
+    model = tiny_model(family, tie_word_embeddings=False, **EXPERTS[family])
+    spanned(model, directions(keep=16))
+    dense = logits(model)
+    remove_width(model, READY, keep=16)
+    assert relative(logits(model), dense) < 5e-3
+
+
+def test_mamba_ssm_gets_the_narrow_model(tmp_path):
+    model = tiny_model("mamba2", num_heads=8)
+    run(model, plugin.WidthRemovalModifier(keep=16), READY, output_dir=str(tmp_path / "saved"))
+    export_mamba_ssm(model, tmp_path / "exported")
+    exported = plugin.load_mamba_ssm(tmp_path / "exported")
+    assert torch.allclose(exported(READY[0]["input_ids"]).logits, logits(model), atol=1e-4)
+
+
+# -- the mathematics ----------------------------------------------------------------------------
+
+
+def sample(tokens=400, size=10, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    n = torch.randn(tokens, size, generator=generator, dtype=torch.float64) @ mixing
+    g = torch.randn(tokens, size, generator=generator, dtype=torch.float64) @ mixing.T
+    return n, Reading(n.T @ n / tokens, g.T @ g / tokens)
+
+
+def test_the_lift_is_least_squares():
+    n, reading = sample()
+    basis = directions(10, 6) @ torch.diag(torch.arange(1.0, 7.0).double())
+    found = lift(reading.covariance, basis, 0.0)
+    expected = torch.linalg.lstsq(n @ basis, n).solution.T
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(basis.T @ expand(basis), torch.eye(6, dtype=torch.float64))
+    stiff = lift(reading.covariance, basis, 1e9)
+    assert torch.allclose(stiff, expand(basis), atol=1e-6)
+    narrow = (n @ basis).square().mean().sqrt()
+    assert narrow_scale(reading.covariance, basis) == pytest.approx(float(narrow))
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_the_loss_is_the_metrics_mean_error(fitted):
+    n, reading = sample()
+    basis = directions(10, 6)
+    reading = Reading(reading.covariance, reading.metric, fitted)
+    B = torch.linalg.lstsq(n @ basis, n).solution.T if fitted else basis
+    error = n - n @ basis @ B.T
+    expected = ((error @ reading.metric) * error).sum(1).mean()
+    assert float(loss_of_basis(basis, [reading])) == pytest.approx(float(expected), rel=1e-4)
+    bent = basis @ torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    assert float(loss_of_basis(bent, [reading])) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_subspace_is_better_than_any_entries():
+    readings = [sample(seed=i)[1] for i in range(3)]
+    start = leading_subspace([r.covariance @ r.metric @ r.covariance for r in readings], 6)
+    found = best_subspace(lambda basis: loss_of_basis(basis, readings), start, 30)
+    assert torch.allclose(found.T @ found, torch.eye(6, dtype=torch.float64), atol=1e-8)
+    loss = float(loss_of_basis(found, readings))
+    assert loss < float(loss_of_basis(start, readings))
+    terms = [(r.covariance, r.metric) for r in readings]
+    kept = best_entries(terms, torch.zeros(10, 10, dtype=torch.float64), 6)
+    assert loss < float(loss_of_basis(torch.eye(10, dtype=torch.float64)[:, kept], readings))
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_entries_go_one_by_one_at_the_least_cost(fitted):
+    _, reading = sample(size=7)
+    reading = Reading(reading.covariance, reading.metric, fitted)
+    unit, left = torch.eye(7, dtype=torch.float64), list(range(7))
+    for keep in range(6, 2, -1):
+        costs = {i: float(loss_of_basis(unit[:, [j for j in left if j != i]], [reading])) for i in left}
+        left.remove(min(costs, key=costs.get))
+        terms = [(reading.covariance, reading.metric)] if fitted else []
+        pairs = torch.zeros(7, 7).double() if fitted else reading.covariance * reading.metric
+        assert best_entries(terms, pairs, keep).tolist() == left
+
+
+def test_sums_are_those_of_the_tokens_without_padding():
+    model = tiny_model("falcon_h1")
+    adapter = get_model_adapter(model)
+    points = reading_points(adapter, READY[0])
+    assert [len(point.readers) for point in points] == [2, 1, 2, 1, 1]
+    sums = StreamSums(adapter, points)
+    sums.add_covariances(READY)
+    seen = []
+    point = points[2]
+    norm = point.part.module
+    handle = norm.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    with torch.no_grad():
+        for batch in READY:
+            model(**batch)
+    handle.remove()
+    real = [o[b["attention_mask"].bool()] for o, b in zip(seen, READY, strict=True)]
+    n = torch.cat(real).double() / norm.weight.detach().double()
+    assert torch.allclose(sums.covariances[2], n.T @ n / len(n), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(norm_scale(norm), norm.weight.detach().double())
+
+
+def test_metrics_are_gradients_of_the_loss():
+    """A scaled down error in the stream costs what the metric of its norm says."""
+    model = tiny_model("mamba", tie_word_embeddings=False)
+    adapter = get_model_adapter(model)
+    sums = StreamSums(adapter, reading_points(adapter, READY[0]))
+    sums.add_metrics(READY, 10**6)
+    norm = sums.points[-1].part.module
+    found = {}
+
+    def grab(module, args, output):
+        found["out"] = output.detach().requires_grad_(True)
+        return found["out"]
+
+    handle, total, count = norm.register_forward_hook(grab), 0.0, 0
+    for batch in READY:
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        number = int((labels[:, 1:] != -100).sum())
+        (model(**batch, labels=labels).loss * number).backward()
+        g = found["out"].grad[batch["attention_mask"].bool()].double() * norm_scale(norm)
+        total, count = total + g.T @ g, count + number
+    handle.remove()
+    assert torch.allclose(sums.metrics[-1], total / count, rtol=1e-3, atol=1e-8)
+
+
+def test_fitted_and_rotated_is_better_than_not():
+    model = tiny_model("mamba", hidden_size=48)
+    dense, left = logits(model), {}
+    cases = {
+        "default": {},
+        "not fitted": {"compensate": "none"},
+        "magnitude": {"saliency": "magnitude", "compensate": "none"},
+    }
+    for name, fields in cases.items():
+        small = tiny_model("mamba", hidden_size=48)
+        remove_width(small, READY, keep=32, **fields)
+        left[name] = relative(logits(small), dense)
+    assert left["default"] < left["magnitude"]
+    assert left["not fitted"] < left["magnitude"]
+
+
+def test_magnitude_of_an_entry_is_that_of_all_its_weights():
+    model = tiny_model("mamba", tie_word_embeddings=True)
+    weights = [model.get_input_embeddings().weight]
+    for mixer in find_mixers(model):
+        weights += [mixer.mixer.in_proj.weight, mixer.mixer.out_proj.weight.T]
+    expected = torch.cat([w.detach().double() for w in weights]).norm(dim=0)
+    assert torch.allclose(magnitude(get_model_adapter(model)), expected)
+
+
+# -- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("mamba", {"keep": 32}, "keep = 32 removes none of the 32 entries of the hidden size"),
+        ("mamba", {"keep": 0}, "keep"),
+        ("mamba", {"sparsity": 0.9}, "sparsity = 0.9 removes all of the 32"),
+        ("mamba", {"keep": 20, "multiple_of": 8}, "keep = 20 is no multiple of 8"),
+        ("mamba", {"keep": 16, "saliency": "best"}, "'best' is not known; known: last, magnitude"),
+        ("mamba", {"keep": 16, "saliency": "last", "rotate": True}, "rotate has no meaning for"),
+        ("mamba2", {"keep": 20}, "no whole heads of 8 in 2 groups; take a multiple of 8"),
+        ("mamba2", {"keep": 24, "channels": "kept"}, "no multiple of hidden_size=24"),
+        ("mamba", {"keep": 16, "sparsity": 0.5}, "give either keep or sparsity, got both"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(family, fields, message):
+    model = tiny_model(family)
+    before = state(model)
+    with pytest.raises(SparseSSMError) as caught:
+        remove_width(model, READY, **fields)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(before[name], value) for name, value in state(model).items())
+
+
+def test_heads_alone_are_refused_with_a_pointer_to_width():
+    with pytest.raises(SparseSSMError, match="WidthRemovalModifier"):
+        run(tiny_model("mamba2"), plugin.ChannelRemovalModifier(axis="heads", keep=6), READY)
