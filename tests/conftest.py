@@ -476,6 +476,46 @@ def check_reload(model, saved, more="", away=0.0):
     )
 
 
+RELOAD_ALL = """
+import json, sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+for path in sorted(Path(sys.argv[1]).glob("*/config.json")):
+    folder = path.parent
+    ids, expected = torch.load(folder.with_suffix(".pt"))
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().to(ids.device)
+    with torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, expected), folder.name
+        cached = model.generate(ids[:1], max_new_tokens=3, do_sample=False)
+        steps = ids[:1]
+        for _ in range(cached.shape[1] - steps.shape[1]):
+            last = model(steps, use_cache=False).logits[:, -1:]
+            steps = torch.cat([steps, last.argmax(-1)], 1)
+    assert torch.equal(cached, steps), folder.name
+print(json.dumps("sparsessm_plugin.modifiers" in sys.modules))
+"""
+
+
+def save_with_logits(model, folder):
+    """Save a model, and beside it what :func:`check_reload_all` compares."""
+    model.save_pretrained(folder)
+    ids = torch.randint(1, VOCAB, (2, 15), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        logits = model(ids.to(model.device), use_cache=False).logits
+    torch.save((ids.to(logits.device), logits), folder.with_suffix(".pt"))
+
+
+def check_reload_all(folder):
+    """One process without the package gets the logits of all models, and generates with a cache."""
+    assert fresh_process(RELOAD_ALL, folder, TORCH_DEVICE_BACKEND_AUTOLOAD="0") is False
+
+
+def logits_of(model, ready):
+    """(b, L, vocabulary) of the first of some batches, without a mask."""
+    with torch.no_grad():
+        return model(input_ids=ready[0]["input_ids"], use_cache=False).logits
+
+
 # -- helpers of several files -----------------------------------------------------------------
 
 

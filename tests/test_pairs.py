@@ -48,7 +48,9 @@ VARIANTS = {
         plugin.GradientMagnitudeModifier, sparsity=0.3, rounds=1, targets=["A_log", "D"]
     ),
 }
-OURS = {**MAKERS, **VARIANTS}
+# what removes along an axis of the whole model; run with MAKERS only
+WHOLE = {"width": partial(plugin.WidthRemovalModifier, sparsity=0.5, multiple_of=8)}
+OURS = {**MAKERS, **VARIANTS, **WHOLE}
 
 
 def upstream(kind, **fields):
@@ -224,14 +226,21 @@ def _model_for(*names):
 
 def pairs():
     """All ordered pairs with one of this package, two of a kind among them."""
-    return [p for p in product(EVERY, EVERY) if p[0] in OURS or p[1] in OURS]
+    run_with = {**MAKERS, **WHOLE}
+    return [
+        (one, two)
+        for one, two in product(EVERY, EVERY)
+        if one in OURS or two in OURS
+        if one not in WHOLE or two in run_with
+        if two not in WHOLE or one in run_with
+    ]
 
 
 def test_every_modifier_of_llm_compressor_is_here():
     ModifierFactory.refresh()
     shipped = {**ModifierFactory._main_registry, **ModifierFactory._experimental_registry}
     assert set(UPSTREAM) == set(shipped) - {"Modifier"}
-    assert len({type(make()) for make in OURS.values()}) == 6
+    assert len({type(make()) for make in OURS.values()}) == 7
 
 
 @pytest.mark.parametrize(("first", "second"), pairs())

@@ -19,6 +19,7 @@ from sparsessm_plugin.methods.model_removal import ModelRemoval, ModelRemovalSet
 from sparsessm_plugin.methods.removal import RemovalResult, Removed
 from sparsessm_plugin.methods.run import run
 from sparsessm_plugin.refit.channels import LinearTerm, eliminate_blocks, refit
+from sparsessm_plugin.training.distillation import Weights
 
 _MULTIPLE = 64  # of intermediate units: what kernels like
 _RIDGE = 1e-2
@@ -34,6 +35,12 @@ class UnitSettings(ModelRemovalSettings):
     @classmethod
     def _check_saliency(cls, value: str) -> str:
         return UNIT_CRITERIA.check(value)
+
+    @property
+    def distilled_weights(self) -> Weights | None:
+        """All of them, unless told otherwise: every part of the model has changed."""
+        given = super().distilled_weights
+        return "all" if given and self.distill_weights == "auto" else given
 
     @property
     def axis_name(self) -> str:
@@ -57,7 +64,7 @@ class UnitSettings(ModelRemovalSettings):
 
     @property
     def reads_data(self) -> bool:
-        return self.looks_at_inputs or bool(self.distill_steps)
+        return self.looks_at_inputs or self.distills
 
 
 class MLPSettings(UnitSettings):

@@ -35,6 +35,7 @@ from sparsessm_plugin.methods.stream import (
 )
 from sparsessm_plugin.refit.width import expand, lift, narrow_scale, repeated
 from sparsessm_plugin.selection.subspaces import best_entries, best_subspace, leading_subspace
+from sparsessm_plugin.training.distillation import Weights
 from sparsessm_plugin.training.gradients import to_device
 
 _MULTIPLE = 64  # what kernels like
@@ -69,6 +70,12 @@ class WidthSettings(ModelRemovalSettings):
         if self.rotate is None:
             self.rotate = self.by_loss
         return self
+
+    @property
+    def distilled_weights(self) -> Weights | None:
+        """All of them, unless told otherwise: every part of the model has changed."""
+        given = super().distilled_weights
+        return "all" if given and self.distill_weights == "auto" else given
 
     @property
     def by_loss(self) -> bool:
@@ -117,9 +124,14 @@ class WidthRemoval(ModelRemoval[WidthSettings]):
         return sizes
 
     def written(self, adapter: ModelAdapter) -> frozenset[str]:
-        if self.settings.rotate or self.settings.compensate != []:
-            return super().written(adapter)
-        return frozenset()
+        settings = self.settings
+        names: set[str] = set()
+        if settings.rotate or settings.fits("readers"):
+            names |= {where.tensor for where in adapter.axes("hidden")}
+        if axis_along(adapter.mixers[0]) in self.kept_sizes(adapter) and settings.fits("out_proj"):
+            mixers = [mixer.name for mixer in adapter.mixers]
+            names |= {n for n in adapter.first_names().values() if n.startswith(tuple(mixers))}
+        return frozenset(names)
 
     def _channels(self, adapter: ModelAdapter, keep: int) -> int | None:
         """Channels that every mixer keeps, None where none go along."""

@@ -144,12 +144,12 @@ def _check_sizes(modifiers: Sequence[Any], model: nn.Module) -> None:
     for modifier in modifiers:
         if isinstance(modifier, ModelRemovalModifier) and _names(modifier.matching_mixers, model):
             for axis, kept in modifier.kept_sizes(model).items():
-                if kept >= left.get(axis, kept + 1):
+                if modifier.keep is not None and kept >= left.get(axis, kept + 1):
                     raise SparseSSMError(
                         f"{type(modifier).__name__} would keep {kept} {axis}, and an earlier one "
                         f"leaves {left[axis]}; keep fewer, or leave one of them out"
                     )
-                left[axis] = kept
+                left[axis] = min(kept, left.get(axis, kept))
         if not isinstance(modifier, RemovalModifier) or not _names(modifier.matching_mixers, model):
             continue
         adapter = find_mixers(model)[0]
