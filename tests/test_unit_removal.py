@@ -87,14 +87,14 @@ def test_stock_transformers_loads_every_family(tmp_path):
     for family in HYBRIDS:  # both in one model
         model = tiny_model(family)
         modifiers = [
-            plugin.MLPRemovalModifier(sparsity=0.5, multiple_of=8),
+            plugin.MLPRemovalModifier(sparsity=0.5),
             plugin.AttentionRemovalModifier(sparsity=0.5),
         ]
         if family in ("jamba", "granitemoehybrid"):  # through LLM Compressor's saving, too
             run(model, modifiers, READY)
             assert [m.report()["total"]["sparsity"] for m in modifiers] == [0.5, 0.5]
         else:
-            remove_units(model, READY, sparsity=0.5, multiple_of=8)
+            remove_units(model, READY, sparsity=0.5)
             remove_kv_groups(model, READY, sparsity=0.5)
         save_with_logits(model, tmp_path / family)
     check_reload_all(tmp_path)
@@ -136,7 +136,7 @@ def test_magnitude_of_a_kv_group_is_that_of_all_its_weights():
         ("mamba2", remove_kv_groups, {"keep": 1}, "has no axis 'kv_groups'"),
         ("bamba", remove_units, {"keep": 48}, "keep = 48 removes none of the 48 mlp"),
         ("bamba", remove_units, {"keep": 0}, "keep"),
-        ("bamba", remove_units, {"sparsity": 0.5}, "sparsity = 0.5 removes all of the 48 mlp"),
+        ("bamba", remove_units, {"sparsity": 0.99}, "sparsity = 0.99 removes all of the 48 mlp"),
         ("bamba", remove_units, {"keep": 20, "multiple_of": 8}, "no multiple of 8"),
         ("bamba", remove_kv_groups, {"keep": 2}, "keep = 2 removes none of the 2 kv_groups"),
         ("bamba", remove_units, {"keep": 8, "axis": "experts"}, "has no axis 'experts'"),

@@ -288,6 +288,7 @@ def test_magnitude_of_an_entry_is_that_of_all_its_weights():
         ("mamba", {"keep": 32}, "keep = 32 removes none of the 32 entries of the hidden size"),
         ("mamba", {"keep": 0}, "keep"),
         ("mamba", {"sparsity": 0.9}, "sparsity = 0.9 removes all of the 32"),
+        ("mamba", {"sparsity": 0.1}, "sparsity = 0.1 removes none of the 32"),
         ("mamba", {"keep": 20, "multiple_of": 8}, "keep = 20 is no multiple of 8"),
         ("mamba", {"keep": 16, "saliency": "best"}, "'best' is not known; known: last, magnitude"),
         ("mamba", {"keep": 16, "saliency": "last", "rotate": True}, "rotate has no meaning for"),

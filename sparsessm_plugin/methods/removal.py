@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from math import gcd
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from sparsessm_plugin.training.distillation import Distillation, Distilled
 
 # Fewer than this and the fit follows the text instead of the language.
 _TOKENS_PER_CHANNEL = 16
+_MULTIPLE = 64
 
 
 class RemovalSettings(DistillSettings):
@@ -340,6 +342,11 @@ class MixerRemoval(MixerMethod[S]):
 def quantized_modules(mixer: nn.Module) -> list[nn.Module]:
     """Modules of a mixer that have a quantization scheme, whether their scales are set or not."""
     return [m for m in mixer.modules() if getattr(m, "quantization_scheme", None) is not None]
+
+
+def usual_multiple(length: int) -> int:
+    """What kernels like a size to be a multiple of, if a quarter of the length is one."""
+    return gcd(_MULTIPLE, max(1, length // 4))
 
 
 def nearest(fits: Callable[[int], bool], keep: int, size: int) -> str:

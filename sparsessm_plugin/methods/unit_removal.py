@@ -16,12 +16,11 @@ from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import ModelAdapter, UnitBlock, get_model_adapter
 from sparsessm_plugin.families.fast_forward import fast_forward
 from sparsessm_plugin.methods.model_removal import ModelRemoval, ModelRemovalSettings
-from sparsessm_plugin.methods.removal import RemovalResult, Removed
+from sparsessm_plugin.methods.removal import RemovalResult, Removed, usual_multiple
 from sparsessm_plugin.methods.run import run
 from sparsessm_plugin.refit.channels import LinearTerm, eliminate_blocks, refit
 from sparsessm_plugin.training.distillation import Weights
 
-_MULTIPLE = 64  # of intermediate units: what kernels like
 _RIDGE = 1e-2
 
 
@@ -86,7 +85,7 @@ class MLPSettings(UnitSettings):
         if self.keep is not None:
             return self.keep
         assert self.sparsity is not None
-        multiple = self.multiple_of or _MULTIPLE
+        multiple = self.multiple_of or usual_multiple(length)
         return round(length * (1 - self.sparsity) / multiple) * multiple
 
 

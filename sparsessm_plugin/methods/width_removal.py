@@ -25,7 +25,7 @@ from sparsessm_plugin.families import (
 from sparsessm_plugin.families.parts import Norm
 from sparsessm_plugin.methods.channels_along import narrow_mixers
 from sparsessm_plugin.methods.model_removal import ModelRemoval, ModelRemovalSettings
-from sparsessm_plugin.methods.removal import RemovalResult, Removed, Shrunk
+from sparsessm_plugin.methods.removal import RemovalResult, Removed, Shrunk, usual_multiple
 from sparsessm_plugin.methods.run import run
 from sparsessm_plugin.methods.stream import (
     ReadingPoint,
@@ -38,7 +38,6 @@ from sparsessm_plugin.selection.subspaces import best_entries, best_subspace, le
 from sparsessm_plugin.training.distillation import Weights
 from sparsessm_plugin.training.gradients import to_device
 
-_MULTIPLE = 64  # what kernels like
 _STEPS = 30  # of the search for a subspace
 _RIDGE = 1e-3
 _TOKENS = 48  # an entry of the stream, for the gradients
@@ -89,8 +88,8 @@ class WidthSettings(ModelRemovalSettings):
     def kept(self, length: int) -> int:
         if self.keep is not None:
             return self.keep
-        multiple = self.multiple_of or _MULTIPLE
         assert self.sparsity is not None
+        multiple = self.multiple_of or usual_multiple(length)
         return round(length * (1 - self.sparsity) / multiple) * multiple
 
 

@@ -27,7 +27,8 @@ class MLPRemovalModifier(MLPSettings, ModelRemovalModifier):
     :param keep: units that stay in every MLP, instead of ``sparsity``
     :param axis: ``mlp`` (default), or ``experts`` or ``shared_experts`` of a mixture of experts,
         where the config counts them apart
-    :param multiple_of: what the kept number is a multiple of; default 64
+    :param multiple_of: what the kept number is a multiple of; default 64, or the largest power
+        of 2 below it that divides a quarter of the units
     :param saliency: ``output_energy`` (default); for comparison ``magnitude`` (norm of all
         weights of a unit), ``last`` and ``random``
     :param compensate: ``down_proj`` (default) or ``none``

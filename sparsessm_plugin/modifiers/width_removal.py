@@ -32,7 +32,8 @@ class WidthRemovalModifier(WidthSettings, ModelRemovalModifier):
     :param sparsity: share of the hidden size to remove, in (0, 1), rounded so that what stays is
         a multiple of ``multiple_of``
     :param keep: hidden size that stays, instead of ``sparsity``
-    :param multiple_of: what the kept size is a multiple of; default 64
+    :param multiple_of: what the kept size is a multiple of; default 64, or the largest power
+        of 2 below it that divides a quarter of the hidden size
     :param saliency: ``output_energy`` (default): what the predictions lose at all norms together,
         to second order; for comparison ``magnitude`` (norm of all weights of an entry), ``last``
         and ``random``
