@@ -25,6 +25,7 @@ from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import find_mixers, get_model_adapter, get_tensor
 from sparsessm_plugin.methods import remove_width
 from sparsessm_plugin.methods.stream import StreamSums, reading_points
+from sparsessm_plugin.methods.width_removal import WidthRemoval, WidthSettings
 from sparsessm_plugin.refit.width import expand, lift, narrow_scale
 from sparsessm_plugin.selection.subspaces import best_entries, best_subspace, leading_subspace
 
@@ -54,8 +55,8 @@ def directions(size=32, keep=24, seed=0):
     return torch.linalg.qr(torch.randn(size, keep, generator=generator, dtype=torch.float64)).Q
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fit", [None, "none"])
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_5", "qwen3_next"])
 def test_a_stream_of_few_directions_loses_nothing(family, fit):
     model = tiny_model(family, tie_word_embeddings=False)
     spanned(model, directions(keep=16))
@@ -212,7 +213,7 @@ def test_entries_go_one_by_one_at_the_least_cost(fitted):
 def test_sums_are_those_of_the_tokens_without_padding():
     model = tiny_model("falcon_h1")
     adapter = get_model_adapter(model)
-    points = reading_points(adapter, READY[0])
+    points = reading_points(adapter, model.device)
     assert [len(point.readers) for point in points] == [2, 1, 2, 1, 1]
     sums = StreamSums(adapter, points)
     sums.add_covariances(READY)
@@ -234,7 +235,7 @@ def test_metrics_are_gradients_of_the_loss():
     """A scaled down error in the stream costs what the metric of its norm says."""
     model = tiny_model("mamba", tie_word_embeddings=False)
     adapter = get_model_adapter(model)
-    sums = StreamSums(adapter, reading_points(adapter, READY[0]))
+    sums = StreamSums(adapter, reading_points(adapter, model.device))
     sums.add_metrics(READY, 10**6)
     norm = sums.points[-1].part.module
     found = {}
@@ -310,3 +311,20 @@ def test_what_does_not_fit_is_refused_in_one_line(family, fields, message):
 def test_heads_alone_are_refused_with_a_pointer_to_width():
     with pytest.raises(SparseSSMError, match="hidden size along with WidthRemovalModifier"):
         run(tiny_model("mamba2"), plugin.ChannelRemovalModifier(axis="heads", keep=6), READY)
+
+
+def test_norms_behind_what_writes_the_stream_are_refused():
+    model = tiny_model("olmo_hybrid")
+    before = state(model)
+    with pytest.raises(SparseSSMError, match="the hidden size of OlmoHybridForCausalLM cannot"):
+        remove_width(model, READY, keep=16)
+    assert all(torch.equal(before[name], value) for name, value in state(model).items())
+
+
+def test_an_encoder_beside_the_language_model_is_refused():
+    model = tiny_model("qwen3_5")
+    adapter = get_model_adapter(model)
+    adapter.base = torch.nn.Identity()
+    method = WidthRemoval(WidthSettings(keep=16), "width")
+    with pytest.raises(SparseSSMError, match="has an encoder beside its language model"):
+        method.check_sizes(adapter)

@@ -262,6 +262,17 @@ class ModelAdapter:
             fields[str(getattr(mixer, "head_dim_field"))] = head_dim  # noqa: B009
         return fields
 
+    def channels_beside(self, hidden_size: int) -> int | None:
+        """Channels that each mixer keeps beside a hidden_size, None where all can stay.
+
+        :raises SparseSSMError: they cannot, and no heads go with the hidden_size either
+        """
+        try:
+            self.hidden_fields(hidden_size)
+        except SparseSSMError:
+            return self.tied_channels(hidden_size)
+        return None
+
     def tied_channels(self, hidden_size: int) -> int | None:
         """Channels that each mixer keeps beside a hidden_size if their ratio stays.
 

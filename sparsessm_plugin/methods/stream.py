@@ -18,6 +18,8 @@ from sparsessm_plugin.families.fast_forward import fast_forward
 from sparsessm_plugin.families.parts import Head, Linear, Norm
 from sparsessm_plugin.training.gradients import differentiable, loss_of, single_rows, to_device
 
+_TRACED = 8  # tokens
+
 
 @dataclass
 class ReadingPoint:
@@ -55,46 +57,70 @@ class ReadingPoint:
         return stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + epsilon)
 
 
-def reading_points(adapter: ModelAdapter, batch: Mapping[str, Any]) -> list[ReadingPoint]:
+def reading_points(adapter: ModelAdapter, device: torch.device) -> list[ReadingPoint]:
     """Where a model reads its stream, in the order of its forward pass.
 
-    :param batch: one to run, for the order
-    :raises SparseSSMError: a part that no norm of its width precedes
+    :param device: of the model, which is run on a few tokens
+    :raises SparseSSMError: a part that reads something else than a multiple of what the norm
+        before it gives, or a norm that nothing reads, such as one behind what writes the stream
     """
     points: dict[int, ReadingPoint] = {}
-    latest: dict[int, ReadingPoint] = {}
+    latest: dict[int, tuple[ReadingPoint, Tensor]] = {}  # by width
     placed: set[int] = set()
 
-    def at(part: Part, module: Any, args: Any, kwargs: Any = None) -> None:
+    def enters(part: Part, module: Any, args: Any, kwargs: Any) -> None:
         width = part.width
-        if width is None:
+        if width is None or isinstance(part, Norm):
             return
-        if isinstance(part, Norm | Linear):
+        if isinstance(part, Linear):
             point = points.setdefault(id(module), ReadingPoint(part, width))
-            if isinstance(part, Norm):
-                latest[width] = point
-                return
-        elif width not in latest:
-            raise SparseSSMError(f"{part.name} reads no norm of the model's stream")
         else:
-            point = latest[width]
+            stream = args[0] if args else kwargs["hidden_states"]
+            if width not in latest or not _is_multiple(stream, latest[width][1]):
+                raise SparseSSMError(
+                    f"{part.name} reads the stream otherwise than by a norm before it; the "
+                    f"hidden size of {adapter.name} cannot become smaller"
+                )
+            point = latest[width][0]
         if id(module) not in placed:
             placed.add(id(module))
             point.readers.append(part)
+
+    def leaves(part: Part, module: Any, args: Any, output: Any) -> None:
+        width = part.width
+        if isinstance(part, Norm) and width is not None:
+            point = points.setdefault(id(module), ReadingPoint(part, width))
+            latest[width] = (point, output.detach())
 
     handles, hooked = [], set()
     for part in adapter.parts:
         if id(part.module) not in hooked:
             hooked.add(id(part.module))
-            hook = partial(at, part)
-            handles.append(part.module.register_forward_pre_hook(hook, with_kwargs=True))
+            before, after = partial(enters, part), partial(leaves, part)
+            handles.append(part.module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(part.module.register_forward_hook(after))
     try:
         with torch.no_grad(), fast_forward(adapter.model):
-            adapter.model(**batch)
+            ids = torch.arange(_TRACED, device=device)[None]
+            adapter.model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return [point for point in points.values() if point.readers]
+    for point in points.values():
+        if not point.readers:
+            raise SparseSSMError(
+                f"{point.part.name} is read by nothing that is known, as a norm behind what "
+                f"writes the stream; the hidden size of {adapter.name} cannot become smaller"
+            )
+    return list(points.values())
+
+
+def _is_multiple(x: Tensor, of: Tensor) -> bool:
+    if x.shape != of.shape:
+        return False
+    x, of = x.double(), of.double()
+    factor = (x * of).sum() / of.square().sum().clamp(min=1e-300)
+    return bool((x - factor * of).norm() <= 0.02 * x.norm())
 
 
 class StreamSums:

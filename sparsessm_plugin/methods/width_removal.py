@@ -36,7 +36,6 @@ from sparsessm_plugin.methods.stream import (
 from sparsessm_plugin.refit.width import expand, lift, narrow_scale, repeated
 from sparsessm_plugin.selection.subspaces import best_entries, best_subspace, leading_subspace
 from sparsessm_plugin.training.distillation import Weights
-from sparsessm_plugin.training.gradients import to_device
 
 _STEPS = 30  # of the search for a subspace
 _RIDGE = 1e-3
@@ -105,6 +104,11 @@ class WidthRemoval(ModelRemoval[WidthSettings]):
         keep = self.check_keep(adapter.name, "entries of the hidden size", adapter.hidden_size)
         if settings.keep is not None and keep % (settings.multiple_of or 1):
             raise SparseSSMError(f"{who}: keep = {keep} is no multiple of {settings.multiple_of}")
+        if adapter.base is not adapter.model.base_model:
+            raise SparseSSMError(
+                f"{who}: {adapter.name} has an encoder beside its language model, which writes "
+                "into the stream and cannot become narrower with it"
+            )
         try:
             if settings.channels == "along" and adapter.expand_field is None:
                 raise SparseSSMError(
@@ -136,11 +140,7 @@ class WidthRemoval(ModelRemoval[WidthSettings]):
         """Channels that every mixer keeps, None where none go along."""
         wanted = self.settings.channels
         if wanted is None:
-            try:
-                adapter.hidden_fields(keep)
-                wanted = "kept"
-            except SparseSSMError:
-                wanted = "along"
+            return adapter.channels_beside(keep)
         return adapter.tied_channels(keep) if wanted == "along" else None
 
     # -- the work --------------------------------------------------------------------
@@ -150,7 +150,7 @@ class WidthRemoval(ModelRemoval[WidthSettings]):
         adapter = get_model_adapter(model)
         size = adapter.hidden_size
         keep = settings.kept(size)
-        sums = StreamSums(adapter, reading_points(adapter, to_device(batches[0], self.device)))
+        sums = StreamSums(adapter, reading_points(adapter, self.device))
         with self.cost.stage("covariances"):
             sums.add_covariances(batches)
         if settings.by_loss:

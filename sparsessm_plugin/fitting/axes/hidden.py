@@ -11,7 +11,7 @@ from sparsessm_plugin.fitting.axes import Axis, register_axis, shares_of
 
 @register_axis
 class Hidden(Axis):
-    """hidden_size; heads go along where the loader ties them to it."""
+    """hidden_size; heads go along where the loader ties them and all cannot stay."""
 
     name = "hidden"
     order = 20
@@ -26,4 +26,4 @@ class Hidden(Axis):
 
     def config_fields(self, model: nn.Module, size: int) -> dict[str, Any]:
         adapter = get_model_adapter(model)
-        return adapter.hidden_fields(size, adapter.tied_channels(size))
+        return adapter.hidden_fields(size, adapter.channels_beside(size))
