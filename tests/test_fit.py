@@ -152,7 +152,7 @@ def removed_for_real(model, sizes, kept):
             gone = [i for i in range(adapter.axis_length("layers")) if i not in kept]
             graph.get_axis_group("layers", gone).prune()
         elif axis.name == "hidden":
-            tied, channels = adapter.tied_channels(size), None
+            tied, channels = adapter.channels_beside(size), None
             if tied is not None:
                 per = find_mixers(model)[0].sizes.head_dim
                 channels = {
@@ -339,7 +339,8 @@ def test_the_recipe_repeats_the_sizes_and_without_distillation_the_weights():
 
 
 def test_the_chosen_mix_is_the_least_of_what_was_tried():
-    result = fit(small_mamba(), batches(8), "parameters=0.75", minutes=0.05)
+    axes = ("channels", "hidden", "states")
+    result = fit(small_mamba(), batches(8), "parameters=0.75", minutes=0.05, axes=axes)
     plan = result.plan
     limit = 0.75
     tried = [c.loss for c in plan.candidates if c.costs["parameters"] <= limit]
@@ -498,7 +499,7 @@ def test_the_command_writes_model_recipe_report_and_plot(
     out, plot = tmp_path / "out", tmp_path / "plot.svg"
     code, stdout, stderr = sparsessm(
         *("fit", saved, "--target", "speed=1.1,state=0.6", "--calibration", text_file),
-        *("--output", out, "--plot", plot, "--length", 4, *TEXT),
+        *("--output", out, "--plot", plot, "--length", 4, "--axes", "channels,states", *TEXT),
     )
     assert code == 0, stderr
     assert "came out" in stdout

@@ -178,6 +178,7 @@ def measure_latency(
     cuda_graphs: bool = False,
     seed: int = 0,
     progress: Callable[[int], Any] | None = None,
+    context: int = 0,
 ) -> Latency:
     """Time prefill and greedy decode of one or more models, taking turns.
 
@@ -197,6 +198,8 @@ def measure_latency(
         time that launching single kernels costs
     :param seed: of the random prompts
     :param progress: called with 1 after each repeat of a model, those of the warm-up included
+    :param context: tokens that attention looks back at when decoding begins, where the prompt is
+        shorter: keys and values are then repeated, instead of a pass over so many
     :raises SparseSSMError: no memory for a batch size, kernels that cannot run on the model's
         device, or graphs asked for where they are not possible
     """
@@ -216,7 +219,13 @@ def measure_latency(
             model.eval()
         for batch_size in batch_sizes:
             runs = {
-                name: _Run(model, prompts[:batch_size].to(model.device), decode_steps, cuda_graphs)
+                name: _Run(
+                    model,
+                    prompts[:batch_size].to(model.device),
+                    decode_steps,
+                    cuda_graphs,
+                    context,
+                )
                 for name, model in models.items()
             }
             with _memory_errors(batch_size, prompt_length):
@@ -282,8 +291,11 @@ def _bytes(states: Any) -> int:
 class _Run:
     """One model at one batch size."""
 
-    def __init__(self, model: Any, prompt: Tensor, decode_steps: int, cuda_graphs: bool):
+    def __init__(
+        self, model: Any, prompt: Tensor, decode_steps: int, cuda_graphs: bool, context: int = 0
+    ):
         self.model = model
+        self.context = context
         self.prompt = prompt
         self.decode_steps = decode_steps
         self.cuda_graphs = cuda_graphs
@@ -297,6 +309,7 @@ class _Run:
         """Prefill and decode once."""
         self.cache = None  # the old one goes before the new one comes
         token = self._timed(PREFILL, counts, self._prefill)
+        _lengthen(self.cache, self.context)
         self.state_cache = cache_bytes(self.cache, len(self.prompt))
         if self.cuda_graphs and self.graph is None:
             # a cache of its own, whose addresses the graph keeps
@@ -352,6 +365,16 @@ class _Run:
         if self.prompt.is_cuda:
             torch.cuda.synchronize(self.prompt.device)
         return time.perf_counter()
+
+
+def _lengthen(cache: Any, length: int) -> None:
+    """Let an attention cache hold at least so many tokens, by repeating those that it has."""
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            held = getattr(layer, name, None)
+            if isinstance(held, Tensor) and held.ndim == 4 and 0 < held.shape[2] < length:
+                repeated = held.repeat(1, 1, -(-length // held.shape[2]), 1)
+                setattr(layer, name, repeated[:, :, :length].contiguous())
 
 
 class _DecodeGraph:

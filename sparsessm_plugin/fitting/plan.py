@@ -28,7 +28,7 @@ _FOR_TABLES, _FOR_TRIALS = 0.35, 0.55  # shares of the time at which each is to 
 _LEAST_TRIED, _MOST_TRIED = 3, 5
 _TIMED_AT_ONCE, _TIMINGS = 3, 3
 # What a layer's fit reads at most: more says little more, and takes its time from distillation.
-_TOKENS = 2**17
+_TOKENS = {"cuda": 2**17, "cpu": 2**15}
 _LEAST_ROWS = 8
 _LEAST_MINUTES = 0.05  # of a distillation
 
@@ -171,7 +171,7 @@ class _Search:
         self.space = prepared.space
         self.started = started
         self.dense_sizes = sizes_of(model)
-        used = _first_tokens(batches, _TOKENS)
+        used = _first_tokens(batches, _TOKENS.get(prepared.device.type, 2**15))
         self.calibration_batches = used if used < len(batches) else None
         self.trials = Trials(Copies(model), batches[:used], held_back)
         self.measured: list[dict[int, Tried]] = [{} for _ in self.space.ladders]

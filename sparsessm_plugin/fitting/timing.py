@@ -1,12 +1,14 @@
 """How long a model of given sizes takes, from timing a few of random weights on this machine."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from compressed_tensors.utils import patch_attr
 from numpy.typing import NDArray
 
 from sparsessm_plugin.errors import SparseSSMError
@@ -27,7 +29,7 @@ FEATURES = ("constant", "layers", "weights", "head", "states", "attending")
 _WHOLE = {"cuda": 6e9, "cpu": 1e9}  # bytes of all timed models up to which none is made shallow
 _SHALLOW = (4, 8)  # layers of models that are too large to be timed as they are
 _DECODE_STEPS = {"cuda": 32, "cpu": 8}
-_SHORT = 8  # tokens of a prompt where its length does not matter for a decode step
+_SHORT = 8  # tokens of a prompt before decoding; its length does not matter for the states
 
 
 @dataclass(frozen=True)
@@ -188,15 +190,29 @@ def measure(
     if graphs:
         graphs = len(find_mixers(first)) == first.config.num_hidden_layers
     prefill = workload.phase == "prefill"
-    return measure_latency(
-        models,
-        (workload.batch,),
-        workload.length if prefill or attends else min(workload.length, _SHORT),
-        1 if prefill else _DECODE_STEPS.get(device.type, 8),
-        repeats,
-        cuda_graphs=graphs,
-        progress=progress,
-    )
+    short = nullcontext() if prefill or device.type != "cpu" else _short_chunks(models.values())
+    with short:
+        return measure_latency(
+            models,
+            (workload.batch,),
+            workload.length if prefill else min(workload.length, _SHORT),
+            1 if prefill else _DECODE_STEPS.get(device.type, 8),
+            repeats,
+            cuda_graphs=graphs,
+            progress=progress,
+            context=0 if prefill else workload.length,
+        )
+
+
+@contextmanager
+def _short_chunks(models: Iterable[Any]) -> Iterator[None]:
+    """A prompt of a few tokens is not padded to a whole chunk, which on a CPU takes seconds."""
+    with ExitStack() as stack:
+        for model in models:
+            for module in model.modules():
+                if isinstance(getattr(module, "chunk_size", None), int):
+                    stack.enter_context(patch_attr(module, "chunk_size", _SHORT))
+        yield
 
 
 def phase_of(latency: Any) -> str:

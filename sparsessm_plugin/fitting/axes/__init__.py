@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from importlib import import_module
+from math import gcd
 from typing import Any, ClassVar, TypeVar
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from sparsessm_plugin.registry import Registry
 
 _EIGHTHS = (7, 6, 5, 4)
+_TILE = 64
 
 
 class Axis(ABC):
@@ -67,6 +69,11 @@ def register_axis(cls: _Class) -> _Class:
 def in_order(names: Iterable[str]) -> list[Axis]:
     """The axes of these names, in the order of their modifiers in a recipe."""
     return sorted((AXES[name] for name in names), key=lambda axis: (axis.order, axis.name))
+
+
+def tile_of(length: int) -> int:
+    """What sizes of a long axis are multiples of: 64, as kernels like it, if eighths are."""
+    return gcd(_TILE, max(1, length // 8))
 
 
 def shares_of(length: int, multiple: int, eighths: Iterable[float] = _EIGHTHS) -> list[int]:

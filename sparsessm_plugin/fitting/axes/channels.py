@@ -6,9 +6,7 @@ from typing import Any
 from torch import nn
 
 from sparsessm_plugin.families import MixerAdapter, find_mixers
-from sparsessm_plugin.fitting.axes import Axis, register_axis, shares_of
-
-_WHOLE_TILES = 512  # from here on channels come in 64s, as kernels like them
+from sparsessm_plugin.fitting.axes import Axis, register_axis, shares_of, tile_of
 
 
 def _axis_of(mixer: MixerAdapter) -> str:
@@ -28,7 +26,7 @@ class Channels(Axis):
         return mixer.axis_length(_axis_of(mixer))
 
     def sizes(self, length: int) -> Sequence[int]:
-        return shares_of(length, 64 if length >= _WHOLE_TILES else 8)
+        return shares_of(length, tile_of(length))
 
     def config_fields(self, model: nn.Module, size: int) -> dict[str, Any]:
         mixer = find_mixers(model)[0]

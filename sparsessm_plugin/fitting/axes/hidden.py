@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from sparsessm_plugin.families import get_model_adapter
-from sparsessm_plugin.fitting.axes import Axis, register_axis, shares_of
+from sparsessm_plugin.fitting.axes import Axis, register_axis, shares_of, tile_of
 
 
 @register_axis
@@ -22,7 +22,7 @@ class Hidden(Axis):
         return get_model_adapter(model).hidden_size
 
     def sizes(self, length: int) -> Sequence[int]:
-        return shares_of(length, 64)
+        return shares_of(length, tile_of(length))
 
     def config_fields(self, model: nn.Module, size: int) -> dict[str, Any]:
         adapter = get_model_adapter(model)

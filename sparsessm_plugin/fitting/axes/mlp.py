@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from sparsessm_plugin.families import get_model_adapter
-from sparsessm_plugin.fitting.axes import Axis, register_axis, shares_of
+from sparsessm_plugin.fitting.axes import Axis, register_axis, shares_of, tile_of
 
 
 @register_axis
@@ -22,7 +22,7 @@ class MLP(Axis):
         return adapter.axis_length(self.name) if self.name in adapter.axis_names else None
 
     def sizes(self, length: int) -> Sequence[int]:
-        return shares_of(length, 64 if length >= 512 else 16, (7, 6, 5, 4, 3, 2))
+        return shares_of(length, tile_of(length), (7, 6, 5, 4, 3, 2))
 
     def config_fields(self, model: nn.Module, size: int) -> dict[str, Any]:
         return get_model_adapter(model).unit_field_values(self.name, size)
