@@ -343,7 +343,7 @@ class _Search:
             distill_minutes=distilled,
             seconds=60 * self.minutes,
             front=_front(losses, costs[0]),
-            speed=self._speed(),
+            speed=self._speed(mix),
         )
 
     def _recipe(self, sizes: Mapping[str, int], minutes: float) -> tuple[str, float]:
@@ -387,7 +387,7 @@ class _Search:
                     break
         return found
 
-    def _speed(self) -> dict[str, Any] | None:
+    def _speed(self, mix: tuple[int, ...]) -> dict[str, Any] | None:
         model = self.prepared.speed
         if model is None:
             return None
@@ -396,6 +396,7 @@ class _Search:
             "device": model.device,
             "weights": dict(zip(model.features, map(float, model.weights), strict=True)),
             "largest_error": model.error(),
+            "share_before_timing": self.prepared.predicted.get(mix),
             "timed": [asdict(entry) for entry in model.timed],
         }
 

@@ -62,7 +62,8 @@ class Excluded:
 class Prepared:
     """Sizes and costs of a model for some targets.
 
-    Attributes: ``space``, all mixes; ``excluded``; ``speed``, where a speed is asked for.
+    Attributes: ``space``, all mixes; ``excluded``; ``speed``, where a speed is asked for;
+    ``predicted``, the share of the dense time that a mix was to take before it was timed.
 
     :param shapes: of the model
     :param settings: what is asked for
@@ -88,6 +89,7 @@ class Prepared:
             raise SparseSSMError(f"nothing of this model can become smaller{why}")
         self.space = Space(shapes, self._affordable(ladders))
         self._known: dict[str, dict[tuple[int, ...], float]] = {}
+        self.predicted: dict[tuple[int, ...], float] = {}
         counts = [t for t in settings.targets if t.kind != "speed"]
         self._check_reached(counts)
         if len(counts) < len(settings.targets):
@@ -108,7 +110,8 @@ class Prepared:
         for target in self.settings.targets if targets is None else targets:
             if target.kind == "speed":
                 assert self.speed is not None
-                cost = self.speed.milliseconds(quantities) / self.speed.milliseconds(dense)
+                cost = self.speed.share(quantities, dense)
+                cost[(0,) * cost.ndim] = 1.0
             else:
                 length = self.settings.workload.length
                 whole = float(counted(target.kind, dense, length))
@@ -158,8 +161,11 @@ class Prepared:
         if not new:
             return []
         sizes = [self.space.sizes(mix) for mix in new]
+        quantities, dense = self.space.quantities(), self.space.dense.total()
+        shares = self.speed.share(quantities, dense)
+        self.predicted |= {mix: float(shares[mix]) for mix in new}
         timed, speedups = measured_speedups(self.space, sizes, self.settings.workload, self.device)
-        self.speed.add(timed)
+        self.speed.learn(timed)
         known |= {mix: 1 / speedup for mix, speedup in zip(new, speedups, strict=True)}
         return timed
 

@@ -81,6 +81,7 @@ class SpeedModel:
     device: str
     timed: list[Timed] = field(default_factory=list)
     weights: Array = field(default_factory=lambda: np.zeros(len(FEATURES)))
+    correction: float = 1.0  # of shares, by mixes that took turns with the dense model
 
     def add(self, timed: Sequence[Timed]) -> None:
         """Take in measurements and fit all anew."""
@@ -93,6 +94,24 @@ class SpeedModel:
         """Predicted: (..., quantities) -> (...)."""
         found: Array = features_of(quantities, self.workload) @ self.weights
         return found
+
+    def share(self, quantities: Array, dense: Array) -> Array:
+        """Time as a share of the dense model's: (..., quantities), (quantities,) -> (...)."""
+        found: Array = self.correction * self.milliseconds(quantities) / self.milliseconds(dense)
+        return found
+
+    def learn(self, timed: Sequence[Timed]) -> None:
+        """Take in the dense model and mixes that took turns with it.
+
+        :param timed: the dense model first
+        """
+        self.add(timed)
+        predicted = [float(np.dot(entry.features, self.weights)) for entry in timed]
+        off = [
+            np.log(entry.milliseconds / timed[0].milliseconds * predicted[0] / found)
+            for entry, found in zip(timed[1:], predicted[1:], strict=True)
+        ]
+        self.correction = float(np.exp(np.mean(off))) if off else 1.0
 
     def error(self) -> float:
         """Largest relative error on what the model was fitted to."""
