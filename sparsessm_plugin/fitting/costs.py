@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from compressed_tensors.offload import disable_onloading
 from numpy.typing import NDArray
 from torch import nn
 
@@ -50,7 +51,9 @@ class Census:
         layers = adapter.layers
         outside, inside = np.zeros(len(QUANTITIES)), np.zeros((len(layers), len(QUANTITIES)))
         owners = {f"{layer.name}.": layer.index for layer in layers}
-        for name, parameter in model.named_parameters():  # a shared one by its first name
+        with disable_onloading():
+            named = list(model.named_parameters())  # a shared one by its first name
+        for name, parameter in named:
             owner = next((i for prefix, i in owners.items() if name.startswith(prefix)), None)
             row = outside if owner is None else inside[owner]
             row[:2] += parameter.numel(), parameter.nbytes

@@ -95,6 +95,12 @@ class Shapes:
         made._config = config
         return made
 
+    def like(self, model: Any) -> "Shapes":
+        """Of what has become of the model, by its config."""
+        made = Shapes(self.dense, self._dtype, self._trust_remote_code)
+        made._config = copy.deepcopy(model.config)
+        return made
+
     def _make(self, path: tuple[Any, ...], config: Any) -> nn.Module:
         if path not in self._made:
             with torch.device("meta"):

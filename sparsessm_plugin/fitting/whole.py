@@ -124,8 +124,8 @@ def outcome(
 
 
 def _speedup(prepared: Prepared, model: Any) -> float:
-    """How many times as fast as a dense model of random weights."""
-    workload, device = prepared.settings.workload, next(model.parameters()).device
-    models = {"dense": prepared.space.shapes.random({}, device), "now": model}
+    """How many times as fast as the dense model; both of random weights, apart from hooks."""
+    workload, device, shapes = prepared.settings.workload, prepared.device, prepared.space.shapes
+    models = {"dense": shapes.random({}, device), "now": shapes.like(model).random({}, device)}
     latency = measure(models, workload, device, repeats=9)
     return float(latency.speedup("now", phase_of(latency), workload.batch))
