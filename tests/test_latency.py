@@ -229,3 +229,13 @@ def test_plot_without_matplotlib(measured, tmp_path, monkeypatch):
     with pytest.raises(SparseSSMError, match=r"sparsessm-plugin\[plot\]"):
         plot_latency(measured, tmp_path / "x.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_attention_looks_back_at_a_context_without_a_pass_over_it():
+    model = tiny_model("bamba").to(DEVICE)
+    short, long = (
+        measure_latency({"m": model}, (1,), 4, 2, 1, 0, context=context).caches["m"]
+        for context in (0, 64)
+    )
+    assert (long.recurrent, long.convolution) == (short.recurrent, short.convolution)
+    assert long.attention == 16 * short.attention

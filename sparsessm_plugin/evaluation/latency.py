@@ -179,6 +179,7 @@ def measure_latency(
     seed: int = 0,
     progress: Callable[[int], Any] | None = None,
     context: int = 0,
+    plain_decode: bool = True,
 ) -> Latency:
     """Time prefill and greedy decode of one or more models, taking turns.
 
@@ -200,6 +201,7 @@ def measure_latency(
     :param progress: called with 1 after each repeat of a model, those of the warm-up included
     :param context: tokens that attention looks back at when decoding begins, where the prompt is
         shorter: keys and values are then repeated, instead of a pass over so many
+    :param plain_decode: with ``cuda_graphs``, whether to time decode steps without them, too
     :raises SparseSSMError: no memory for a batch size, kernels that cannot run on the model's
         device, or graphs asked for where they are not possible
     """
@@ -225,6 +227,7 @@ def measure_latency(
                     decode_steps,
                     cuda_graphs,
                     context,
+                    plain_decode or not cuda_graphs,
                 )
                 for name, model in models.items()
             }
@@ -292,8 +295,15 @@ class _Run:
     """One model at one batch size."""
 
     def __init__(
-        self, model: Any, prompt: Tensor, decode_steps: int, cuda_graphs: bool, context: int = 0
+        self,
+        model: Any,
+        prompt: Tensor,
+        decode_steps: int,
+        cuda_graphs: bool,
+        context: int = 0,
+        plain_decode: bool = True,
     ):
+        self.plain_decode = plain_decode
         self.model = model
         self.context = context
         self.prompt = prompt
@@ -315,7 +325,8 @@ class _Run:
             # a cache of its own, whose addresses the graph keeps
             self.graph = _DecodeGraph(self.step, token, self.cache)
             token = self._prefill()
-        self._timed(DECODE, counts, lambda: self._decode(token))
+        if self.plain_decode:
+            self._timed(DECODE, counts, lambda: self._decode(token))
         if self.graph is not None:
             replay = self.graph.replay
             self._timed(GRAPH_DECODE, counts, lambda: replay(self.decode_steps))

@@ -28,7 +28,7 @@ Phase = Literal["decode", "prefill"]
 FEATURES = ("constant", "layers", "weights", "head", "states", "attending")
 _WHOLE = {"cuda": 6e9, "cpu": 1e9}  # bytes of all timed models up to which none is made shallow
 _SHALLOW = (4, 8)  # layers of models that are too large to be timed as they are
-_DECODE_STEPS = {"cuda": 32, "cpu": 8}
+_DECODE_STEPS = {"cuda": 16, "cpu": 8}
 _SHORT = 8  # tokens of a prompt before decoding; its length does not matter for the states
 
 
@@ -220,6 +220,7 @@ def measure(
             cuda_graphs=graphs,
             progress=progress,
             context=0 if prefill else workload.length,
+            plain_decode=not graphs,
         )
 
 
