@@ -355,8 +355,21 @@ def test_what_is_left_of_the_time_is_for_distillation(monkeypatch):
     monkeypatch.setattr("sparsessm_plugin.fitting.plan._Search.minutes", 0.0)
     result = fit(small_mamba(), batches(8), "parameters=0.8", minutes=0.03, axes=("channels",))
     assert 0 < result.plan.distill_minutes <= 0.03
+    assert {entry.distilled for entry in result.plan.candidates} <= {None}  # no other to compare
     assert parse_recipe(result.recipe).modifiers[-1].distill_minutes == result.plan.distill_minutes
     assert result.loss < result.plan.loss
+
+
+def test_finalists_are_compared_after_a_short_distillation(monkeypatch):
+    monkeypatch.setattr("sparsessm_plugin.fitting.plan._LEAST_MINUTES", 0.001)
+    monkeypatch.setattr("sparsessm_plugin.fitting.plan._Search.minutes", 0.0)
+    monkeypatch.setattr("sparsessm_plugin.fitting.plan._FOR_FINALISTS", 1e9)
+    axes = ("channels", "states")
+    result = fit(small_mamba(), batches(8), "state=0.7", minutes=0.02, axes=axes)
+    found = [c for c in result.plan.candidates if c.distilled is not None]
+    assert len(found) > 1
+    best = min(found, key=lambda candidate: candidate.distilled)
+    assert result.plan.sizes == best.sizes
 
 
 @pytest.mark.parametrize("framework", [False, True])
@@ -445,7 +458,7 @@ def test_a_model_that_fails_is_what_it_was(monkeypatch):
     model = small_mamba()
     before = {name: p.clone() for name, p in model.named_parameters()}
 
-    def interrupted(self, sizes):
+    def interrupted(self, sizes, minutes=0.0):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sparsessm_plugin.fitting.losses.Trials.measure", interrupted)
@@ -457,10 +470,10 @@ def test_a_model_that_fails_is_what_it_was(monkeypatch):
 def test_a_size_that_fails_leaves_the_others(monkeypatch):
     real = fitting.losses.Trials.measure
 
-    def some(self, sizes):
+    def some(self, sizes, minutes=0.0):
         if sizes.get("states") == 4:
             raise SparseSSMError("no such luck")
-        return real(self, sizes)
+        return real(self, sizes, minutes)
 
     monkeypatch.setattr("sparsessm_plugin.fitting.losses.Trials.measure", some)
     result = fit(small_mamba(), batches(8), "state=0.6", minutes=0.01, axes=("states",))
@@ -544,7 +557,7 @@ def test_the_command_refuses_in_one_line(refused, saved, text_file, tmp_path):
 
 
 def test_an_interrupted_command_leaves_nothing(sparsessm, saved, text_file, tmp_path, monkeypatch):
-    def interrupted(self, sizes):
+    def interrupted(self, sizes, minutes=0.0):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sparsessm_plugin.fitting.losses.Trials.measure", interrupted)

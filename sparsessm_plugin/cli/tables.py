@@ -77,11 +77,15 @@ def print_fit(result: "FitResult", output: Path) -> None:
         about = "" if row.measured else "  (from its neighbours)"
         table.add_row(row.axis, f"{row.size:,}", *costs, f"{row.loss:.4f}{about}")
     out.print(table)
-    table = Table("mix", *(_cost_name(kind) for kind in kinds), "predicted", "loss", box=None)
+    after = ["distilled"] if any(c.distilled is not None for c in plan.candidates) else []
+    names = (_cost_name(kind) for kind in kinds)
+    table = Table("mix", *names, "predicted", "loss", *after, box=None)
     for candidate in plan.candidates:
         costs = (f"{candidate.costs[kind]:.3f}" for kind in kinds)
         loss = f"{candidate.predicted:.4f}", f"{candidate.loss:.4f}"
-        table.add_row(_sizes(plan.dense, candidate.sizes), *costs, *loss)
+        distilled = ["" if candidate.distilled is None else f"{candidate.distilled:.4f}"]
+        sizes = _sizes(plan.dense, candidate.sizes)
+        table.add_row(sizes, *costs, *loss, *distilled[: len(after)])
     if plan.candidates:
         out.print(table)
     out.print(f"chosen: {_sizes(plan.dense, plan.sizes)}", soft_wrap=True, highlight=False)

@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families.fast_forward import fast_forward
 from sparsessm_plugin.fitting.axes import in_order
 from sparsessm_plugin.fitting.costs import stored_bytes
-from sparsessm_plugin.methods import run
+from sparsessm_plugin.methods.run import run_in_turn
 from sparsessm_plugin.training.divergence import divergences
 from sparsessm_plugin.training.gradients import to_device
 
@@ -124,39 +124,59 @@ class Trials:
     """Removes from copies what mixes say, with the closed-form fits, and measures the loss.
 
     :param copies: of the dense model
-    :param batches: to choose and fit by
+    :param batches: of all the text
+    :param used: how many of them, the first, removals choose and fit by
     :param held_back: to measure on
-    :param fields: of every modifier, besides its size
     """
 
     copies: Copies
     batches: Sequence[Mapping[str, Any]]
+    used: int
     held_back: HeldBack
-    fields: dict[str, Any] = field(default_factory=dict)
 
-    def measure(self, sizes: Mapping[str, int]) -> Tried:
+    def fields(self, sizes: Mapping[str, int], minutes: float = 0.0) -> dict[str, dict[str, Any]]:
+        """The fields of each axis's modifier, in the order of a recipe; the last one distils.
+
+        :param sizes: by axis
+        :param minutes: of distillation
+        """
+        axes = in_order(sizes)
+        found = {axis.name: axis.fields(sizes[axis.name]) for axis in axes}
+        if self.used < len(self.batches):
+            for own in found.values():
+                own["calibration_batches"] = self.used
+        if minutes:
+            found[axes[-1].name]["distill_minutes"] = minutes
+        return found
+
+    def measure(self, sizes: Mapping[str, int], minutes: float = 0.0) -> Tried:
         """Of a mix.
 
+        :param sizes: by axis
+        :param minutes: of distillation, on all the text
         :raises SparseSSMError: a modifier cannot make it
         """
         started = time.perf_counter()
         model = self.copies.new()
         with _unheard():
-            layers = self._remove(model, sizes)
+            layers = self._remove(model, sizes, minutes)
         seconds = time.perf_counter() - started
         return Tried(dict(sizes), self.held_back.divergence(model), seconds, layers)
 
-    def _remove(self, model: Any, sizes: Mapping[str, int]) -> tuple[int, ...] | None:
+    def _remove(
+        self, model: Any, sizes: Mapping[str, int], minutes: float
+    ) -> tuple[int, ...] | None:
         """The removal of a mix; indices of the layers that stay, where some go."""
-        layers = None
-        for axis in in_order(sizes):
-            modifier = axis.modifier_class(**axis.fields(sizes[axis.name]), **self.fields)
-            before = axis.length(model)
-            result = run(modifier.new_method(), model, self.batches)
+        axes, fields = in_order(sizes), self.fields(sizes, minutes)
+        methods = [a.modifier_class(**fields[a.name]).new_method() for a in axes]
+        before = {axis.name: axis.length(model) for axis in axes}
+        batches = self.batches if minutes else self.batches[: self.used]
+        results = run_in_turn(methods, model, batches)
+        for axis, result in zip(axes, results, strict=True):
             if axis.name == "layers":
                 gone = {i for entry in result.layers for i in entry.removed}
-                layers = tuple(i for i in range(before or 0) if i not in gone)
-        return layers
+                return tuple(i for i in range(before["layers"] or 0) if i not in gone)
+        return None
 
 
 @contextmanager

@@ -31,6 +31,10 @@ _TIMED_AT_ONCE, _TIMINGS = 3, 3
 _TOKENS = {"cuda": 2**17, "cpu": 2**15}
 _LEAST_ROWS = 8
 _LEAST_MINUTES = 0.05  # of a distillation
+# Of all minutes, those that a finalist is distilled for, and when all finalists are to be done.
+_FINALIST, _FOR_FINALISTS = 0.06, 0.75
+# Distillation takes more from what loses much: finalists are also the best by roots of the losses.
+_ROOTS = (0.5, 0.25)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Candidate:
     :param predicted: loss from the tables, nats a token
     :param loss: measured, before any distillation
     :param seconds: that it took
+    :param distilled: loss after a short distillation; None where it had none
     """
 
     sizes: dict[str, int]
@@ -69,6 +74,7 @@ class Candidate:
     predicted: float
     loss: float
     seconds: float
+    distilled: float | None = None
 
 
 @dataclass
@@ -172,12 +178,12 @@ class _Search:
         self.started = started
         self.dense_sizes = sizes_of(model)
         used = _first_tokens(batches, _TOKENS.get(prepared.device.type, 2**15))
-        self.calibration_batches = used if used < len(batches) else None
-        self.trials = Trials(Copies(model), batches[:used], held_back)
+        self.trials = Trials(Copies(model), batches, used, held_back)
         self.measured: list[dict[int, Tried]] = [{} for _ in self.space.ladders]
         self.tried: dict[tuple[int, ...], Tried] = {}
         self.failed: dict[tuple[int, ...], SparseSSMError] = {}
         self.predictions: dict[tuple[int, ...], float] = {}
+        self.distilled: dict[tuple[int, ...], float] = {}
 
     @property
     def minutes(self) -> float:
@@ -271,10 +277,7 @@ class _Search:
                     break
                 if tries and self.is_late(_FOR_TRIALS):
                     break
-                mix = untried[0]
-                stage.at(self.prepared.described(mix))
-                self.predictions[mix] = float(mixed_losses(self.tables(), self.overlap())[mix])
-                self._try(mix)
+                self._try_mix(untried[0], stage)
                 tries += 1
                 stage.advance()
         best = self._best(limits)
@@ -284,7 +287,56 @@ class _Search:
                 + "; ".join(dict.fromkeys(map(str, self.failed.values())))
             )
         tried = [mix for mix in best if mix in self.tried]
-        return min(tried, key=lambda mix: self.tried[mix].loss) if tried else best[0]
+        chosen = min(tried, key=lambda mix: self.tried[mix].loss) if tried else best[0]
+        return self._after_distillation(chosen)
+
+    def _try_mix(self, mix: tuple[int, ...], stage: Stage) -> None:
+        stage.at(self.prepared.described(mix))
+        predicted = float(mixed_losses(self.tables(), self.overlap())[mix])
+        self.predictions.setdefault(mix, predicted)
+        self._try(mix)
+
+    def _after_distillation(self, chosen: tuple[int, ...]) -> tuple[int, ...]:
+        """The best of a few mixes once each was distilled for a while, where there is time."""
+        minutes = _FINALIST * self.prepared.settings.minutes
+        seconds = max((t.seconds for t in self.tried.values()), default=0.0)
+        needed = (1 + len(_ROOTS)) * (minutes + 2.5 * seconds / 60)
+        share = (self.minutes + needed) / self.prepared.settings.minutes
+        if minutes < _LEAST_MINUTES or share > _FOR_FINALISTS or not self._distils():
+            return chosen
+        with Stage("finalists, distilled", 1 + len(_ROOTS)) as stage:
+            finalists = [chosen]
+            for root in _ROOTS:
+                mix = self._best_by(root)
+                if mix is not None and mix not in finalists:
+                    self._try_mix(mix, stage)
+                    finalists += [mix] if mix in self.tried else []
+            if len(finalists) < 2:
+                return chosen
+            for mix in finalists:
+                stage.at(self.prepared.described(mix))
+                sizes = self.space.sizes(mix)
+                self.predictions.setdefault(mix, self.tried[mix].loss)
+                self.distilled[mix] = self.trials.measure(sizes, minutes).loss
+                stage.advance()
+        return min(finalists, key=lambda mix: self.distilled[mix])
+
+    def _distils(self) -> bool:
+        classes = (AXES[ladder.axis].modifier_class for ladder in self.space.ladders)
+        return all("distill_minutes" in cls.model_fields for cls in classes)
+
+    def _best_by(self, root: float) -> tuple[int, ...] | None:
+        """The mix of least loss if each axis lost a root of what it loses."""
+        losses = mixed_losses([table**root for table in self.tables()])
+        for mix in self.failed:
+            losses[mix] = np.inf
+        limits = self.prepared.limits()
+        for _ in range(_TIMINGS):
+            best = best_mixes(losses, self.prepared.costs(), limits)
+            if not best or self.prepared.is_timed(best[0]):
+                return best[0] if best else None
+            self.prepared.know_times(best)
+        return None
 
     def _best(self, limits: Sequence[float]) -> list[tuple[int, ...]]:
         """Mixes within the limits, best first; of the first few all costs are exact."""
@@ -334,7 +386,14 @@ class _Search:
             overlap=self.overlap(),
             rows=self._rows(tables, costs_of),
             candidates=[
-                Candidate(found.sizes, costs_of(m), self.predictions[m], found.loss, found.seconds)
+                Candidate(
+                    found.sizes,
+                    costs_of(m),
+                    self.predictions[m],
+                    found.loss,
+                    found.seconds,
+                    self.distilled.get(m),
+                )
                 for m, found in self.tried.items()
                 if m in self.predictions
             ],
@@ -348,17 +407,11 @@ class _Search:
 
     def _recipe(self, sizes: Mapping[str, int], minutes: float) -> tuple[str, float]:
         """YAML, and the minutes of distillation in it."""
-        modifiers: dict[str, dict[str, Any]] = {}
-        for axis in in_order(sizes):
-            fields = axis.fields(sizes[axis.name])
-            if self.calibration_batches is not None:
-                fields["calibration_batches"] = self.calibration_batches
-            modifiers[axis.modifier_class.__name__] = fields
-        last = AXES[in_order(sizes)[-1].name].modifier_class
-        distilled = 0.0
-        if "distill_minutes" in last.model_fields and minutes >= _LEAST_MINUTES:
-            distilled = round(minutes, 2)
-            modifiers[last.__name__]["distill_minutes"] = distilled
+        last = in_order(sizes)[-1].modifier_class
+        able = "distill_minutes" in last.model_fields and minutes >= _LEAST_MINUTES
+        distilled = round(minutes, 2) if able else 0.0
+        fields = self.trials.fields(sizes, distilled)
+        modifiers = {AXES[name].modifier_class.__name__: own for name, own in fields.items()}
         asked = ", ".join(target.text for target in self.prepared.settings.targets)
         content = {"removal_stage": {"removal_modifiers": modifiers}}
         body = yaml.safe_dump(content, sort_keys=False)
