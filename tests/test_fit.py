@@ -364,8 +364,14 @@ def test_finalists_are_compared_after_a_short_distillation(monkeypatch):
     monkeypatch.setattr("sparsessm_plugin.fitting.plan._LEAST_MINUTES", 0.001)
     monkeypatch.setattr("sparsessm_plugin.fitting.plan._Search.minutes", 0.0)
     monkeypatch.setattr("sparsessm_plugin.fitting.plan._FOR_FINALISTS", 1e9)
-    axes = ("channels", "states")
-    result = fit(small_mamba(), batches(8), "state=0.7", minutes=0.02, axes=axes)
+
+    def worst(self, root):
+        allowed = best_mixes(self.losses(), self.prepared.costs(), self.prepared.limits(), 99)
+        return allowed[-1]
+
+    monkeypatch.setattr("sparsessm_plugin.fitting.plan._Search._best_by", worst)
+    axes = ("channels", "hidden")
+    result = fit(small_mamba(), batches(8), "parameters=0.9", minutes=0.02, axes=axes)
     found = [c for c in result.plan.candidates if c.distilled is not None]
     assert len(found) > 1
     best = min(found, key=lambda candidate: candidate.distilled)
