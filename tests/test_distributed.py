@@ -81,6 +81,16 @@ def _recipes():
                 )
             ],
         ),
+        "width": (
+            _MAMBA2,
+            "independent",
+            [partial(m.WidthRemovalModifier, keep=8, channels="along", rotate=False)],
+        ),
+        "units": (
+            partial(tiny_model, "bamba"),
+            "independent",
+            [partial(m.MLPRemovalModifier, keep=24), partial(m.AttentionRemovalModifier, keep=1)],
+        ),
         "quantized": (
             _MAMBA,
             "independent",
@@ -103,6 +113,8 @@ RECIPES = (
     "heads",
     "projections",
     "projections-dense",
+    "width",
+    "units",
     "quantized",
 )
 

@@ -145,6 +145,19 @@ def test_mamba_ssm_gets_the_narrow_model(family, tmp_path):
     assert tensors["backbone.norm_f.weight"].shape == (16,)
 
 
+def test_distilled_with_all_weights_towards_the_wide_model():
+    model = tiny_model("granitemoehybrid", tie_word_embeddings=True)
+    fields = {"keep": 16, "channels": "along", "distill_steps": 6, "distill_learning_rate": 3e-3}
+    result = remove_width(model, READY, **fields)
+    assert not result.distillation.diverged
+    assert result.distillation.divergence_after < result.distillation.divergence_before
+    undistilled = tiny_model("granitemoehybrid", tie_word_embeddings=True)
+    remove_width(undistilled, READY, keep=16, channels="along")
+    changed = [n for n, p in state(model).items() if not torch.equal(p, state(undistilled)[n])]
+    assert "model.embed_tokens.weight" in changed
+    assert any("shared_mlp" in name for name in changed)
+
+
 # -- the mathematics ----------------------------------------------------------------------------
 
 

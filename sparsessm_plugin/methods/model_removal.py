@@ -8,7 +8,7 @@ import torch
 from compressed_tensors.offload import disable_onloading
 from loguru import logger
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration import CalibrationBatches
@@ -81,6 +81,7 @@ class ModelRemoval(MixerMethod[S]):
         super().__init__(settings, who)
         self.resizing: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
         self.config_fields: dict[str, Any] = {}
+        self.tokens = 0  # of the calibration, of all ranks
         self.device = torch.device("cpu")  # where the model computes, while it is worked on
         self._graph: ModelDependencyGraph | None = None
         self._removed: list[Removed] = []
@@ -249,7 +250,8 @@ class ModelRemoval(MixerMethod[S]):
         for batch in batches:
             ids = batch["input_ids"]
             self.cost.count(self.who, ids[..., None], batch.get("attention_mask"))
-        if not self.cost.tokens:
+        self.tokens = sum(distributed.gather(f"tokens of {self.who}", self.cost.tokens))
+        if not self.tokens:
             raise SparseSSMError(f"{self.who} saw no calibration tokens; nothing was removed")
 
     def _share_weights(self) -> None:
@@ -277,6 +279,8 @@ class ModelRemoval(MixerMethod[S]):
             home = single_device(self.who, model)
             try:
                 with on_compute_device(self.who, model) as self.device:
+                    if distributed.is_distributed() and self.device.type == home.type == "cpu":
+                        _hold_apart(model)
                     try:
                         yield
                     except BaseException:
@@ -304,6 +308,20 @@ class ModelRemoval(MixerMethod[S]):
     def release(self) -> None:
         super().release()
         self._distillation = self._graph = None
+
+
+def _hold_apart(model: nn.Module) -> None:
+    """Give this rank memory of its own: LLM Compressor lets ranks share that of offloaded weights.
+
+    What every rank changes in place would be changed as often as there are ranks. Tensors that
+    share memory among themselves still do.
+    """
+    copies: dict[Any, Tensor] = {}
+    for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if key not in copies:
+            copies[key] = tensor.data.clone()
+        tensor.grad, tensor.data = None, copies[key]
 
 
 def _hold_on(model: nn.Module, device: torch.device) -> None:

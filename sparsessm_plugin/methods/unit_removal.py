@@ -250,7 +250,7 @@ class UnitRemoval(ModelRemoval[UnitSettings]):
             before=block.length,
             after=keep,
             removed=gone,
-            tokens=self.cost.tokens,
+            tokens=self.tokens,
             error_removed=error_removed,
             error_left=error_left,
             diverged=None,

@@ -180,7 +180,7 @@ class WidthRemoval(ModelRemoval[WidthSettings]):
                 before=size,
                 after=keep,
                 removed=sorted(set(range(size)) - set(entries)),
-                tokens=self.cost.tokens,
+                tokens=self.tokens,
                 error_removed=errors[0] if errors else None,
                 error_left=errors[1] if errors else None,
                 diverged=None,
