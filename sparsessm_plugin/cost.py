@@ -116,8 +116,8 @@ def peak_memory_bytes() -> int:
 # -- memory that is there ------------------------------------------------------------------
 
 
-def has_room(device: torch.device, needed: int) -> bool:
-    """Whether more than half of a GPU stays free once so many bytes more are held.
+def has_room(device: torch.device, needed: int, spare: float = 0.5) -> bool:
+    """Whether more than so much of a GPU stays free once so many bytes more are held.
 
     Where ``torch.cuda.set_per_process_memory_fraction`` has set a limit, of that.
     """
@@ -128,7 +128,7 @@ def has_room(device: torch.device, needed: int) -> bool:
     # torch keeps memory that no tensor holds
     free += torch.cuda.memory_reserved(device) - allocated
     limit = total * torch.cuda.get_per_process_memory_fraction(device)
-    return min(free, limit - allocated) - needed > limit / 2
+    return min(free, limit - allocated) - needed > spare * limit
 
 
 def memory_available() -> int:

@@ -1,9 +1,10 @@
 """The fields of methods that take gradient steps through the whole model."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration import CalibrationBatches
 from sparsessm_plugin.methods.base import MethodSettings
 from sparsessm_plugin.training.budget import Plan
@@ -49,6 +50,8 @@ class TuneSettings(MethodSettings):
 class DistillSettings(TuneSettings):
     """How a model that has become smaller is fitted to what the dense one predicted."""
 
+    fitted_by_default: ClassVar[Weights] = "mixers"
+
     distill_weights: Literal["auto", "mixers", "all", "all_but_vocabulary"] = "auto"
     distill_resume: str | None = None
 
@@ -74,7 +77,8 @@ class DistillSettings(TuneSettings):
         """Which weights are fitted; None where none are."""
         if not self.distills:
             return None
-        return "mixers" if self.distill_weights == "auto" else self.distill_weights
+        given = self.distill_weights
+        return self.fitted_by_default if given == "auto" else given
 
     def distillation(self, model: Any, batches: CalibrationBatches) -> Distillation | None:
         """What a fit needs of the dense model; None where no steps are asked for.
@@ -88,6 +92,9 @@ class DistillSettings(TuneSettings):
             settings = self.model_dump(mode="json", exclude={"distill_resume", "report_path"})
             key = [settings, batches.digest()]
             resume = ResumeFile(self.distill_resume, f"distill_resume = {self.distill_resume}", key)
+            with distributed.together(resume.who):
+                if distributed.rank() == 0:
+                    resume.check()
         return Distillation(model, batches, self.distilled_by, self.plan(), resume)
 
     def distill(self, distillation: Distillation, model: Any) -> Distilled:

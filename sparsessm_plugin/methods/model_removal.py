@@ -32,14 +32,18 @@ from sparsessm_plugin.methods.removal import (
     Removed,
     quantized_modules,
 )
-from sparsessm_plugin.training.distillation import Distillation, Distilled
+from sparsessm_plugin.training.distillation import Distillation, Distilled, Weights
 from sparsessm_plugin.training.gradients import on_compute_device, single_device
 
 
 class ModelRemovalSettings(RemovalSettings):
     """How much of an axis is removed, over which batches, and how long the rest is distilled."""
 
+    # measured: what embeds and predicts tokens is learnt by heart where it has not changed
+    fitted_by_default: ClassVar[Weights] = "all_but_vocabulary"
+
     keep: int | None = Field(default=None, ge=1)
+    distill_learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
 
     @property
     def watches_data(self) -> bool:

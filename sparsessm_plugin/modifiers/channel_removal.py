@@ -35,9 +35,16 @@ class ChannelRemovalModifier(ChannelSettings, RemovalModifier):
     :param compensate: any of ``x_proj``, ``out_proj``; ``none``; default all that there are
     :param calibration_batches: layers are looked at and fitted over so many batches, the first
         (of each rank's); default all
-    :param distill_steps: gradient steps on all weights of all mixers towards the dense model's
-        predictions of the calibration data, after the last layer; 0 is none
+    :param distill_steps: gradient steps on the weights towards the dense model's predictions of the
+        calibration data, after the last layer; 0 is none
+    :param distill_minutes: instead, or at most, so many minutes of them; 0 is no limit
     :param distill_learning_rate: of Adam, the highest
+    :param distill_weights: ``mixers`` (default); ``all``; ``all_but_vocabulary``
+    :param distill_checkpointing: compute layers twice instead of keeping what they made; default
+        ``auto``, by the memory that is free
+    :param distill_precision: of a float32 model's matrix products: ``float32``, ``bfloat16``;
+        default ``auto``, bfloat16 on GPUs
+    :param distill_resume: file by which a run goes on that was interrupted in these steps
     :param report_path: ``.json`` file to write the report to
     """
 

@@ -66,6 +66,12 @@ class GradientMagnitudeModifier(GradientSettings, MethodModifier):
         is not tuned then, and tokens x hidden_size numbers wait in main memory. Default labels
     :param distill_learning_rate: of these steps (Adam), the highest: it rises over the first tenth
         of all steps and then falls to 0 along a cosine
+    :param distill_minutes: minutes of such steps, in all rounds together, an equal share each; with
+        ``distill_steps`` what is reached first ends them. Default 0, no limit
+    :param distill_checkpointing: compute layers twice instead of keeping what they made; default
+        ``auto``, by the memory that is free
+    :param distill_precision: of a float32 model's matrix products: ``float32``, ``bfloat16``;
+        default ``auto``, bfloat16 on GPUs
     :param calibration_batches: gradients are gathered over so many batches, the first; default all
     :param loss_fn: ``loss_fn(model, batch)`` gives the mean loss of a batch, a scalar tensor. From
         Python only. Default the model's own loss for ``labels``, or for the token ids

@@ -24,6 +24,7 @@ from sparsessm_plugin.training.budget import Plan
 from sparsessm_plugin.training.dense import DenseStates, Head, real_positions
 from sparsessm_plugin.training.divergence import MeanDivergence, rows_at_once
 from sparsessm_plugin.training.gradients import on_compute_device, positions, to_device
+from sparsessm_plugin.training.memory import needed
 from sparsessm_plugin.training.non_finite import NonFiniteError, first_non_finite
 from sparsessm_plugin.training.resume import ResumeFile
 from sparsessm_plugin.training.tuner import Tuner
@@ -143,12 +144,16 @@ class Distillation:
         :raises SparseSSMError: the model's predictions are no numbers, or the file to go on from
             is of another run
         """
-        plan = self._plan
-        with _in_place(self._who, model) as device:
+        plan, most = self._plan, max(map(positions, self.batches), default=0)
+        with disable_onloading():
+            fitted = fitted_parameters(model, weights)
+            room = needed(model, most, fitted, plan.checkpointing is not False).total
+        with _in_place(self._who, model, room) as device:
+            fitted = fitted_parameters(model, weights)
             self._head = self._head.to(device)
             tuner = Tuner(
                 model,
-                fitted_parameters(model, weights),
+                fitted,
                 self.batches,
                 plan,
                 self._who,
@@ -315,15 +320,20 @@ def _dense_head(who: str, model: Any, hidden_states: Tensor, logits: Tensor) -> 
 
 
 @contextmanager
-def _in_place(who: str, model: Any) -> Iterator[torch.device]:
-    """:func:`undisturbed`, its head as its class has it, and all weights on one device."""
+def _in_place(who: str, model: Any, room: int | None = None) -> Iterator[torch.device]:
+    """:func:`undisturbed`, its head as its class has it, and all weights on one device.
+
+    :param room: bytes that the work takes there; default those of the weights alone
+    """
+    if room is None:
+        room = sum(parameter.nbytes for parameter in model.parameters())
     head = model.get_output_embeddings()
     with (
         # LLM Compressor lets it give nothing while a pipeline runs
         patch_attr(head, "forward", MethodType(type(head).forward, head)),
         disable_onloading(),
         undisturbed(model),
-        on_compute_device(who, model) as device,
+        on_compute_device(who, model, room) as device,
     ):
         yield device
 

@@ -22,19 +22,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sparsessm_plugin.cost import has_room
 from sparsessm_plugin.distributed import reduce_sum
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families import get_adapter, iter_mixers
+from sparsessm_plugin.families import iter_mixers
 from sparsessm_plugin.families.fast_forward import fast_forward
+from sparsessm_plugin.training.memory import layer_numbers
 from sparsessm_plugin.training.non_finite import NonFiniteError, NonFiniteGradients
 
 IGNORED_LABEL = -100  # what transformers' losses leave out
 
 LossFunction = Callable[[Any, Any], Tensor]
 
-# Numbers that a layer's backward pass needs, of each position and channel: 13 in the Mamba-1
-# layout, about 30 in that of Mamba-2.
-_NUMBERS = 40
-# Bytes a weight beside it: a float32 copy, its gradient and two moments, and a gradient of its own.
-_TRAINING = 20
+# Bytes a weight beside it: a copy and its gradient, a float32 weight and two moments.
+_TRAINING = 16
+_SPARE = 0.05  # of a device, for what kernels take for a moment
 
 
 @contextmanager
@@ -95,13 +94,8 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
 
 def _keeps_layers(model: nn.Module, positions: int) -> bool:
     """Whether a GPU has room for what a backward pass through all layers at once needs."""
-    adapters = [get_adapter(mixer, name) for name, mixer in iter_mixers(model)]
-    layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
-    if layers != len(adapters):  # attention and experts, of which this does not know the needs
-        return False
-    channels = sum(adapter.sizes.intermediate_size for adapter in adapters)
     device = next(model.parameters()).device
-    return has_room(device, 4 * _NUMBERS * positions * channels)
+    return has_room(device, int(4 * positions * sum(layer_numbers(model))))
 
 
 @contextmanager
@@ -271,7 +265,9 @@ def single_device(who: str, model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def on_compute_device(who: str, model: nn.Module) -> Iterator[torch.device]:
+def on_compute_device(
+    who: str, model: nn.Module, needed: int | None = None
+) -> Iterator[torch.device]:
     """Hold all weights of a model where it computes, so that gradient steps change them there.
 
     ``oneshot()`` loads a model into main memory and moves copies of one layer at a time to the
@@ -280,15 +276,16 @@ def on_compute_device(who: str, model: nn.Module) -> Iterator[torch.device]:
     onloading is disabled.
 
     :param who: asks for it, for messages
+    :param needed: bytes that the work takes there; default those of steps on all weights
     :return: the device
     :raises SparseSSMError: weights on several devices, or nowhere
     """
     home = single_device(who, model)
     device = _execution_device(model, home)
     if device.type != home.type:
-        weights = list(model.parameters())
-        needed = sum(w.nbytes + _TRAINING * w.numel() for w in weights)
-        if has_room(device, needed):
+        if needed is None:
+            needed = sum(w.nbytes + _TRAINING * w.numel() for w in model.parameters())
+        if has_room(device, needed, _SPARE):
             with held_on(model, device):
                 yield device
             return
@@ -296,7 +293,7 @@ def on_compute_device(who: str, model: nn.Module) -> Iterator[torch.device]:
         reason = (
             "load the model on the accelerator to be faster"
             if device.type == home.type
-            else f"with what its gradients need it would take more than half of {device}"
+            else f"with what its gradients need it would take more than {device} has free"
         )
         logger.warning(f"{who}: computes on the CPU, where the model is; {reason}")
     yield home

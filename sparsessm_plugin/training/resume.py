@@ -112,30 +112,42 @@ class ResumeFile:
         now = time.monotonic()
         self._due = now + max(_EVERY, _SHARE * (now - begun))
 
-    def _read(self, weights: FlatWeights, batches: int) -> dict[str, Any] | None:
-        if not self.path.exists():
-            return None
+    def check(self) -> None:
+        """Refuse a file that is there and of another run, as far as that is known by now.
+
+        :raises SparseSSMError: it is damaged, or of other settings or data
+        """
+        if self.path.exists():
+            self._state()
+
+    def _state(self) -> dict[str, Any]:
         try:
-            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(
+                self.path, map_location="cpu", weights_only=True, mmap=True
+            )
             known = state["format"] == _FORMAT
         except Exception as error:
             raise SparseSSMError(
                 f"{self.who} holds no gradient steps of an interrupted run; delete it or choose "
                 "another file"
             ) from error
-        other = None
         if not known or state["key"] != self._key:
-            other = "settings"
-        elif state["described"] != weights.described():
-            other = "weights or sizes"
-        elif state["batches"] != batches:
-            other = "calibration data"
-        elif not _alike(state["start"], self._start):
-            other = "weights at its start"
-        if other:
-            raise SparseSSMError(
-                f"{self.who} is of a run with other {other}; delete it or choose another file"
-            )
+            raise self._other("settings or data")
+        return state
+
+    def _other(self, what: str) -> SparseSSMError:
+        return SparseSSMError(
+            f"{self.who} is of a run with other {what}; delete it or choose another file"
+        )
+
+    def _read(self, weights: FlatWeights, batches: int) -> dict[str, Any] | None:
+        if not self.path.exists():
+            return None
+        state = self._state()
+        if state["described"] != weights.described() or state["batches"] != batches:
+            raise self._other("weights or sizes")
+        if not _alike(state["start"], self._start):
+            raise self._other("weights at its start")
         return state
 
     def _shared(self, state: dict[str, Any] | None, weights: FlatWeights) -> dict[str, Any]:
