@@ -372,7 +372,7 @@ def test_minutes(monkeypatch):
     monkeypatch.setattr(distillation, "divergence", lambda model: -now[0])
     found = distillation.fit(model)
     assert found.steps == 3
-    assert found.seconds == pytest.approx(30.0)
+    assert now == [30.0]
     assert found.passes == 1.5
     assert not found.diverged
 
@@ -448,8 +448,6 @@ def test_an_interrupted_fit_goes_on_with_the_same_bits(monkeypatch, tmp_path, ev
     expected = state(whole)
     assert all(torch.equal(value, expected[name]) for name, value in state(model).items())
     reports = [m.report()["distillation"] for m in (modifier, resumed)]
-    for report in reports:
-        del report["seconds"]
     assert reports[0] == reports[1]
     again = tiny_model("mamba")  # it is done, and no step is left
     run(again, last(**fields, distill_resume=str(path)), ready)

@@ -50,7 +50,6 @@ class Distilled:
     :param divergence_after: likewise, of what the steps made, taken back or not
     :param diverged: whether the steps were taken back
     :param passes: how often the text was read
-    :param seconds: that the steps took
     """
 
     steps: int
@@ -58,7 +57,6 @@ class Distilled:
     divergence_after: float
     diverged: bool
     passes: float = 0.0
-    seconds: float = 0.0
 
 
 class Distillation:
@@ -177,7 +175,6 @@ class Distillation:
             found.after,
             found.diverged,
             round(steps / len(self.batches), 2),
-            round(tuner.budget.seconds, 2),
         )
 
     def divergence(self, model: Any) -> float:
