@@ -47,6 +47,7 @@ from sparsessm_plugin.fitting.timing import (
     Timed,
     Workload,
     nonnegative_least_squares,
+    time_models,
 )
 from sparsessm_plugin.methods.run import run_in_turn
 from sparsessm_plugin.recipes import load_recipe, parse_recipe
@@ -264,6 +265,25 @@ def test_the_speed_model_predicts_what_follows_its_parts():
     model.add([Timed({}, 2, float(row @ weights), tuple(row)) for row in features[[0, 1, 3]]])
     assert model.milliseconds(grid) == pytest.approx(features @ weights)
     assert model.error() < 1e-6
+
+
+@pytest.mark.parametrize(("family", "phase"), [("mamba", "prefill"), ("bamba", "decode")])
+def test_models_of_other_sizes_and_depths_are_timed(family, phase):
+    model = tiny_model(family, num_hidden_layers=3)
+    space = Space(Shapes(model), [Ladder("layers", (3, 2)), Ladder("states", (8, 4))])
+    workload, device = Workload(2, 24, phase), torch.device("cpu")
+    mixes = [{}, {"states": 4}, {"layers": 2, "states": 4}]
+    timed = time_models(space, mixes, workload, device, repeats=1)
+    assert [entry.layers for entry in timed] == [3, 3, 2]
+    assert all(entry.milliseconds > 0 for entry in timed)
+    constant, layers, weights, _, states, attending = timed[0].features
+    assert (constant, layers, attending) == (1, 3, float(family == "bamba"))
+    assert timed[1].features[2] < weights
+    assert timed[1].features[4] < states
+    shallow = space.shapes.shallow(2)
+    (found,) = time_models(space, mixes[-1:], workload, device, repeats=1, shapes=shallow)
+    assert found.layers == 2
+    assert found.features[5] == float(family == "bamba")  # every kind of layer is among them
 
 
 # -- targets ----------------------------------------------------------------------------------

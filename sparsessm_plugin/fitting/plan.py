@@ -216,23 +216,25 @@ class _Search:
         size = ladder.sizes[step]
         stage.at(f"{ladder.axis} {size} of {ladder.sizes[0]}")
         mix = tuple(step if p == place else 0 for p in range(len(self.space.ladders)))
-        found = self._try(mix)
-        if found is not None:
-            self.measured[place][step] = found
-            if found.kept is not None:
-                self.space.kept[size] = found.kept
+        self._try(mix)
         stage.advance()
 
-    def _try(self, mix: tuple[int, ...]) -> Tried | None:
+    def _try(self, mix: tuple[int, ...]) -> None:
         if mix in self.tried or mix in self.failed:
-            return self.tried.get(mix)
+            return
         try:
             self.tried[mix] = self.trials.measure(self.space.sizes(mix))
         except SparseSSMError as error:
             self.failed[mix] = error
             logger.info(f"{self.prepared.described(mix)} cannot be made: {error}")
-            return None
-        return self.tried[mix]
+            return
+        shrunk = [place for place, step in enumerate(mix) if step]
+        if len(shrunk) == 1:
+            self.measured[shrunk[0]][mix[shrunk[0]]] = self.tried[mix]
+        size, kept = self.space.sizes(mix).get("layers"), self.tried[mix].kept
+        if size is not None and kept is not None and self.space.kept[size] != kept:
+            self.space.kept[size] = kept
+            self.prepared.forget_counts()
 
     def tables(self) -> list[Array]:
         """Loss at every size of each axis."""

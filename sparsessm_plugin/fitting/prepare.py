@@ -152,6 +152,10 @@ class Prepared:
                 )
                 self._known.setdefault(target.kind, {})[mix] = float(share)
 
+    def forget_counts(self) -> None:
+        """Count mixes anew: other layers stay than was thought."""
+        self._known = {kind: known for kind, known in self._known.items() if kind == "speed"}
+
     def know_times(self, mixes: Sequence[tuple[int, ...]]) -> list[Timed]:
         """Time some mixes beside the dense model; the speed model learns from it."""
         if self.speed is None:
