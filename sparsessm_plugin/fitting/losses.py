@@ -17,6 +17,7 @@ from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families.fast_forward import fast_forward
 from sparsessm_plugin.fitting.axes import in_order
 from sparsessm_plugin.fitting.costs import stored_bytes
+from sparsessm_plugin.methods.model_removal import ModelRemovalSettings
 from sparsessm_plugin.methods.run import run_in_turn
 from sparsessm_plugin.training.divergence import divergences
 from sparsessm_plugin.training.gradients import to_device
@@ -146,7 +147,14 @@ class Trials:
             for own in found.values():
                 own["calibration_batches"] = self.used
         if minutes:
-            found[axes[-1].name]["distill_minutes"] = minutes
+            # what suits the removals that change most, though another one comes last
+            classes = [axis.modifier_class for axis in axes]
+            by = next((cls for cls in classes if issubclass(cls, ModelRemovalSettings)), None)
+            own = found[axes[-1].name]
+            if by is not None and not issubclass(classes[-1], ModelRemovalSettings):
+                own["distill_weights"] = by.fitted_by_default
+                own["distill_learning_rate"] = by.model_fields["distill_learning_rate"].default
+            own["distill_minutes"] = minutes
         return found
 
     def measure(self, sizes: Mapping[str, int], minutes: float = 0.0) -> Tried:
