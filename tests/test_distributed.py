@@ -86,11 +86,6 @@ def _recipes():
             "independent",
             [partial(m.WidthRemovalModifier, keep=8, channels="along", rotate=False)],
         ),
-        "units": (
-            partial(tiny_model, "bamba"),
-            "independent",
-            [partial(m.MLPRemovalModifier, keep=24), partial(m.AttentionRemovalModifier, keep=1)],
-        ),
         "quantized": (
             _MAMBA,
             "independent",
@@ -114,7 +109,6 @@ RECIPES = (
     "projections",
     "projections-dense",
     "width",
-    "units",
     "quantized",
 )
 

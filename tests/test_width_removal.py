@@ -55,8 +55,10 @@ def directions(size=32, keep=24, seed=0):
     return torch.linalg.qr(torch.randn(size, keep, generator=generator, dtype=torch.float64)).Q
 
 
-@pytest.mark.parametrize("fit", [None, "none"])
-@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_5", "qwen3_next"])
+@pytest.mark.parametrize(
+    ("family", "fit"),
+    [*((family, None) for family in (*FAMILIES, "qwen3_5", "qwen3_next")), ("zamba", "none")],
+)
 def test_a_stream_of_few_directions_loses_nothing(family, fit):
     model = tiny_model(family, tie_word_embeddings=False)
     spanned(model, directions(keep=16))
