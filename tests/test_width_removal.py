@@ -24,12 +24,14 @@ from sparsessm_plugin.criteria.hidden import Reading, loss_of_basis, magnitude, 
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import find_mixers, get_model_adapter, get_tensor
 from sparsessm_plugin.methods import remove_width
+from sparsessm_plugin.methods.run import run as directly
 from sparsessm_plugin.methods.stream import StreamSums, reading_points
 from sparsessm_plugin.methods.width_removal import WidthRemoval, WidthSettings
 from sparsessm_plugin.refit.width import expand, lift, narrow_scale
 from sparsessm_plugin.selection.subspaces import best_entries, best_subspace, leading_subspace
 
 READY = batches(2, 2, 16, padded=True)
+HYBRIDS = ("jamba", "zamba", "bamba", "zamba2", "granitemoehybrid", "falcon_h1", "nemotron_h")
 TIED = ("mamba2", "bamba", "zamba", "zamba2", "granitemoehybrid", "jamba")  # channels and size
 
 
@@ -115,13 +117,19 @@ def test_channels_stay_where_their_number_is_a_multiple():
 
 
 def test_stock_transformers_loads_every_family(tmp_path):
+    """Narrow streams, fewer MLP units and kv groups, all in one model."""
     for family in FAMILIES:
         model = tiny_model(family, tie_word_embeddings=family in ("mamba2", "granitemoehybrid"))
         channels = "along" if family in TIED else None
+        modifiers = [plugin.WidthRemovalModifier(keep=16, channels=channels)]
+        if family in HYBRIDS:
+            modifiers.append(plugin.MLPRemovalModifier(sparsity=0.5))
+            modifiers.append(plugin.AttentionRemovalModifier(sparsity=0.5))
         if family in ("mamba", "granitemoehybrid"):  # through LLM Compressor's saving, too
-            run(model, plugin.WidthRemovalModifier(keep=16, channels=channels), READY)
+            run(model, modifiers, READY)
         else:
-            remove_width(model, READY, keep=16, channels=channels)
+            for modifier in modifiers:
+                directly(modifier.new_method(), model, READY)
         save_with_logits(model, tmp_path / family)
     check_reload_all(tmp_path)
 
