@@ -47,6 +47,7 @@ from sparsessm_plugin.fitting.axes import AXES
 from sparsessm_plugin.fitting.shapes import Shapes
 from sparsessm_plugin.recipes import parse_recipe
 from sparsessm_plugin.recipes.pruning import ModelSource, prune
+from sparsessm_plugin.training.memory import needed
 
 CALIBRATION = "corpus/calibration.jsonl"
 TEXTS = {"corpus": "corpus/validation.jsonl", "wikitext2": "wikitext2/test.detok.txt"}
@@ -140,6 +141,8 @@ class Run:
             from sparsessm_plugin.evaluation.tasks import load_tasks
 
             self.tasks = load_tasks([TASK], data, options.limit)
+        positions = options.batch_size * options.length
+        print(f"{name}: steps take {needed(self.skeleton, positions)} (counted)", flush=True)
         self.dense = self.row({"method": "dense"})
         if not self.dense["seeds"]:
             self.add(self.dense, 0, self.source.load(), 0.0, {"parameters": 1.0})

@@ -30,6 +30,7 @@ _MAMBA2 = partial(
 # in the same order as one process reads them; shares of 3 and 2
 _BATCHES = batches(count=5, padded=True)
 _SHARES = (_BATCHES[:3], _BATCHES[3:])
+_EQUAL = batches(count=4, seed=2)
 
 
 def _recipes():
@@ -62,6 +63,9 @@ def _recipes():
             "independent",
             [partial(m.ChannelRemovalModifier, keep=16, multiple_of=8)],
         ),
+        # every rank's own batches; alone the same one has them side by side
+        "distilled": (_MAMBA, "independent", [partial(_distilled, distill_steps=4)]),
+        "distilled-minutes": (_MAMBA, "independent", [partial(_distilled, distill_minutes=0.01)]),
         "heads": (_MAMBA2, "basic", [partial(m.ChannelRemovalModifier, keep=2, axis="heads")]),
         "projections": (
             _MAMBA,
@@ -97,6 +101,13 @@ def _recipes():
     }
 
 
+def _distilled(**fields):
+    from sparsessm_plugin.modifiers import ChannelRemovalModifier
+
+    fields |= {"saliency": "magnitude", "compensate": "none", "distill_learning_rate": 1e-3}
+    return ChannelRemovalModifier(keep=16, multiple_of=8, **fields)
+
+
 RECIPES = (
     "alog",
     "alog-vote",
@@ -111,6 +122,7 @@ RECIPES = (
     "width",
     "quantized",
 )
+DISTILLED = ("distilled", "distilled-minutes")
 
 
 def run(job, share):
@@ -132,7 +144,9 @@ def run(job, share):
             processor=tokenizer,
         )
         reports.append([{**e, "seconds": None} for e in modifier.report()["layers"]])
-    return {"weights": {k: v.cpu() for k, v in model.state_dict().items()}, "reports": reports}
+    weights = {k: v.cpu() for k, v in model.state_dict().items()}
+    distillation = modifier.report().get("distillation")
+    return {"weights": weights, "reports": reports, "distillation": distillation}
 
 
 def run_dataset(first, last, blank=0):
@@ -234,6 +248,8 @@ def main(folder, *jobs):
             result = run_dataset(*rows, blank=2 * number if job == "blank" else 0)
         elif job in ("refuse", "fail"):
             result = {"refuse": refuse, "fail": fail}[job](_SHARES[number], number)
+        elif job in DISTILLED:
+            result = run(job, _EQUAL[number::2])
         else:
             result = run(job, _SHARES[number])
         torch.save(result, Path(folder) / f"{job}-{number}.pt")
@@ -316,7 +332,8 @@ needs_two = pytest.mark.skipif(
 def folder(tmp_path_factory):
     """What two ranks leave that go through all jobs; the failing one comes last."""
     folder = tmp_path_factory.mktemp("ranks")
-    finish(start(__file__, folder, *RECIPES, "dataset", "same", "blank", "refuse", "fail"))
+    jobs = (*RECIPES, *DISTILLED)
+    finish(start(__file__, folder, *jobs, "dataset", "same", "blank", "refuse", "fail"))
     return folder
 
 
@@ -355,6 +372,28 @@ def test_two_ranks_make_what_one_makes(folder, one_thread, job):
             for key in ("hessian_trace", "relative_error", "error_left", "error_removed"):
                 if other.get(key) is not None:
                     assert entry[key] == pytest.approx(other[key], rel=1e-3, abs=1e-9)
+
+
+@needs_two
+def test_two_ranks_distill_as_one_does_with_batches_twice_as_large(folder, one_thread):
+    ranks = results(folder, "distilled")
+    both = [
+        {key: torch.cat([first[key], second[key]]) for key in first}
+        for first, second in zip(_EQUAL[::2], _EQUAL[1::2], strict=True)
+    ]
+    check(ranks, run("distilled", both), 1e-3)
+    dense = _MAMBA().state_dict()
+    name = "backbone.layers.0.mixer.out_proj.weight"
+    assert not torch.equal(ranks[0]["weights"][name], dense[name])
+
+
+@needs_two
+def test_ranks_stop_together_when_the_time_is_up(folder):
+    first, second = results(folder, "distilled-minutes")
+    assert first["distillation"] == second["distillation"]
+    assert first["distillation"]["steps"] > 0
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name]), name
 
 
 @needs_two
