@@ -1,6 +1,7 @@
-"""Perplexity after removing states, or channels, beside the criteria of others.
+"""Perplexity after removing states, key dims or channels, beside the criteria of others.
 
 python benchmarks/state_removal_quality.py --models mamba-25m mamba2-25m    # on a GPU
+python benchmarks/state_removal_quality.py --models qwen3_5-15m --name key_dim_quality --resume
 python benchmarks/state_removal_quality.py --models mamba-6m --windows 24   # on a CPU
 
 Nothing here was tuned on the texts that are reported: settings were chosen on the last
@@ -48,6 +49,14 @@ STATE = {
     "magnitude": "saliency: magnitude, compensate: none",
     "last": "saliency: last, compensate: none",
 }
+OTHERS_OF_KEY_DIMS = ("rrqr", "qk", "magnitude", "last", "random")
+KEY_DIM = {
+    "output_energy": "saliency: output_energy{more}",
+    "output_energy, distilled": "saliency: output_energy{more}, {distill}",
+    "output_energy, no compensation": "saliency: output_energy, compensate: none",
+    **{f"{name}, compensated": f"saliency: {name}{{more}}" for name in OTHERS_OF_KEY_DIMS},
+    **{name: f"saliency: {name}, compensate: none" for name in OTHERS_OF_KEY_DIMS},
+}
 CHANNEL = {
     "output_energy": "saliency: output_energy",
     "output_energy, distilled": "saliency: output_energy, {distill}",
@@ -58,8 +67,9 @@ CHANNEL = {
 }
 # Learning rate where a model is distilled; the more is removed, the further the weights must go.
 RATES = {2: 1e-4, 4: 3e-4, 8: 3e-4}
+RATES_OF_KEY_DIMS = {4 / 3: 1e-4, 2: 3e-4, 4: 1e-3}
 RATE_OF_CHANNELS = 3e-4
-DATA_FREE = ("magnitude", "last", "out_proj_norm")
+DATA_FREE = ("magnitude", "last", "random", "out_proj_norm")
 
 
 def recipe(modifier: str, fields: str) -> Any:
@@ -72,7 +82,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["mamba-25m"])
     parser.add_argument("--calibration", nargs="+", default=list(TEXTS), choices=list(TEXTS))
     parser.add_argument(
-        "--divide", nargs="+", type=int, help="N / this; default 2 4, Mamba-2 also 8"
+        "--keep",
+        nargs="+",
+        type=int,
+        help="states; default a half and a quarter of them, of "
+        "Mamba-2 also an eighth, of a gated delta net also three quarters",
     )
     parser.add_argument("--channels", type=float, help="remove this share of the channels instead")
     parser.add_argument("--criteria", nargs="+", help="default all")
@@ -115,17 +129,22 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
         kind: windows(tokens[pair[1]], options.evaluate, pair[1])[: options.evaluate_windows]
         for kind, pair in TEXTS.items()
     }
-    sizes = find_mixers(source.load_skeleton())[0].sizes
+    adapter = find_mixers(source.load_skeleton())[0]
+    sizes = adapter.sizes
     whole = row_of(rows, {"model": name, "criterion": "dense"}, TEXTS)
     if not whole["seeds"]:
         for kind, value in perplexities(source.load(), tests, options.batch_size).items():
             whole[kind].append(value)
         whole["seeds"].append(0)
     dense = {kind: whole[kind][0] for kind in TEXTS}
-    cases = options.divide or ([2, 4] if sizes.n_groups == sizes.head_dim == 1 else [2, 4, 8])
+    shares, criteria, rates, letter = [2, 4], STATE, RATES, "N"
+    if adapter.recurrence == "delta_rule":
+        shares, criteria, rates, letter = [4 / 3, 2, 4], KEY_DIM, RATES_OF_KEY_DIMS, "dk"
+    elif not sizes.n_groups == sizes.head_dim == 1:
+        shares = [2, 4, 8]
+    cases = options.keep or [round(sizes.state_size / share) for share in shares]
     if options.channels:
-        cases = [options.channels]
-    criteria = CHANNEL if options.channels else STATE
+        cases, criteria = [options.channels], CHANNEL
     fitted_batches = -(-options.windows // options.batch_size)
     part = Part(options.part)
     # the criterion of this package first, in case the budget does not last
@@ -141,7 +160,9 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                     if not part.next():
                         continue
                     more = "" if sizes.head_dim == 1 else f", reconstruct_steps: {options.steps}"
-                    rate = options.distill_rate or RATES.get(case, RATE_OF_CHANNELS)
+                    rate = options.distill_rate or rates.get(
+                        sizes.state_size / case, RATE_OF_CHANNELS
+                    )
                     distill = (
                         f"distill_steps: {options.distill}, calibration_batches: {fitted_batches}, "
                         f"distill_learning_rate: {rate:f}"
@@ -151,9 +172,8 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                         label = f"{case:.0%} of the channels"
                         built = recipe("ChannelRemovalModifier", f"sparsity: {case}, {text}")
                     else:
-                        stays = sizes.state_size // int(case)
-                        label = f"N {sizes.state_size} -> {stays}"
-                        built = recipe("StateRemovalModifier", f"keep: {stays}, {text}")
+                        label = f"{letter} {sizes.state_size} -> {case}"
+                        built = recipe("StateRemovalModifier", f"keep: {case}, {text}")
                     key = {"model": name, "case": label, "criterion": criterion}
                     if "distilled" in criterion:
                         key["criterion"] += f" ({options.distill} x {rate:g})"
@@ -204,7 +224,7 @@ def table(rows: list[dict[str, Any]], options: Any) -> str:
     lines = [
         f"Perplexity relative to dense, mean of the seeds (highest - lowest of them). "
         f"{options.windows} x {options.length} calibration tokens, "
-        f"{options.steps} steps where Mamba-2 is reconstructed. Distilled: so many steps of at "
+        f"{options.steps} steps where a mixer is reconstructed. Distilled: so many steps of at "
         f"most this learning rate over {options.distill_windows or 'all'} windows (2252 of the "
         "corpus, 599 of wikitext2), layers fitted to as many as elsewhere.",
         "",
@@ -212,7 +232,7 @@ def table(rows: list[dict[str, Any]], options: Any) -> str:
         "| seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    order = {name: i for i, name in enumerate(CHANNEL if options.channels else STATE)}
+    order = {name: i for i, name in enumerate({**STATE, **KEY_DIM, **CHANNEL})}
     for row in sorted(
         (row for row in rows if row["seeds"]),
         key=lambda r: (

@@ -519,7 +519,7 @@ def test_inputs_are_kept_in_pieces():
         ("sparsity: .nan", "got nan"),
         ("sparsity: 0.5\n      keep: 4", "give either keep or sparsity, got both"),
         ("saliency: last", "give either keep or sparsity, got neither"),
-        ("sparsity: 0.5\n      saliency: random", "known: ghost, last, magnitude, output_energy"),
+        ("sparsity: 0.5\n      saliency: x", "known: ghost, last, magnitude, output_energy"),
         ("sparsity: 0.5\n      compensate: A", "'D'"),
         ("sparsity: 0.5\n      compensate: [D, none]", "'none'"),
         ("sparsity: 0.5\n      reconstruct_steps: 0", "greater than or equal to 1"),

@@ -1,6 +1,7 @@
 """What entered a mixer, kept until all of it has been seen."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +9,6 @@ from torch import Tensor
 from sparsessm_plugin import distributed
 from sparsessm_plugin.cost import kept
 from sparsessm_plugin.families import MixerAdapter
-from sparsessm_plugin.recurrence.quantities import MixerQuantities
 
 # Tokens that a pass over the calibration inputs looks at together.
 _TOKENS = 8192
@@ -63,7 +63,7 @@ class CalibrationInputs:
         hidden_states = hidden_states.to(device).to(dtype or hidden_states.dtype)
         return hidden_states, None if mask is None else mask.to(device)
 
-    def iterate(self, adapter: MixerAdapter) -> Iterator[tuple[int, MixerQuantities]]:
+    def iterate(self, adapter: MixerAdapter) -> Iterator[tuple[int, Any]]:
         """The recurrence's quantities, batch by batch, as the mixer makes them now."""
         for i in range(len(self)):
             yield i, adapter.quantities(*self.get(i, adapter.A_log.device))

@@ -350,10 +350,10 @@ class MixerAdapter(ABC):
         """Whether a norm runs over the states of B and C."""
         return False
 
-    def state_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
+    def state_parameters(self) -> list[tuple[nn.Parameter, Tensor | None]]:
         """Every parameter that B and C come from, with a mask of the rows that do.
 
-        :return: parameter, and a bool mask that broadcasts against it
+        :return: parameter, and a bool mask that broadcasts against it, None for all of it
         """
         masks: dict[str, Tensor] = {}
         for axis in self.axes("state"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
@@ -159,9 +159,17 @@ class DeltaNetAdapter(MixerAdapter):
 
     @property
     def state_rows(self) -> tuple[TensorAxis, TensorAxis]:
-        raise SparseSSMError(
-            f"{self.name}: a gated delta net has no rows of B and C, but keys and queries"
-        )
+        """Where the rows of queries and of keys stand."""
+        q, k = self.entry_axes("key_dims")
+        return q, k
+
+    def state_parameters(self) -> list[tuple[nn.Parameter, Tensor | None]]:
+        """All but the output projection: queries, keys, values, beta, decay, gate and norm."""
+        return [
+            (parameter, None)
+            for name, parameter in self.mixer.named_parameters()
+            if name != f"{self.exit_kind}.weight"
+        ]
 
     # -- axes ------------------------------------------------------------------------
 

@@ -29,13 +29,13 @@ def fit_out_proj(small: MixerAdapter, inputs: CalibrationInputs, targets: list[T
     How strongly the weight is held where it was is chosen on one sequence in four, which the
     others do not see; then all of them are fitted. Fewer than four get the usual strength.
     """
-    weight = small.mixer.out_proj.weight
+    weight = small.projection(small.exit_kind).weight
     fitted, held = Regression(weight), Regression(weight)
     rows = distributed.gather("sequences for out_proj", inputs.rows)
     row = sum(rows[: distributed.rank()])
     for i, q in inputs.iterate(small):
         x = small.out_input(q, scan(q))
-        error = masked_error(targets[i].to(x.device), small.mixer.out_proj(x), q.mask)
+        error = masked_error(targets[i].to(x.device), small.project_out(x), q.mask)
         if q.mask is not None:
             x = x * q.mask[..., None]
         aside = torch.arange(row, row + len(x), device=x.device) % 4 == 3
@@ -57,7 +57,7 @@ def relative_error(small: MixerAdapter, inputs: CalibrationInputs, targets: list
     """Squared error of the mixer's output over the dense output's square."""
     wrong = total = 0.0
     for i, q in inputs.iterate(small):
-        target = targets[i].to(q.u.device)
+        target = targets[i].to(q.z.device)
         output = small.output(q, scan(q))
         wrong += float(masked_error(target, output, q.mask).double().square().sum())
         total += float(masked_error(target, torch.zeros_like(target), q.mask).square().sum())

@@ -108,7 +108,7 @@ def fit_scale(adapter: MixerAdapter, small: MixerAdapter, inputs: CalibrationInp
 def fit_state_rows(
     small: MixerAdapter, inputs: CalibrationInputs, targets: list[Tensor], steps: int
 ) -> bool:
-    """Fit what makes B and C, and out_proj, to the dense output by gradient steps.
+    """Fit what the state comes from, and out_proj, to the dense output by gradient steps.
 
     Several ranks take the same steps as one would: all work on one batch, each on some of its rows.
 
@@ -142,7 +142,7 @@ def fit_state_rows(
         distributed.reduce_sum("gradients", {str(i): g for i, g in enumerate(gradients)})
 
     parameters: list[tuple[torch.nn.Parameter, Tensor | None]] = [*small.state_parameters()]
-    parameters.append((small.mixer.out_proj.weight, None))
+    parameters.append((small.projection(small.exit_kind).weight, None))
     before = relative_error(small, inputs, targets)
     weights = [parameter.detach().clone() for parameter, _ in parameters]
     with tf32():  # steps are far coarser than what it rounds away

@@ -19,9 +19,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from sparsessm_plugin.backends.vectors import MATH, as_array, compiled, exp, threads_of_torch
-from sparsessm_plugin.recurrence import cpu, kernels, ssd
+from sparsessm_plugin.recurrence import cpu, delta_rule, kernels, ssd
 from sparsessm_plugin.recurrence.cpu import BLOCK
 from sparsessm_plugin.recurrence.quantities import (
+    DeltaQuantities,
     GroupedQuantities,
     HeadQuantities,
     MixerQuantities,
@@ -31,13 +32,15 @@ _EVERY = 16  # steps between two states that the CPU keeps; with N = 16 they are
 _CHUNK = 64  # steps that other devices take together
 
 
-def scan(quantities: MixerQuantities) -> Tensor:
-    """Run the recurrence from a zero state so that u, dt, A, B, C and D get gradients.
+def scan(quantities: MixerQuantities | DeltaQuantities) -> Tensor:
+    """Run the recurrence from a zero state so that all of its quantities get gradients.
 
     :param quantities: the recurrence's inputs
     :return: y (b, L, D) float32, skip connection included, before the gate
     """
     q = quantities
+    if isinstance(q, DeltaQuantities):
+        return delta_rule.scan(q)
     if isinstance(q, HeadQuantities):
         return ssd.scan(q)
     if isinstance(q, GroupedQuantities):
