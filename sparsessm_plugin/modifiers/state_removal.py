@@ -3,7 +3,8 @@
 from typing import Any, ClassVar
 
 from sparsessm_plugin.methods.removal import MixerRemoval
-from sparsessm_plugin.methods.states import StateRemoval, StateSettings
+from sparsessm_plugin.methods.state_settings import StateSettings
+from sparsessm_plugin.methods.states import StateRemoval
 from sparsessm_plugin.modifiers.removal import RemovalModifier
 
 
@@ -11,8 +12,9 @@ class StateRemovalModifier(StateSettings, RemovalModifier):
     """Removes the states that matter least for the mixer's output, from every mixer alike.
 
     A_log (Mamba-1), B and C lose the same states, so that a smaller dense model remains, which
-    stock runtimes load. What the removed states did is then fitted, layer by layer on the
-    calibration text and without labels, into weights that stay.
+    stock runtimes load. Of gated delta nets queries and keys lose the same key dims. What the
+    removed states did is then fitted, layer by layer on the calibration text and without labels,
+    into weights that stay.
 
     Sample yaml::
 
@@ -29,13 +31,15 @@ class StateRemovalModifier(StateSettings, RemovalModifier):
     :param sparsity: share of the states to remove, instead of ``keep``, in (0, 1)
     :param saliency: ``output_energy`` (default): the squared change of the output that a set
         of states makes together; for comparison ``magnitude`` (row norms of B and C), ``last``,
-        ``paper`` (the vote of SparseSSM's code), ``ghost`` (after arXiv 2602.11408)
+        ``paper`` (the vote of SparseSSM's code), ``ghost`` (after arXiv 2602.11408); for key dims
+        ``magnitude``, ``last``, ``random``, ``qk`` (E |q k|), ``rrqr`` (after arXiv 2602.04852)
     :param compensate: any of ``D``; ``C`` and with it ``B`` (rows as mixtures of the old ones,
         by least squares; Mamba-1 layout without a norm on them, B for up to 16 states);
         ``reconstruct`` (gradient steps on the rows of B and C and on out_proj, against the
         layer's own dense output); ``out_proj`` (linear regression); ``none``; default: D, C, B
         and out_proj where C can be mixed, D and out_proj where B and C are normalised, D,
-        reconstruct and out_proj for the Mamba-2 layout
+        reconstruct and out_proj for the Mamba-2 layout, reconstruct (of all weights of the
+        mixer) and out_proj for gated delta nets
     :param reconstruct_steps: gradient steps of ``reconstruct`` for each layer
     :param calibration_batches: layers are looked at and fitted over so many batches, the first
         (of each rank's); default all
