@@ -65,7 +65,7 @@ class KeyDimCriterion:
     """How key dims are chosen.
 
     :param score: (G, dk), lower goes first; None where sets are judged by what they do to the
-        mixer's output (:func:`sparsessm_plugin.selection.elimination.eliminate_in_rounds`)
+        mixer's output (:mod:`sparsessm_plugin.selection.exchange`)
     :param statistics: the fields of :class:`KeyDimStatistics` that it reads; empty if it needs
         no data
     """

@@ -3,6 +3,7 @@
 Shapes: b sequences, L steps, G key heads of dk entries, M = hidden_size.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -31,12 +32,14 @@ from sparsessm_plugin.methods.state_fits import fit_state_rows
 from sparsessm_plugin.methods.state_settings import StateSettings
 from sparsessm_plugin.recurrence import scan
 from sparsessm_plugin.recurrence.quantities import DeltaQuantities
-from sparsessm_plugin.selection.elimination import eliminate_in_rounds
+from sparsessm_plugin.selection.exchange import exchange
 
-# Text by which sets are judged, and how much of it at once: every round is some passes over it.
+# Text by which sets are judged, and how much of it at once.
 _TOKENS_JUDGED, _TOKENS_TOGETHER = 2**14, 2**12
-_ROUNDS = 16  # in which all key dims of a head would go
+# The sets of these criteria are compared, and the best one is changed further, so often.
+_STARTS, _EXCHANGES = ("rrqr", "qk", "magnitude"), 12
 _PROBES = 2  # random projections of the output's change, for each sequence
+_GONE = 1e-4  # share of a key dim that has gone, where a slope is needed
 
 
 class KeyDims:
@@ -122,34 +125,36 @@ class KeyDims:
         sizes = adapter.sizes
         G, dk, keep = sizes.n_groups, sizes.state_size, self.settings.kept(sizes.state_size)
         criterion = KEY_DIM_CRITERIA[self.settings.saliency]
+        names = (self.settings.saliency,) if criterion.score is not None else _STARTS
         statistics = None
-        if criterion.statistics:
+        if any(KEY_DIM_CRITERIA[name].statistics for name in names):
             statistics = gather(adapter, inputs)
-        alive = None
-        if criterion.score is None:
-            alive = eliminate_in_rounds(
-                lambda alive: self._costs(adapter, inputs, alive),
-                *(G, dk, keep, max(1, dk // _ROUNDS), adapter.A_log.device),
-            )
 
         def choose() -> list[Tensor]:
-            if alive is not None:
-                return [(~alive).flatten().nonzero().flatten()]
             if statistics is not None and not statistics.is_finite():
                 raise self.not_finite(adapter)
-            assert criterion.score is not None
-            score = criterion.score(KeyDimInputs(statistics, *row_norms(adapter), dk - keep))
-            return [torch.tensor(lowest(score, dk - keep), device=adapter.A_log.device)]
+            given = KeyDimInputs(statistics, *row_norms(adapter), dk - keep)
+            sets = torch.ones(len(names), G * dk, dtype=torch.bool, device=adapter.A_log.device)
+            for own, name in zip(sets, names, strict=True):
+                score = KEY_DIM_CRITERIA[name].score
+                assert score is not None
+                own[lowest(score(given), dk - keep)] = False
+            return [sets.view(-1, G, dk)]
 
         device = adapter.A_log.device
-        (removed,) = distributed.share(f"key dims of {adapter.name}", choose, device=device)
-        return [int(i) for i in removed]
-
-    def _costs(self, adapter: MixerAdapter, inputs: CalibrationInputs, alive: Tensor) -> Tensor:
-        costs = removal_costs(adapter, inputs, alive)
-        if not bool(torch.isfinite(costs).all()):
-            raise self.not_finite(adapter)
-        return costs
+        (sets,) = distributed.share(f"key dims of {adapter.name}", choose, device=device)
+        kept = sets[0]
+        if len(sets) > 1:
+            errors = [output_error(adapter, inputs, kept) for kept in sets]
+            if not all(math.isfinite(error) for error in errors):
+                raise self.not_finite(adapter)
+            kept = exchange(
+                sets[errors.index(min(errors))],
+                lambda kept: expected_changes(adapter, inputs, kept),
+                lambda kept: output_error(adapter, inputs, kept),
+                _EXCHANGES,
+            )
+        return (~kept).flatten().nonzero().flatten().tolist()
 
 
 def row_norms(adapter: MixerAdapter) -> tuple[Tensor, Tensor]:
@@ -173,41 +178,59 @@ def gather(adapter: MixerAdapter, inputs: CalibrationInputs) -> KeyDimStatistics
     return statistics
 
 
-def removal_costs(adapter: MixerAdapter, inputs: CalibrationInputs, alive: Tensor) -> Tensor:
-    """What removing each further key dim adds to the squared error of the mixer's output.
+def output_error(adapter: MixerAdapter, inputs: CalibrationInputs, kept: Tensor) -> float:
+    """The squared error of the mixer's output with some key dims only, nothing fitted.
+
+    Queries and keys are normalised over what is kept, as in a smaller mixer.
+
+    :param kept: (G, dk) bool
+    :return: summed over the sequences that sets are judged by, of all ranks
+    """
+    wrong = 0.0
+    for quantities in judged(adapter, inputs):
+        left = replace(quantities, q=quantities.q * kept, k=quantities.k * kept)
+        target, output = (adapter.output(x, scan(x)) for x in (quantities, left))
+        wrong += float(masked_error(target, output, quantities.mask).double().square().sum())
+    return distributed.total("error of a set", wrong)[0]
+
+
+def expected_changes(adapter: MixerAdapter, inputs: CalibrationInputs, kept: Tensor) -> Tensor:
+    """What :func:`output_error` is expected to change by if one more key dim goes or comes back.
 
     With s the share of each key dim that is left, q_i and k_i times sqrt(s_i) before they are
-    normalised, and E the squared error of the mixer's whole output against the dense one,
+    normalised, E the squared error of the mixer's whole output, and J the Jacobian of the output,
 
-        E(s - e_i) - E(s) = -dE/ds_i + |J e_i|^2,    J the Jacobian of the output
+        E(s - e_i) - E(s) = -dE/ds_i + |J e_i|^2,    E(s + e_i) - E(s) = dE/ds_i + |J e_i|^2
 
-    to second order (Gauss-Newton), at the present set and not at the dense model: so what others
-    have to say, once all are normalised anew and the delta step is another, counts. The diagonal of
-    J^T J comes from random signs r, E (J^T r)_i^2, with an r for each sequence.
+    to second order (Gauss-Newton) at the present set. The diagonal of J^T J comes from random signs
+    r, E (J^T r)_i^2, with an r for each sequence.
 
-    :param alive: (G, dk) bool, the key dims that are still there
+    :param kept: (G, dk) bool
     :return: (G, dk) float64, of all ranks together
     """
-    total = torch.zeros(alive.shape, dtype=torch.float64, device=alive.device)
-    generator = torch.Generator(alive.device).manual_seed(0)
+    slopes = torch.zeros(kept.shape, dtype=torch.float64, device=kept.device)
+    curvature = torch.zeros_like(slopes)
+    generator = torch.Generator(kept.device).manual_seed(0)
     for quantities in judged(adapter, inputs):
         target = adapter.output(quantities, scan(quantities))
-        share = alive.float().expand(len(target), -1, -1).clone().requires_grad_(True)
+        share = torch.where(kept, 1.0, _GONE).expand(len(target), -1, -1).clone()
+        share.requires_grad_(True)
         with torch.enable_grad():
-            root = torch.where(alive, share, 1.0).sqrt() * alive  # no slope where nothing is
-            root = root[:, None]
+            root = share.sqrt()[:, None]
             left = replace(quantities, q=quantities.q * root, k=quantities.k * root)
             output = adapter.output(left, scan(left))
             error = masked_error(target, output, quantities.mask)
             (slope,) = torch.autograd.grad(error.square().sum(), share, retain_graph=True)
-            total -= slope.double().sum(0)
+            slopes += slope.double().sum(0)
             for probe in range(_PROBES):
-                signs = torch.randint(0, 2, error.shape, generator=generator, device=alive.device)
+                signs = torch.randint(0, 2, error.shape, generator=generator, device=kept.device)
                 changed = (error * (2 * signs - 1)).sum()
                 more = probe < _PROBES - 1
                 (slope,) = torch.autograd.grad(changed, share, retain_graph=more)
-                total += slope.double().square().sum(0) / _PROBES
-    return distributed.reduce_sum("costs of key dims", {"costs": total})["costs"]
+                curvature += slope.double().square().sum(0) / _PROBES
+    sums = {"slopes": slopes, "curvature": curvature}
+    sums = distributed.reduce_sum("changes of a set's error", sums)
+    return torch.where(kept, -sums["slopes"], sums["slopes"]) + sums["curvature"]
 
 
 def judged(adapter: MixerAdapter, inputs: CalibrationInputs) -> Iterator[DeltaQuantities]:
