@@ -188,10 +188,16 @@ def output_error(adapter: MixerAdapter, inputs: CalibrationInputs, kept: Tensor)
     """
     wrong = 0.0
     for quantities in judged(adapter, inputs):
-        left = replace(quantities, q=quantities.q * kept, k=quantities.k * kept)
+        left = replace(quantities, q=only(quantities.q, kept), k=only(quantities.k, kept))
         target, output = (adapter.output(x, scan(x)) for x in (quantities, left))
         wrong += float(masked_error(target, output, quantities.mask).double().square().sum())
     return distributed.total("error of a set", wrong)[0]
+
+
+def only(x: Tensor, kept: Tensor) -> Tensor:
+    """The entries that are kept, as many of each head: x (b, L, G, dk) and kept (G, dk) bool."""
+    index = kept.nonzero()[:, 1].view(len(kept), -1)
+    return x.gather(-1, index.expand(*x.shape[:2], -1, -1))
 
 
 def expected_changes(adapter: MixerAdapter, inputs: CalibrationInputs, kept: Tensor) -> Tensor:
