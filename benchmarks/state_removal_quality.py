@@ -49,7 +49,7 @@ STATE = {
     "magnitude": "saliency: magnitude, compensate: none",
     "last": "saliency: last, compensate: none",
 }
-OTHERS_OF_KEY_DIMS = ("rrqr", "qk", "magnitude", "last", "random")
+OTHERS_OF_KEY_DIMS = ("rrqr", "pairs", "qk", "magnitude", "last", "random")
 KEY_DIM = {
     "output_energy": "saliency: output_energy{more}",
     "output_energy, distilled": "saliency: output_energy{more}, {distill}",

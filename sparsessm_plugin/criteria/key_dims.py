@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsessm_plugin.registry import Registry
+from sparsessm_plugin.selection.subsets import choose
 
 _EPSILON = 1e-9  # of the mean diagonal entry of a Gram matrix, so that it has a triangular root
 _SWAP = 1.2  # how much larger the volume of the kept columns must become for a swap
@@ -23,8 +24,9 @@ class KeyDimStatistics:
     def __init__(self) -> None:
         # (G, dk) sum of |q_i k_i|
         self.products: Tensor | None = None
-        # (G, dk, dk) sum of q q^T + k k^T
-        self.gram: Tensor | None = None
+        # (G, dk, dk) sums of q q^T and of k k^T
+        self.q_gram: Tensor | None = None
+        self.k_gram: Tensor | None = None
 
     def add(self, q: Tensor, k: Tensor) -> None:
         """Add steps.
@@ -32,11 +34,9 @@ class KeyDimStatistics:
         :param q: (T, G, dk) normalised queries
         :param k: (T, G, dk) normalised keys
         """
-        products = (q * k).abs().sum(0).double()
-        both = torch.cat([q, k]).movedim(1, 0)  # (G, 2 T, dk)
-        gram = (both.transpose(1, 2) @ both).double()
-        self.products = products if self.products is None else self.products + products
-        self.gram = gram if self.gram is None else self.gram + gram
+        self.products = _plus(self.products, (q * k).abs().sum(0))
+        self.q_gram = _plus(self.q_gram, torch.einsum("tgi,tgj->gij", q, q))
+        self.k_gram = _plus(self.k_gram, torch.einsum("tgi,tgj->gij", k, k))
 
     def is_finite(self) -> bool:
         """Whether every sum is a finite number."""
@@ -64,8 +64,8 @@ class KeyDimInputs:
 class KeyDimCriterion:
     """How key dims are chosen.
 
-    :param score: (G, dk), lower goes first; None where sets are judged by what they do to the
-        mixer's output (:mod:`sparsessm_plugin.selection.exchange`)
+    :param score: (G, dk), lower goes first; None where sets that other criteria propose are
+        judged by what they do to the mixer's output
     :param statistics: the fields of :class:`KeyDimStatistics` that it reads; empty if it needs
         no data
     """
@@ -129,20 +129,41 @@ def query_key(inputs: KeyDimInputs) -> Tensor:
     return statistics.products
 
 
-@register_key_dim_criterion("rrqr", "gram")
+@register_key_dim_criterion("pairs", "q_gram", "k_gram")
+def pairs_of_steps(inputs: KeyDimInputs) -> Tensor:
+    """The set whose loss changes q_t k_s and k_t k_s least, over all pairs of steps t and s.
+
+    The delta rule reads queries and keys in these products alone. Removing a set S changes them by
+    ``1_S^T (Q * K + K * K) 1_S`` in square, with Q and K the Gram matrices, before anything is
+    normalised anew. One for what stays, zero for the others.
+    """
+    q_gram, k_gram = _grams(inputs)
+    score = torch.ones(q_gram.shape[:2], device=q_gram.device)
+    for head, (Q, K) in enumerate(zip(q_gram, k_gram, strict=True)):
+        score[head, choose(Q * K + K * K, inputs.remove)] = 0.0
+    return score
+
+
+@register_key_dim_criterion("rrqr", "q_gram", "k_gram")
 def rank_revealing(inputs: KeyDimInputs) -> Tensor:
     """Strong rank-revealing QR of each head's queries and keys (after arXiv 2602.04852).
 
     The columns of the matrix with a row for each query and key of the calibration that span it
     best stay: one for these, zero for the others. Our reading of the paper, not its code.
     """
-    statistics = inputs.statistics
-    assert statistics is not None
-    assert statistics.gram is not None
-    score = torch.zeros(statistics.gram.shape[:2], device=statistics.gram.device)
-    for head, gram in enumerate(statistics.gram):
+    q_gram, k_gram = _grams(inputs)
+    score = torch.zeros(q_gram.shape[:2], device=q_gram.device)
+    for head, gram in enumerate(q_gram + k_gram):
         score[head, strong_rrqr(gram, len(gram) - inputs.remove)] = 1.0
     return score
+
+
+def _grams(inputs: KeyDimInputs) -> tuple[Tensor, Tensor]:
+    statistics = inputs.statistics
+    assert statistics is not None
+    assert statistics.q_gram is not None
+    assert statistics.k_gram is not None
+    return statistics.q_gram, statistics.k_gram
 
 
 def strong_rrqr(gram: Tensor, keep: int, factor: float = _SWAP) -> list[int]:
@@ -185,3 +206,7 @@ def _pivots(gram: Tensor, keep: int) -> list[int]:
         order.append(i)
         left = left - torch.outer(left[:, i], left[i]) / left[i, i].clamp(min=1e-300)
     return order + [i for i in range(len(gram)) if i not in order]
+
+
+def _plus(total: Tensor | None, value: Tensor) -> Tensor:
+    return value.double() if total is None else total + value.double()

@@ -350,15 +350,20 @@ class MixerAdapter(ABC):
         """Whether a norm runs over the states of B and C."""
         return False
 
-    def state_parameters(self) -> list[tuple[nn.Parameter, Tensor | None]]:
-        """Every parameter that B and C come from, with a mask of the rows that do.
+    def state_ranges(self) -> list[tuple[TensorAxis, int]]:
+        """Where the rows stand that B and C come from, each with the length of its axis."""
+        length = self.axis_length("state")
+        return [(axis, length) for axis in self.axes("state") if axis.tensor != "A_log"]
 
-        :return: parameter, and a bool mask that broadcasts against it, None for all of it
+    def state_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Every parameter with a row of :meth:`state_ranges`, and a mask of these.
+
+        :return: parameter, and a bool mask that broadcasts against it
         """
         masks: dict[str, Tensor] = {}
-        for axis in self.axes("state"):
+        for axis, size in self.state_ranges():
             parameter = get_tensor(self.mixer, axis.tensor)
-            if axis.tensor == "A_log" or not isinstance(parameter, nn.Parameter):
+            if not isinstance(parameter, nn.Parameter):
                 continue
             shape = [1] * parameter.ndim
             shape[axis.dim] = -1
@@ -366,7 +371,7 @@ class MixerAdapter(ABC):
                 shape[0] = len(parameter)
             length = math.prod(parameter.shape[d] for d, n in enumerate(shape) if n != 1)
             mask = torch.zeros(length, dtype=torch.bool, device=parameter.device)
-            mask[axis.positions(range(self.axis_length("state")))] = True
+            mask[axis.positions(range(size))] = True
             mask = mask.view(shape)
             masks[axis.tensor] = masks[axis.tensor] | mask if axis.tensor in masks else mask
         return [(self.mixer.get_parameter(name), mask) for name, mask in masks.items()]

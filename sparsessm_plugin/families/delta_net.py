@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
@@ -163,13 +163,12 @@ class DeltaNetAdapter(MixerAdapter):
         q, k = self.entry_axes("key_dims")
         return q, k
 
-    def state_parameters(self) -> list[tuple[nn.Parameter, Tensor | None]]:
-        """All but the output projection: queries, keys, values, beta, decay, gate and norm."""
-        return [
-            (parameter, None)
-            for name, parameter in self.mixer.named_parameters()
-            if name != f"{self.exit_kind}.weight"
-        ]
+    def state_ranges(self) -> list[tuple[TensorAxis, int]]:
+        """Where queries, keys, beta and the decay come from."""
+        keys, heads = self.axis_length("key_dims"), self.axis_length("value_heads")
+        of_keys = [(axis, keys) for axis in self.axes("key_dims")]
+        # what a head has one of, and not one for each value dim
+        return of_keys + [(a, heads) for a in self.axes("value_heads") if a.block == 1]
 
     # -- axes ------------------------------------------------------------------------
 

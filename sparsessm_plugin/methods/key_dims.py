@@ -32,14 +32,11 @@ from sparsessm_plugin.methods.state_fits import fit_state_rows
 from sparsessm_plugin.methods.state_settings import StateSettings
 from sparsessm_plugin.recurrence import scan
 from sparsessm_plugin.recurrence.quantities import DeltaQuantities
-from sparsessm_plugin.selection.exchange import exchange
 
 # Text by which sets are judged, and how much of it at once.
 _TOKENS_JUDGED, _TOKENS_TOGETHER = 2**14, 2**12
-# The sets of these criteria are compared, and the best one is changed further, so often.
-_STARTS, _EXCHANGES = ("rrqr", "qk", "magnitude"), 12
-_PROBES = 2  # random projections of the output's change, for each sequence
-_GONE = 1e-4  # share of a key dim that has gone, where a slope is needed
+# Of the sets that these criteria propose, ``output_energy`` takes the one with the least error.
+_PROPOSING = ("rrqr", "pairs", "qk", "magnitude")
 
 
 class KeyDims:
@@ -125,7 +122,7 @@ class KeyDims:
         sizes = adapter.sizes
         G, dk, keep = sizes.n_groups, sizes.state_size, self.settings.kept(sizes.state_size)
         criterion = KEY_DIM_CRITERIA[self.settings.saliency]
-        names = (self.settings.saliency,) if criterion.score is not None else _STARTS
+        names = (self.settings.saliency,) if criterion.score is not None else _PROPOSING
         statistics = None
         if any(KEY_DIM_CRITERIA[name].statistics for name in names):
             statistics = gather(adapter, inputs)
@@ -148,12 +145,9 @@ class KeyDims:
             errors = [output_error(adapter, inputs, kept) for kept in sets]
             if not all(math.isfinite(error) for error in errors):
                 raise self.not_finite(adapter)
-            kept = exchange(
-                sets[errors.index(min(errors))],
-                lambda kept: expected_changes(adapter, inputs, kept),
-                lambda kept: output_error(adapter, inputs, kept),
-                _EXCHANGES,
-            )
+            best = errors.index(min(errors))
+            logger.debug(f"{adapter.name}: {names[best]} proposes the set with the least error")
+            kept = sets[best]
         return (~kept).flatten().nonzero().flatten().tolist()
 
 
@@ -198,45 +192,6 @@ def only(x: Tensor, kept: Tensor) -> Tensor:
     """The entries that are kept, as many of each head: x (b, L, G, dk) and kept (G, dk) bool."""
     index = kept.nonzero()[:, 1].view(len(kept), -1)
     return x.gather(-1, index.expand(*x.shape[:2], -1, -1))
-
-
-def expected_changes(adapter: MixerAdapter, inputs: CalibrationInputs, kept: Tensor) -> Tensor:
-    """What :func:`output_error` is expected to change by if one more key dim goes or comes back.
-
-    With s the share of each key dim that is left, q_i and k_i times sqrt(s_i) before they are
-    normalised, E the squared error of the mixer's whole output, and J the Jacobian of the output,
-
-        E(s - e_i) - E(s) = -dE/ds_i + |J e_i|^2,    E(s + e_i) - E(s) = dE/ds_i + |J e_i|^2
-
-    to second order (Gauss-Newton) at the present set. The diagonal of J^T J comes from random signs
-    r, E (J^T r)_i^2, with an r for each sequence.
-
-    :param kept: (G, dk) bool
-    :return: (G, dk) float64, of all ranks together
-    """
-    slopes = torch.zeros(kept.shape, dtype=torch.float64, device=kept.device)
-    curvature = torch.zeros_like(slopes)
-    generator = torch.Generator(kept.device).manual_seed(0)
-    for quantities in judged(adapter, inputs):
-        target = adapter.output(quantities, scan(quantities))
-        share = torch.where(kept, 1.0, _GONE).expand(len(target), -1, -1).clone()
-        share.requires_grad_(True)
-        with torch.enable_grad():
-            root = share.sqrt()[:, None]
-            left = replace(quantities, q=quantities.q * root, k=quantities.k * root)
-            output = adapter.output(left, scan(left))
-            error = masked_error(target, output, quantities.mask)
-            (slope,) = torch.autograd.grad(error.square().sum(), share, retain_graph=True)
-            slopes += slope.double().sum(0)
-            for probe in range(_PROBES):
-                signs = torch.randint(0, 2, error.shape, generator=generator, device=kept.device)
-                changed = (error * (2 * signs - 1)).sum()
-                more = probe < _PROBES - 1
-                (slope,) = torch.autograd.grad(changed, share, retain_graph=more)
-                curvature += slope.double().square().sum(0) / _PROBES
-    sums = {"slopes": slopes, "curvature": curvature}
-    sums = distributed.reduce_sum("changes of a set's error", sums)
-    return torch.where(kept, -sums["slopes"], sums["slopes"]) + sums["curvature"]
 
 
 def judged(adapter: MixerAdapter, inputs: CalibrationInputs) -> Iterator[DeltaQuantities]:

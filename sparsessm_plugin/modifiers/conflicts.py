@@ -463,7 +463,7 @@ def _rotated_modules(modifier: Any, model: nn.Module) -> list[tuple[str, nn.Modu
 
 def _parameter(adapter: MixerAdapter, own: str) -> str:
     """Name in the model of a mixer's parameter; a projection's may stand alone in the mixer."""
-    kind = own.removesuffix(".weight")
+    kind = own.removesuffix(".weight").replace("out_proj", adapter.exit_kind)
     if kind in adapter.projections:
         found = adapter.projection(kind)
         own = f"{found.path}.weight" if found.attribute == "weight" else found.path

@@ -32,14 +32,15 @@ class StateRemovalModifier(StateSettings, RemovalModifier):
     :param saliency: ``output_energy`` (default): the squared change of the output that a set
         of states makes together; for comparison ``magnitude`` (row norms of B and C), ``last``,
         ``paper`` (the vote of SparseSSM's code), ``ghost`` (after arXiv 2602.11408); for key dims
-        ``magnitude``, ``last``, ``random``, ``qk`` (E |q k|), ``rrqr`` (after arXiv 2602.04852)
+        ``magnitude``, ``last``, ``random``, ``qk`` (E |q k|), ``pairs`` (products over pairs of
+        steps), ``rrqr`` (after arXiv 2602.04852)
     :param compensate: any of ``D``; ``C`` and with it ``B`` (rows as mixtures of the old ones,
         by least squares; Mamba-1 layout without a norm on them, B for up to 16 states);
         ``reconstruct`` (gradient steps on the rows of B and C and on out_proj, against the
         layer's own dense output); ``out_proj`` (linear regression); ``none``; default: D, C, B
         and out_proj where C can be mixed, D and out_proj where B and C are normalised, D,
-        reconstruct and out_proj for the Mamba-2 layout, reconstruct (of all weights of the
-        mixer) and out_proj for gated delta nets
+        reconstruct and out_proj for the Mamba-2 layout, reconstruct (of q, k, beta, decay and
+        out_proj) and out_proj for gated delta nets
     :param reconstruct_steps: gradient steps of ``reconstruct`` for each layer
     :param calibration_batches: layers are looked at and fitted over so many batches, the first
         (of each rank's); default all
