@@ -54,7 +54,7 @@ KEY_DIM = {
     "output_energy": "saliency: output_energy{more}",
     "output_energy, distilled": "saliency: output_energy{more}, {distill}",
     "output_energy, no compensation": "saliency: output_energy, compensate: none",
-    **{f"{name}, compensated": f"saliency: {name}{{more}}" for name in OTHERS_OF_KEY_DIMS},
+    **{f"{name}, compensated": f"saliency: {name}{{more}}" for name in ("rrqr", "magnitude")},
     **{name: f"saliency: {name}, compensate: none" for name in OTHERS_OF_KEY_DIMS},
 }
 CHANNEL = {
