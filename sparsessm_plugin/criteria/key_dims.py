@@ -140,7 +140,7 @@ def pairs_of_steps(inputs: KeyDimInputs) -> Tensor:
     q_gram, k_gram = _grams(inputs)
     score = torch.ones(q_gram.shape[:2], device=q_gram.device)
     for head, (Q, K) in enumerate(zip(q_gram, k_gram, strict=True)):
-        score[head, choose(Q * K + K * K, inputs.remove)] = 0.0
+        score[head, choose((Q * K + K * K).cpu(), inputs.remove).to(score.device)] = 0.0
     return score
 
 

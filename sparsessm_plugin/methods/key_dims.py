@@ -121,7 +121,7 @@ class KeyDims:
         """Indices of the axis that go, ascending."""
         sizes = adapter.sizes
         G, dk, keep = sizes.n_groups, sizes.state_size, self.settings.kept(sizes.state_size)
-        criterion = KEY_DIM_CRITERIA[self.settings.saliency]
+        criterion, device = KEY_DIM_CRITERIA[self.settings.saliency], adapter.A_log.device
         names = (self.settings.saliency,) if criterion.score is not None else _PROPOSING
         statistics = None
         if any(KEY_DIM_CRITERIA[name].statistics for name in names):
@@ -131,24 +131,27 @@ class KeyDims:
             if statistics is not None and not statistics.is_finite():
                 raise self.not_finite(adapter)
             given = KeyDimInputs(statistics, *row_norms(adapter), dk - keep)
-            sets = torch.ones(len(names), G * dk, dtype=torch.bool, device=adapter.A_log.device)
-            for own, name in zip(sets, names, strict=True):
+            sets = []
+            for name in names:
                 score = KEY_DIM_CRITERIA[name].score
                 assert score is not None
-                own[lowest(score(given), dk - keep)] = False
-            return [sets.view(-1, G, dk)]
+                sets.append(lowest(score(given), dk - keep))
+            return [torch.tensor(sets, device=device)]
 
-        device = adapter.A_log.device
         (sets,) = distributed.share(f"key dims of {adapter.name}", choose, device=device)
-        kept = sets[0]
+        removed = sets[0]
         if len(sets) > 1:
-            errors = [output_error(adapter, inputs, kept) for kept in sets]
+            errors = []
+            for proposed in sets:
+                kept = torch.ones(G * dk, dtype=torch.bool, device=device)
+                kept[proposed] = False
+                errors.append(output_error(adapter, inputs, kept.view(G, dk)))
             if not all(math.isfinite(error) for error in errors):
                 raise self.not_finite(adapter)
             best = errors.index(min(errors))
             logger.debug(f"{adapter.name}: {names[best]} proposes the set with the least error")
-            kept = sets[best]
-        return (~kept).flatten().nonzero().flatten().tolist()
+            removed = sets[best]
+        return [int(i) for i in removed]
 
 
 def row_norms(adapter: MixerAdapter) -> tuple[Tensor, Tensor]:
