@@ -13,6 +13,7 @@ from sparsessm_plugin.criteria.key_dims import (
     KEY_DIM_CRITERIA,
     KeyDimInputs,
     KeyDimStatistics,
+    register_key_dim_criterion,
     strong_rrqr,
 )
 from sparsessm_plugin.errors import SparseSSMError
@@ -219,6 +220,21 @@ def test_strong_rrqr_leaves_no_swap_that_gains():
     swaps = ((i, j) for i in found for j in range(7) if j not in found)
     for i, j in swaps:
         assert volume([j if c == i else c for c in found]) <= 1.2 * volume(found) + 1e-12
+
+
+def test_a_criterion_for_key_dims():
+    """The first key dims go whatever the weights are, and no data is asked for."""
+
+    @register_key_dim_criterion("in_order")
+    def in_order(inputs):
+        return torch.arange(inputs.q_norm.shape[1]).expand_as(inputs.q_norm)
+
+    try:
+        fields = {"keep": 6, "saliency": "in_order", "compensate": "none"}
+        result = remove_states(tiny_model("olmo_hybrid"), **fields)
+    finally:
+        del KEY_DIM_CRITERIA["in_order"]
+    assert all(layer.removed == [0, 1, 8, 9] for layer in result.layers)
 
 
 # -- what is fitted ----------------------------------------------------------------------
