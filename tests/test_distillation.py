@@ -27,6 +27,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from sparsessm_plugin import ChannelRemovalModifier, StateRemovalModifier
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import find_mixers
+from sparsessm_plugin.recurrence import ssd
 from sparsessm_plugin.training import budget, dense, divergence, resume, tuner
 from sparsessm_plugin.training.budget import Budget, Plan, batch_of_step
 from sparsessm_plugin.training.dense import DenseStates, Head
@@ -401,6 +402,23 @@ def test_products_may_be_in_bfloat16(family):
     weights = mixer_parameters(model)
     assert all(p.dtype == torch.float32 for p in weights.values())
     assert any(not torch.equal(p, p.bfloat16().float()) for p in weights.values())
+
+
+def test_scans_stay_in_float32_where_products_are_in_bfloat16(monkeypatch):
+    model, seen, own = tiny_model("mamba2"), [], ssd.scan
+
+    def scan(quantities):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return own(quantities)
+
+    monkeypatch.setattr(ssd, "scan", scan)
+    ids = batches(1)[0]["input_ids"]
+    with (
+        differentiable(model, model.parameters(), checkpointing=False),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        assert model(ids.to("cpu")).logits.isfinite().all()
+    assert seen == [False] * len(find_mixers(model))
 
 
 def test_little_text_for_many_steps_is_said_once():

@@ -91,11 +91,13 @@ class _Forward:
     def _read_out(self, quantities: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return read_out(self.adapter, quantities)
-        if self.adapter.recurrence == "delta_rule":
-            return self.adapter.out_input(quantities, scan(quantities))
-        from sparsessm_plugin.recurrence import differentiable  # brings numba along
+        # a recurrence adds up what its products are rounded by; projections need not be as exact
+        with torch.autocast(self.adapter.A_log.device.type, enabled=False):
+            if self.adapter.recurrence == "delta_rule":
+                return self.adapter.out_input(quantities, scan(quantities))
+            from sparsessm_plugin.recurrence import differentiable  # brings numba along
 
-        return self.adapter.out_input(quantities, differentiable.scan(quantities))
+            return self.adapter.out_input(quantities, differentiable.scan(quantities))
 
     def attach(self) -> None:
         self.active = True
