@@ -67,6 +67,11 @@ def _recipes():
         "distilled": (_MAMBA, "independent", [partial(_distilled, distill_steps=4)]),
         "distilled-minutes": (_MAMBA, "independent", [partial(_distilled, distill_minutes=0.01)]),
         "heads": (_MAMBA2, "basic", [partial(m.ChannelRemovalModifier, keep=2, axis="heads")]),
+        "layers": (
+            partial(_MAMBA, num_hidden_layers=4),
+            "independent",
+            [partial(m.LayerRemovalModifier, keep=2)],
+        ),
         "projections": (
             _MAMBA,
             "independent",
@@ -117,6 +122,7 @@ RECIPES = (
     "states-heads",
     "channels",
     "heads",
+    "layers",
     "projections",
     "projections-dense",
     "width",

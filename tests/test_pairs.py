@@ -21,6 +21,7 @@ from sparsessm_plugin.dependency_graph import MixerDependencyGraph
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.modifiers.conflicts import broken_rule, check_works
+from sparsessm_plugin.modifiers.model_removal import ModelRemovalModifier
 from sparsessm_plugin.modifiers.removal import RemovalModifier
 from sparsessm_plugin.modifiers.rules import RULES
 from sparsessm_plugin.recipes import load_recipe
@@ -49,7 +50,10 @@ VARIANTS = {
     ),
 }
 # what removes along an axis of the whole model; run with MAKERS only
-WHOLE = {"width": partial(plugin.WidthRemovalModifier, sparsity=0.5, multiple_of=8)}
+WHOLE = {
+    "width": partial(plugin.WidthRemovalModifier, sparsity=0.5, multiple_of=8),
+    "layers": partial(plugin.LayerRemovalModifier, keep=1, saliency="last"),
+}
 OURS = {**MAKERS, **VARIANTS, **WHOLE}
 
 
@@ -152,6 +156,8 @@ def check_zeros(first, before, second, after):
         return
     if isinstance(second, RemovalModifier):
         before = without(second, before)
+    if isinstance(second, ModelRemovalModifier):  # of the last layers
+        before = {name: value for name, value in before.items() if name in after}
     pruned = pruned_entries(before)
     for name, where in pruned.items():
         assert torch.equal(after[name][where], before[name][where]), name
@@ -233,6 +239,7 @@ def pairs():
         if one in OURS or two in OURS
         if one not in WHOLE or two in run_with
         if two not in WHOLE or one in run_with
+        if (one, two) != ("layers", "layers")  # of two layers only one can go
     ]
 
 
@@ -240,7 +247,7 @@ def test_every_modifier_of_llm_compressor_is_here():
     ModifierFactory.refresh()
     shipped = {**ModifierFactory._main_registry, **ModifierFactory._experimental_registry}
     assert set(UPSTREAM) == set(shipped) - {"Modifier"}
-    assert len({type(make()) for make in OURS.values()}) == 7
+    assert len({type(make()) for make in OURS.values()}) == 8
 
 
 @pytest.mark.parametrize(("first", "second"), pairs())

@@ -75,7 +75,8 @@ def projections(model):
 
 
 def run(family, text, **kwargs):
-    model = tiny_model(family, **WIDE[family])
+    changes = {"num_hidden_layers": 4} if "LayerRemovalModifier" in text else {}
+    model = tiny_model(family, **{**WIDE[family], **changes})
     oneshot(
         model=model,
         recipe=text,

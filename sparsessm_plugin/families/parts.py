@@ -153,7 +153,9 @@ class Norm(Part):
 
     @staticmethod
     def matches(module: Any) -> bool:
-        return type(module).__name__.endswith("RMSNorm") and module.weight.ndim == 1
+        # the second while LLM Compressor has it in the place of a zero-centred one
+        names = ("RMSNorm", "OffsetNorm")
+        return type(module).__name__.endswith(names) and module.weight.ndim == 1
 
     @property
     def offset(self) -> float:

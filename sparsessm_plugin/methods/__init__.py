@@ -3,6 +3,7 @@
 from sparsessm_plugin.methods.base import MethodResult, MethodSettings, MixerMethod
 from sparsessm_plugin.methods.channels import remove_channels
 from sparsessm_plugin.methods.gradient import prune_by_gradient
+from sparsessm_plugin.methods.layer_removal import remove_layers
 from sparsessm_plugin.methods.projections import prune_projections
 from sparsessm_plugin.methods.quantization import quantize_pruned
 from sparsessm_plugin.methods.run import run
@@ -21,6 +22,7 @@ __all__ = [
     "quantize_pruned",
     "remove_channels",
     "remove_kv_groups",
+    "remove_layers",
     "remove_states",
     "remove_units",
     "remove_width",

@@ -3,6 +3,7 @@
 from sparsessm_plugin.modifiers import conflicts  # which every modifier asks before it acts
 from sparsessm_plugin.modifiers.channel_removal import ChannelRemovalModifier
 from sparsessm_plugin.modifiers.gradient_magnitude import GradientMagnitudeModifier
+from sparsessm_plugin.modifiers.layer_removal import LayerRemovalModifier
 from sparsessm_plugin.modifiers.sensitivity import SensitivitySparseGPTModifier
 from sparsessm_plugin.modifiers.sparse_gptq import SparseGPTQModifier
 from sparsessm_plugin.modifiers.sparsessm import SparseSSMModifier
@@ -14,6 +15,7 @@ __all__ = [
     "AttentionRemovalModifier",
     "ChannelRemovalModifier",
     "GradientMagnitudeModifier",
+    "LayerRemovalModifier",
     "MLPRemovalModifier",
     "SensitivitySparseGPTModifier",
     "SparseGPTQModifier",

@@ -12,6 +12,7 @@ from sparsessm_plugin.families import get_model_adapter
 from sparsessm_plugin.methods.base import MixerMethod
 from sparsessm_plugin.methods.model_removal import ModelRemoval
 from sparsessm_plugin.modifiers.base import MethodModifier
+from sparsessm_plugin.modifiers.offset_norms import keep_names
 from sparsessm_plugin.modifiers.removal import new_quantization_parameters
 
 
@@ -59,6 +60,7 @@ class ModelRemovalModifier(MethodModifier):
         if self._begun:
             return
         self._begun = True
+        keep_names(state.model)
         try:
             super().on_calibration_start(state, event, **kwargs)
         finally:  # what was removed is saved as what it is, even if distillation has failed

@@ -1,0 +1,45 @@
+"""Remove layers from a recipe."""
+
+from typing import Any, ClassVar
+
+from sparsessm_plugin.methods.layer_removal import LayerRemoval, LayerSettings
+from sparsessm_plugin.methods.model_removal import ModelRemoval
+from sparsessm_plugin.modifiers.model_removal import ModelRemovalModifier
+
+
+class LayerRemovalModifier(LayerSettings, ModelRemovalModifier):
+    """Removes the layers without which the model, once it is fitted again, predicts best.
+
+    The linear layer by which each remaining layer writes to the stream is fitted again, from the
+    layer before the first gap on, so that the next layer reads what it read before. Sets of layers
+    are compared by what the model then predicts.
+
+    Sample yaml::
+
+        prune_stage:
+          prune_modifiers:
+            LayerRemovalModifier:
+              sparsity: 0.25
+
+    Lifecycle: see :class:`ModelRemovalModifier`.
+
+    :param sparsity: share of the layers to remove, in (0, 1), rounded to whole layers
+    :param keep: layers that stay, instead of ``sparsity``
+    :param saliency: ``loss_after_fit`` (default): divergence from the dense predictions once what
+        stays is fitted, on rows that the fit has not seen; for comparison ``perplexity`` (the loss
+        of the next token with nothing fitted, one layer after the other, as Mamba-Shedder does),
+        ``block_influence`` (mean of 1 - cosine of the stream before and behind a layer), ``last``
+        and ``random``
+    :param compensate: ``out_proj`` (default): the last linear layer of each layer; ``none``
+    :param search_width: where there are more than 64 sets, ways to go on that are tried at each
+        step of the search
+    :param seed: of ``random``
+    :param calibration_batches: layers are fitted over so many batches, the first (of each rank's);
+        default all. Sets are compared on the first 16,384 tokens
+    :param distill_steps: gradient steps on the weights towards the dense model's predictions of
+        the calibration data, once the layers are gone; 0 is none
+    :param distill_learning_rate: of Adam, the highest
+    :param report_path: ``.json`` file to write the report to
+    """
+
+    method_class: ClassVar[type[ModelRemoval[Any]]] = LayerRemoval
