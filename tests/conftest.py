@@ -44,7 +44,11 @@ from transformers import (
 import sparsessm_plugin
 from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.recurrence import scan
-from sparsessm_plugin.recurrence.quantities import HeadQuantities, MixerQuantities
+from sparsessm_plugin.recurrence.quantities import (
+    DeltaQuantities,
+    HeadQuantities,
+    MixerQuantities,
+)
 
 VOCAB = 96
 # Where transformers' own forward runs: with CUDA kernels installed it refuses tensors on the CPU.
@@ -702,6 +706,23 @@ def random_heads(batch, length, groups=2, per_group=2, P=4, N=5, seed=0, masked=
         D=normal(H),
         z=q.z,
         mask=q.mask,
+    )
+
+
+def random_delta(batch=2, length=21, G=2, heads=2, dk=5, dv=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
+    H = G * heads
+    return DeltaQuantities(
+        q=normal(batch, length, G, dk),
+        k=normal(batch, length, G, dk),
+        v=normal(batch, length, H, dv),
+        beta=normal(batch, length, H).sigmoid(),
+        g=-normal(batch, length, H).exp() * 0.3,
+        z=normal(batch, length, H * dv),
     )
 
 

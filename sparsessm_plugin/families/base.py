@@ -123,6 +123,8 @@ class MixerAdapter(ABC):
     axis_names: ClassVar[tuple[str, ...]]
     # what the state does from step to step: the selective recurrence of Mamba, or the delta rule
     recurrence: ClassVar[Literal["selective", "delta_rule"]] = "selective"
+    # the axis that shortens the state of a channel
+    state_axis: ClassVar[str] = "state"
     # projections that read the layer's input, and the one that makes its output
     entry_kinds: ClassVar[tuple[str, ...]] = ("in_proj",)
     exit_kind: ClassVar[str] = "out_proj"
@@ -179,6 +181,13 @@ class MixerAdapter(ABC):
         return tensor.detach().movedim(where.dim, 0).flatten(1)
 
     @property
+    def stages(self) -> tuple[tuple[str, ...], ...]:
+        """The projections in the order of the data: at the entry, within, at the exit."""
+        ends = (*self.entry_kinds, self.exit_kind)
+        within = tuple(kind for kind in self.projections if kind not in ends)
+        return self.entry_kinds, within, (self.exit_kind,)
+
+    @property
     def has_state_transitions(self) -> bool:
         """Whether A_log has an entry for every state, as in the Mamba-1 layout."""
         return self.A_log.ndim == 2
@@ -198,6 +207,23 @@ class MixerAdapter(ABC):
         :return: :class:`MixerQuantities` of the selective recurrence, and
             :class:`sparsessm_plugin.recurrence.quantities.DeltaQuantities` of the delta rule
         """
+
+    def made_by_projections(self, quantities: Any) -> list[tuple[str, list[Tensor]]]:
+        """What each projection but the last makes, in the order of the data.
+
+        :param quantities: of this mixer
+        :return: kind of the projection, and the tensors that it makes
+        """
+        q = quantities
+        x_proj = "x_proj" if "x_proj" in q.inputs else "conv1d"  # which makes B and C
+        dt_proj = "dt_proj" if "dt_proj" in q.inputs else "in_proj"
+        low_rank = [q.inputs["dt_proj"]] if "dt_proj" in q.inputs and x_proj in q.inputs else []
+        return [
+            ("in_proj", [q.inputs["conv1d"], q.z]),
+            ("conv1d", [q.u]),
+            (x_proj, [q.B, q.C, *low_rank]),
+            (dt_proj, [q.dt]),
+        ]
 
     def check_selective(self, who: str, what: str) -> None:
         """Refuse a mixer without A, B and C of the selective recurrence.
@@ -292,6 +318,12 @@ class MixerAdapter(ABC):
 
         :raises SparseSSMError: the family has no such axis
         """
+
+    @property
+    def channel_axis(self) -> str:
+        """The axis of channels; where there are heads, that of the channels of every head."""
+        axes = ("channels", "head_dim", "value_dims")
+        return next(axis for axis in axes if axis in self.axis_names)
 
     def groups_of(self, axis: str) -> int:
         """Equal parts of an axis that must lose equally many indices."""

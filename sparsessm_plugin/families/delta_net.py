@@ -75,7 +75,10 @@ class DeltaNetAdapter(MixerAdapter):
 
     recurrence = "delta_rule"
     recurrent_parameters = ("A_log",)
+    state_axis = "key_dims"
     axis_names = ("key_dims", "value_heads", "value_dims")
+    # each projection of the layer's input, and what it makes
+    entry_makes: ClassVar[dict[str, tuple[str, ...]]]
     norm_name: ClassVar[str] = "norm"
     # the config field of each size
     state_size_field: ClassVar[str] = "linear_key_head_dim"
@@ -142,6 +145,14 @@ class DeltaNetAdapter(MixerAdapter):
             mask=mask,
             inputs={**dict.fromkeys(self.entry_kinds, x), "conv1d": rows.qkv},
         )
+
+    def made_by_projections(self, quantities: DeltaQuantities) -> list[tuple[str, list[Tensor]]]:
+        q, sizes = quantities, self.sizes
+        keys = sizes.num_k_heads * sizes.head_k_dim
+        parts = q.inputs["conv1d"].split([keys, keys, sizes.intermediate_size], dim=-1)
+        made = dict(zip("qkv", parts, strict=True)) | {"z": q.z, "beta": q.beta, "g": q.g}
+        entries = [(k, [made[name] for name in names]) for k, names in self.entry_makes.items()]
+        return [*entries, ("conv1d", [q.q, q.k, q.v])]
 
     def log_decay(self, a: Tensor) -> Tensor:
         """(b, L, H) float32 g = -exp(A_log) softplus(a + dt_bias)."""

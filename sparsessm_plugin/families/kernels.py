@@ -24,7 +24,8 @@ def bound_kernels(model: nn.Module) -> dict[str, str]:
 def scans_in_kernels(mixer: nn.Module) -> bool:
     """Whether a whole sequence of this mixer runs in a fused scan instead of in plain torch."""
     kernels = _bound_in(type(mixer).__module__)
-    return any(package != "torch" for name, package in kernels.items() if "scan" in name)
+    whole = (name for name in kernels if "scan" in name or name == "chunk_gated_delta_rule")
+    return any(kernels[name] != "torch" for name in whole)
 
 
 @cache

@@ -1,5 +1,7 @@
 """OLMo-Hybrid: gated delta nets with a projection for each quantity, among attention layers."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,15 @@ class OlmoHybridAdapter(DeltaNetAdapter):
 
     family = "olmo_hybrid"
     mixer_class = "OlmoHybridGatedDeltaNet"
-    entry_kinds = ("q_proj", "k_proj", "v_proj", "a_proj", "b_proj", "g_proj")
+    entry_makes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "q_proj": ("q",),
+        "k_proj": ("k",),
+        "v_proj": ("v",),
+        "a_proj": ("g",),
+        "b_proj": ("beta",),
+        "g_proj": ("z",),
+    }
+    entry_kinds = tuple(entry_makes)
     projections = (*entry_kinds, "conv1d", "o_proj")
     exit_kind = "o_proj"
     norm_name = "o_norm"

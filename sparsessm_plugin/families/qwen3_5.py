@@ -1,5 +1,7 @@
 """Qwen3.5: gated delta nets among gated attention layers, with an MLP or experts behind each."""
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from sparsessm_plugin.backends.products import project
@@ -14,8 +16,14 @@ class Qwen3_5Adapter(DeltaNetAdapter):
 
     family = "qwen3_5"
     mixer_class = "Qwen3_5GatedDeltaNet"
-    projections = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "conv1d", "out_proj")
-    entry_kinds = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+    entry_makes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "in_proj_qkv": ("q", "k", "v"),
+        "in_proj_z": ("z",),
+        "in_proj_b": ("beta",),
+        "in_proj_a": ("g",),
+    }
+    entry_kinds = tuple(entry_makes)
+    projections = (*entry_kinds, "conv1d", "out_proj")
 
     def entry_rows(self, hidden_states: Tensor) -> EntryRows:
         mixer = self.mixer

@@ -1,5 +1,7 @@
 """Qwen3-Next: gated delta nets whose projections hold the rows of one key head after the other."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,12 @@ class Qwen3NextAdapter(DeltaNetAdapter):
 
     family = "qwen3_next"
     mixer_class = "Qwen3NextGatedDeltaNet"
-    projections = ("in_proj_qkvz", "in_proj_ba", "conv1d", "out_proj")
-    entry_kinds = ("in_proj_qkvz", "in_proj_ba")
+    entry_makes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "in_proj_qkvz": ("q", "k", "v", "z"),
+        "in_proj_ba": ("beta", "g"),
+    }
+    entry_kinds = tuple(entry_makes)
+    projections = (*entry_kinds, "conv1d", "out_proj")
 
     def entry_rows(self, hidden_states: Tensor) -> EntryRows:
         mixer, sizes = self.mixer, self.sizes

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from sparsessm_plugin.backends.choice import REFERENCE, backend_for
-from sparsessm_plugin.recurrence import delta_chunked
 from sparsessm_plugin.recurrence.quantities import DeltaQuantities
 
+CHUNKED = "chunked"
 _MODULES = {
+    "cpu": "sparsessm_plugin.recurrence.delta_cpu",
+    "cuda": "sparsessm_plugin.recurrence.delta_gpu",
+    CHUNKED: "sparsessm_plugin.recurrence.delta_chunked",
     REFERENCE: "sparsessm_plugin.recurrence.delta_reference",
 }
 
@@ -21,8 +24,8 @@ def scan(quantities: DeltaQuantities, backend: str | None = None) -> Tensor:
     where gradients are recorded.
 
     :param quantities: the recurrence's inputs
-    :param backend: to use instead of the device's own: ``cpu``, ``cuda``, ``chunked`` or
-        :data:`REFERENCE`
+    :param backend: to use instead of the device's own: ``cpu``, ``cuda``,
+        :data:`CHUNKED` or :data:`REFERENCE`
     :return: y (b, L, H dv) float32, before the output norm and the gate
     """
     y, _ = scan_with_state(quantities, None, backend)
@@ -38,8 +41,8 @@ def scan_with_state(
     :return: y (b, L, H dv) float32, and the last state (b, H, dk, dv) float32
     """
     if backend is None:
-        backend = "chunked" if torch.is_grad_enabled() else backend_for(quantities.v.device)
-    if backend == "chunked" or backend not in _MODULES:
-        return delta_chunked.scan(quantities, state)
+        # chunks are matrix products, fast without kernels too
+        found = CHUNKED if torch.is_grad_enabled() else backend_for(quantities.v.device)
+        backend = CHUNKED if found == REFERENCE else found
     y, last = import_module(_MODULES[backend]).scan(quantities, state)
     return y, last

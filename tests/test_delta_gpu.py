@@ -1,0 +1,62 @@
+"""The delta rule in Triton: on a GPU, and without one in Triton's interpreter.
+
+The interpreter must be chosen before Triton is imported, so these tests run once more in a process
+of their own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import random_delta, relative
+
+from sparsessm_plugin.recurrence import delta_reference
+from sparsessm_plugin.recurrence.quantities import DeltaQuantities
+
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available() and not INTERPRETER
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+def test_in_tritons_interpreter():
+    if CUDA or INTERPRETER:
+        pytest.skip("the tests run here")
+    triton = pytest.importorskip("triton")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        pytest.skip("the interpreter of Triton before 3.7 has no loops with NumPy 2.4")
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        check=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=os.path.dirname(__file__),
+    )
+
+
+@pytest.mark.skipif(
+    not (CUDA or INTERPRETER), reason="no CUDA device; run in the interpreter by another test"
+)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        # batch, length, key heads, value heads of each, dk, dv
+        (2, 9, 2, 2, 5, 3),
+        (1, 3, 1, 1, 1, 1),
+        (1, 6, 2, 3, 128, 40),
+        (1, 4, 1, 2, 96, 130),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("started", [False, True])
+def test_agrees_with_the_reference(shape, started):
+    from sparsessm_plugin.recurrence import delta_gpu
+
+    q = random_delta(*shape)
+    state = torch.randn(len(q.v), q.v.shape[2], q.k.shape[3], q.v.shape[3]) if started else None
+    names = ("q", "k", "v", "beta", "g", "z")
+    there = DeltaQuantities(**{name: getattr(q, name).to(DEVICE) for name in names})
+    y, last = delta_gpu.scan(there, None if state is None else state.to(DEVICE))
+    y_expected, last_expected = delta_reference.scan(q, state)
+    assert relative(y.cpu(), y_expected) < 1e-5
+    assert relative(last.cpu(), last_expected) < 1e-5
