@@ -12,7 +12,11 @@ from sparsessm_plugin.allocation.sparsity import (
 )
 
 Policy = Literal["uniform", "paper", "optimal"]
-_VARYING = ("in_proj", "out_proj")  # kinds that the paper's allocation varies
+# kinds that the paper's allocation varies: those at both ends of a mixer, under all their names
+_VARYING = (
+    *("in_proj", "out_proj", "in_proj_qkv", "in_proj_qkvz", "in_proj_z"),
+    *("q_proj", "k_proj", "v_proj", "g_proj", "o_proj"),
+)
 
 
 @dataclass(frozen=True)

@@ -111,24 +111,14 @@ def _inside(adapter: MixerAdapter, args: Any, kwargs: Any) -> str | None:
     """The first tensor in a mixer, whose projections need not be called as modules."""
     hidden_states = args[0] if args else kwargs["hidden_states"]
     quantities = adapter.quantities(hidden_states, kwargs.get("attention_mask"))
-    x_proj = "x_proj" if "x_proj" in quantities.inputs else "conv1d"  # which makes B and C
-    dt_proj = "dt_proj" if "dt_proj" in quantities.inputs else "in_proj"
-    made: list[tuple[str, list[Tensor]]] = [
-        ("in_proj", [quantities.inputs["conv1d"], quantities.z]),
-        ("conv1d", [quantities.u]),
-        (x_proj, [quantities.B, quantities.C]),
-        (dt_proj, [quantities.dt]),
-    ]
-    if x_proj in quantities.inputs and "dt_proj" in quantities.inputs:
-        made[2][1].append(quantities.inputs["dt_proj"])
-    for kind, tensors in made:
+    for kind, tensors in adapter.made_by_projections(quantities):
         if not _all_finite(tensors):
             projection = adapter.projection(kind)
             name = ".".join(filter(None, (adapter.name, projection.path)))
             return f"the output of {name}{_with_weights(projection.module)}"
     if not _all_finite(read_out(adapter, quantities)):
         return f"the scan output of {adapter.name} behind its gate"
-    return f"the output of {adapter.name}.{adapter.projection('out_proj').path}"
+    return f"the output of {adapter.name}.{adapter.projection(adapter.exit_kind).path}"
 
 
 def _all_finite(value: Any) -> bool:

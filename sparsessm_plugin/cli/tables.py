@@ -163,11 +163,14 @@ def print_inventory(name: str, inventory: "Inventory") -> None:
             )
     out.print(table)
     kinds = [kind for kind in inventory.components if kind in mixers[0].projections]
-    letters = {"D": "channels", "N": "states"}
+    delta = all(a.recurrence == "delta_rule" for a in mixers)
+    letters = {"D": "channels", "N": "key dims a head" if delta else "states"}
     if memoryless:
         letters["R"] = "rank of dt"
     if not all(a.has_state_transitions for a in mixers):
-        letters |= {"H": "heads", "P": "channels a head", "G": "groups"}
+        heads = ("value heads", "value dims a head", "key heads")
+        names = heads if delta else ("heads", "channels a head", "groups")
+        letters |= dict(zip("HPG", names, strict=True))
     letters["K"] = "convolution"
     table = Table("mixer", *letters, "A_log", *memoryless, *kinds, box=None)
     legend = ", ".join(f"{letter} {meaning}" for letter, meaning in letters.items())

@@ -67,7 +67,7 @@ def _norm(adapter: MixerAdapter, axis: str, whole: bool) -> Tensor:
         vector = 2 if where.tensor in adapter.stacked else 1  # dimensions of one
         if tensor is None or tensor.ndim <= vector or where.tensor in ("A_log", "mup_vector"):
             continue
-        if not whole and where.tensor != "out_proj.weight":
+        if not whole and where.tensor != f"{adapter.exit_kind}.weight":
             continue
         squares = adapter.entries_along(where).double().square().sum(1)
         total += torch.stack([squares[where.positions([i])].sum() for i in range(length)])

@@ -311,6 +311,16 @@ class DeltaNetModelAdapter(ModelAdapter):
         return output
 
 
+class BesideImages(DeltaNetModelAdapter):
+    """A language model beside an image encoder, which writes into its stream."""
+
+    def hidden_fields(self, size: int, channels: int | None = None) -> dict[str, Any]:
+        raise SparseSSMError(
+            f"{self.name}: an image encoder writes {self.hidden_size} entries into the stream; "
+            "hidden_size can change in the language model alone"
+        )
+
+
 @register_model
 class Qwen3_5ModelAdapter(DeltaNetModelAdapter):
     """An MLP in every layer."""
@@ -320,8 +330,8 @@ class Qwen3_5ModelAdapter(DeltaNetModelAdapter):
 
 
 @register_model
-class Qwen3_5VisionModelAdapter(Qwen3_5ModelAdapter):
-    """The same beside an image encoder, which writes into the stream and stays as it is."""
+class Qwen3_5VisionModelAdapter(BesideImages, Qwen3_5ModelAdapter):
+    """The same beside an image encoder."""
 
     model_class = "Qwen3_5ForConditionalGeneration"
 
@@ -339,7 +349,7 @@ class Qwen3_5MoeModelAdapter(DeltaNetModelAdapter):
 
 
 @register_model
-class Qwen3_5MoeVisionModelAdapter(Qwen3_5MoeModelAdapter):
+class Qwen3_5MoeVisionModelAdapter(BesideImages, Qwen3_5MoeModelAdapter):
     """The same beside an image encoder."""
 
     model_class = "Qwen3_5MoeForConditionalGeneration"

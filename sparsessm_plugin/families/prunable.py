@@ -11,7 +11,6 @@ from sparsessm_plugin.families.registry import find_mixers
 from sparsessm_plugin.families.shared_weights import weight_holders
 
 LINEAR = "linear"  # kind of a Linear layer outside of the mixers
-RECURRENT = ("A_log", "D")  # kinds that are parameters of the recurrence and no projections
 
 
 @dataclass(frozen=True)
@@ -72,9 +71,9 @@ def prunable_weights(model: nn.Module, recurrent: bool = False) -> list[Prunable
     """Every projection of a mixer and every Linear layer elsewhere, in model order.
 
     Never among them are embeddings and what predicts tokens, routers of experts, norms, biases,
-    and weights that are stored packed. A weight that several Linear layers share stands here
-    once, under the first of their names. One that is shared with anything else stands under
-    every name.
+    what encodes images for the language model, and weights that are stored packed. A weight that
+    several Linear layers share stands here once, under the first of their names. One that is
+    shared with anything else stands under every name.
 
     :param recurrent: also A_log and D
     :raises SparseSSMError: the model has no mixer, or one of an unknown class
@@ -88,10 +87,11 @@ def prunable_weights(model: nn.Module, recurrent: bool = False) -> list[Prunable
             own = PrunableWeight(name, kind, p.module, adapter, p.attribute)
             inside.setdefault(id(p.module), []).append(own)
     found: list[PrunableWeight] = []
-    never, holders = router_names(model) | vocabulary_names(model), weight_holders(model)
+    never = router_names(model) | vocabulary_names(model) | encoder_names(model)
+    holders = weight_holders(model)
     for name, module in model.named_modules():
         if recurrent and name in adapters:
-            for kind in RECURRENT:
+            for kind in adapters[name].recurrent_parameters:
                 own_name = f"{name}.{kind}" if name else kind
                 found.append(PrunableWeight(own_name, kind, module, adapters[name], kind))
         found += inside.get(id(module), ())
@@ -112,6 +112,20 @@ def vocabulary_names(model: Any) -> set[str]:
     if hasattr(model, "get_output_embeddings"):
         ends.append(model.get_output_embeddings())
     return {name for name, module in model.named_modules() if any(module is m for m in ends)}
+
+
+def encoder_names(model: Any) -> set[str]:
+    """Names of the modules beside the language model of a model that also reads images.
+
+    Text says nothing of them: by its gradients all of their weights would go first.
+    """
+    whole = getattr(model, "base_model", None)
+    language = getattr(whole, "language_model", None)
+    if whole is None or not isinstance(language, nn.Module) or language is whole:
+        return set()
+    others = [m for child in whole.children() if child is not language for m in child.modules()]
+    beside = {id(module) for module in others}
+    return {name for name, module in model.named_modules() if id(module) in beside}
 
 
 def _is_floating(parameter: Any) -> bool:

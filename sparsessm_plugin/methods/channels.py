@@ -1,4 +1,4 @@
-"""Remove whole channels (Mamba-1), heads or channels of every head (Mamba-2)."""
+"""Remove whole channels (Mamba-1), heads or channels of every head (Mamba-2, value heads)."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -27,10 +27,11 @@ from sparsessm_plugin.methods.run import run
 from sparsessm_plugin.recurrence import scan
 from sparsessm_plugin.refit.channels import LinearTerm, eliminate_blocks, refit
 
-Axis = Literal["channels", "heads", "head_dim"]
+Axis = Literal["channels", "heads", "head_dim", "value_heads", "value_dims"]
 
 # what kernels like: whole tiles of channels; a head's channels in vectors of 8
-_MULTIPLES = {"channels": 64, "heads": 1, "head_dim": 8}
+_MULTIPLES = {"channels": 64, "heads": 1, "head_dim": 8, "value_heads": 1, "value_dims": 8}
+_WHOLE_HEADS = ("heads", "value_heads")  # as many in every group
 _X_PROJ_RIDGE = 1e-2
 
 
@@ -58,7 +59,7 @@ class ChannelSettings(RemovalSettings):
         """The axis to shrink in a mixer."""
         if self.axis is not None:
             return self.axis
-        return "channels" if "channels" in adapter.axis_names else "head_dim"
+        return adapter.channel_axis
 
     def kept(self, adapter: MixerAdapter) -> int:
         """How many indices of the axis stay."""
@@ -71,7 +72,7 @@ class ChannelSettings(RemovalSettings):
     def multiple_for(self, adapter: MixerAdapter) -> int:
         """What the kept size of a mixer is a multiple of."""
         axis = self.axis_of(adapter)
-        if axis == "heads" and self.multiple_of is None:
+        if axis in _WHOLE_HEADS and self.multiple_of is None:
             return adapter.sizes.n_groups
         return self.multiple_of or _MULTIPLES[axis]
 
@@ -79,7 +80,7 @@ class ChannelSettings(RemovalSettings):
         """What is fitted again in a mixer."""
         if self.compensate is not None:
             return tuple(self.compensate)
-        return tuple(p for p in ("x_proj", "out_proj") if p in adapter.projections)
+        return ("x_proj", "out_proj") if "x_proj" in adapter.projections else ("out_proj",)
 
 
 class ChannelRemoval(MixerRemoval[ChannelSettings]):
@@ -101,9 +102,10 @@ class ChannelRemoval(MixerRemoval[ChannelSettings]):
                 f"{who}: keeping {keep} of the {length} {axis} of {adapter.name} removes none or "
                 "all; give another sparsity, keep or multiple_of"
             )
-        if axis == "heads" and keep % adapter.groups_of(axis):
+        if axis in _WHOLE_HEADS and keep % adapter.groups_of(axis):
+            shared = "keys" if adapter.recurrence == "delta_rule" else "B and C"
             raise SparseSSMError(
-                f"{who}: {adapter.name} shares B and C in {adapter.sizes.n_groups} groups of "
+                f"{who}: {adapter.name} shares {shared} in {adapter.sizes.n_groups} groups of "
                 f"heads, which must stay equal; {keep} heads do not divide; "
                 f"{nearest(partial(self._fits, adapter), keep, length)}"
             )
@@ -124,7 +126,7 @@ class ChannelRemoval(MixerRemoval[ChannelSettings]):
             adapter.size_fields(axis, keep)
         except SparseSSMError:
             return False
-        groups = adapter.sizes.n_groups if axis == "heads" else 1
+        groups = adapter.sizes.n_groups if axis in _WHOLE_HEADS else 1
         return keep % groups == 0 and keep % (self.settings.multiple_of or 1) == 0
 
     def prepare(self, model: nn.Module) -> None:
@@ -181,7 +183,8 @@ class ChannelRemoval(MixerRemoval[ChannelSettings]):
 
 def channel_blocks(adapter: MixerAdapter, axis: str) -> Tensor:
     """(indices of the axis, channels of each) positions in the mixer's D channels."""
-    reads = next(a for a in adapter.axes(axis) if a.tensor == "out_proj.weight")
+    weight = f"{adapter.exit_kind}.weight"
+    reads = next(a for a in adapter.axes(axis) if a.tensor == weight)
     indices = range(adapter.axis_length(axis))
     return torch.tensor([reads.positions([i]) for i in indices], device=adapter.A_log.device)
 
@@ -219,13 +222,13 @@ def gather(adapter: MixerAdapter, inputs: CalibrationInputs) -> dict[str, Linear
     device, D = adapter.A_log.device, adapter.sizes.intermediate_size
     grams: dict[str, Tensor] = {
         name: torch.zeros(D, D, dtype=torch.float64, device=device)
-        for name in ("out_proj", "x_proj")
+        for name in (adapter.exit_kind, "x_proj")
         if name in adapter.projections
     }
     for _, q in inputs.iterate(adapter):
-        read = {"out_proj": adapter.out_input(q, scan(q)), "x_proj": q.u}
         for name, gram in grams.items():
-            x = read[name] if q.mask is None else read[name] * q.mask[..., None]
+            x = q.u if name == "x_proj" else adapter.out_input(q, scan(q))
+            x = x if q.mask is None else x * q.mask[..., None]
             x = x.flatten(0, 1)
             gram += (x.T @ x).double()
     grams = distributed.reduce_sum(f"sums of {adapter.name}", grams)

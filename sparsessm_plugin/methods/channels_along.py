@@ -71,7 +71,7 @@ def _shrink(
 ) -> Shrunk:
     axis, keep = axis_along(mixer), channels // mixer.sizes.head_dim
     clone = mixer.float_clone()
-    _write_narrow(clone.mixer.out_proj, basis)
+    _write_narrow(clone.mixer.get_submodule(clone.exit_kind), basis)
     fields: dict[str, Any] = {"keep": keep, "axis": axis, "compensate": None if fit else "none"}
     method = ChannelRemoval(ChannelSettings.of("channels", fields), "channels")
     return method.shrink(clone, inputs)

@@ -26,10 +26,10 @@ class ChannelRemovalModifier(ChannelSettings, RemovalModifier):
     :param sparsity: share of the channels to remove, in (0, 1), rounded so that what stays is
         a multiple of ``multiple_of``
     :param keep: channels, heads or channels a head that stay, instead of ``sparsity``
-    :param axis: ``channels`` (Mamba-1), ``heads`` or ``head_dim`` (Mamba-2); default: channels,
-        and head_dim where there are heads
+    :param axis: ``channels`` (Mamba-1), ``heads`` or ``head_dim`` (Mamba-2), ``value_heads`` or
+        ``value_dims`` (gated delta nets); default: channels, head_dim and value_dims
     :param multiple_of: what the kept size is a multiple of; default 64 channels, 8 for
-        head_dim, the number of groups for heads
+        head_dim and value_dims, the number of groups for heads
     :param saliency: ``output_energy`` (default); for comparison ``magnitude`` (norm of all
         weights of a channel) and ``out_proj_norm`` (norm of its column of out_proj)
     :param compensate: any of ``x_proj``, ``out_proj``; ``none``; default all that there are

@@ -1,4 +1,4 @@
-"""States of the mixers."""
+"""States of the mixers, key dims of gated delta nets."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,4 +24,5 @@ class States(Axis):
         return shares_of(length, 1, (6, 4, 3, 2, 1))
 
     def config_fields(self, model: nn.Module, size: int) -> dict[str, Any]:
-        return find_mixers(model)[0].size_fields("state", size)
+        mixer = find_mixers(model)[0]
+        return mixer.size_fields(mixer.state_axis, size)

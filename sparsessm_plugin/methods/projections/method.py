@@ -22,7 +22,7 @@ from sparsessm_plugin.cost import has_room
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import MixerAdapter, read_out
 from sparsessm_plugin.families.fast_forward import offer
-from sparsessm_plugin.families.prunable import LINEAR, PrunableWeight
+from sparsessm_plugin.families.prunable import PrunableWeight
 from sparsessm_plugin.families.shared_weights import of_several_names
 from sparsessm_plugin.methods.base import MixerMethod, Watch
 from sparsessm_plugin.methods.projections.dense import DensePass, in_groups
@@ -53,10 +53,6 @@ from sparsessm_plugin.solvers.objective import (
     relative_error,
 )
 from sparsessm_plugin.solvers.projections import SOLVERS
-
-# What is pruned together; a later stage sees what the stages before have left of its inputs.
-_STAGES = (("in_proj",), ("conv1d", "x_proj", "dt_proj"), ("out_proj",))
-_ORDER = (*(kind for stage in _STAGES for kind in stage), LINEAR)  # of data within a layer
 
 
 class _Linears:
@@ -253,7 +249,7 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         # multiplies need not be made twice
         if (
             self.settings.target_output == "mixer"
-            and any(p.kind == "out_proj" for p in self._of(adapter))
+            and any(p.kind == adapter.exit_kind for p in self._of(adapter))
             and has_room(hidden_states.device, size)
         ):
             x = read_out(adapter, adapter.quantities(hidden_states, attention_mask))
@@ -299,14 +295,15 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         device = pruned.A_log.device
         size = 4 * data.inputs.tokens * adapter.sizes.intermediate_size
         fits = device.type == "cpu" or has_room(device, size)
-        for stage in _STAGES:
+        # what is pruned together; a later stage sees what the stages before leave of its inputs
+        for place, stage in enumerate(adapter.stages):
             members = [p for p in own if p.kind in stage]
             if not members:
                 continue
             # the dense mixer's in_proj reads the same inputs, so it has nothing to make up for
-            alike = stage == _STAGES[0] and data.dense_inputs is None
+            alike = place == 0 and data.dense_inputs is None
             # the dense out_proj's input, from one stage to the next, rather than computed anew
-            keep = stage == _STAGES[1] and fits and any(p.kind == "out_proj" for p in own)
+            keep = place == 1 and fits and any(p.kind == adapter.exit_kind for p in own)
             started = time.perf_counter()
             with self.cost.stage("gather"):
                 sums = stage_sums(members, pruned, None if alike else dense, data, keep)
@@ -431,7 +428,8 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         layers = list(dict.fromkeys(p.mixer or p.name for p in projections))
 
         def place(p: PrunableWeight) -> tuple[int, int]:
-            return layers.index(p.mixer or p.name), _ORDER.index(p.kind)
+            order = () if p.adapter is None else p.adapter.projections  # as data passes them
+            return layers.index(p.mixer or p.name), order.index(p.kind) if order else 0
 
         for p in sorted((p for p in projections if p.name in sums), key=place):
             self.finite.hessian(p.name, sums[p.name])

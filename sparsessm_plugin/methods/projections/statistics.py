@@ -14,13 +14,16 @@ from sparsessm_plugin.cost import kept as where_there_is_room
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import MixerAdapter, read_out
 from sparsessm_plugin.families.prunable import PrunableWeight
-from sparsessm_plugin.recurrence.quantities import MixerQuantities
+from sparsessm_plugin.recurrence.quantities import Quantities
 from sparsessm_plugin.solvers.objective import gram, window_gram
 
 
-def input_of(kind: str, quantities: MixerQuantities, out_input: Tensor) -> Tensor:
-    """(b, L, in) what a mixer's projection multiplies; of conv1d (b, L, D)."""
-    return out_input if kind == "out_proj" else quantities.inputs[kind]
+def input_of(kind: str, quantities: Quantities, out_input: Tensor) -> Tensor:
+    """(b, L, in) what a mixer's projection multiplies; of conv1d (b, L, D).
+
+    :param out_input: what the output projection multiplies
+    """
+    return quantities.inputs.get(kind, out_input)
 
 
 def gram_of(projection: PrunableWeight, left: Tensor, right: Tensor, mask: Tensor | None) -> Tensor:
@@ -163,19 +166,19 @@ def stage_sums(
         sums.hessians[p.name] = zeros
         if dense is not None:
             sums.crosses[p.name] = zeros.clone()
-    kinds = {p.kind for p in members}
+    kinds, exit_kind = {p.kind for p in members}, pruned.exit_kind
     for i in range(len(data.inputs)):
         with tf32():
             xs, mask = _inputs_of(kinds, pruned, *data.inputs.get(i, device, dtype))
             dense_xs: dict[str, Tensor] = {}
-            if dense is not None and kinds == {"out_proj"} and i in data.dense_out:
-                dense_xs = {"out_proj": data.dense_out.pop(i)}
+            if dense is not None and kinds == {exit_kind} and i in data.dense_out:
+                dense_xs = {exit_kind: data.dense_out.pop(i)}
             elif dense is not None:
-                makes = {"out_proj"} if keep_out and i not in data.dense_out else set()
+                makes = {exit_kind} if keep_out and i not in data.dense_out else set()
                 source = data.inputs if data.dense_inputs is None else data.dense_inputs
                 dense_xs, _ = _inputs_of(kinds | makes, dense, *source.get(i, device, dtype))
                 if makes:
-                    data.dense_out[i] = dense_xs["out_proj"]
+                    data.dense_out[i] = dense_xs[exit_kind]
         for p in members:
             x = xs[p.kind]
             sums.hessians[p.name] += gram_of(p, x, x, mask)
@@ -191,11 +194,11 @@ def _inputs_of(
     attention_mask: Tensor | None,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """What projections of some kinds multiply, computing no more than they need, and the mask."""
-    if kinds == {"in_proj"}:
+    if kinds <= set(adapter.entry_kinds):
         x, mask = adapter.enter(hidden_states, attention_mask)
-        return {"in_proj": x}, mask
+        return dict.fromkeys(kinds, x), mask
     q = adapter.quantities(hidden_states, attention_mask)
-    out_input = read_out(adapter, q) if "out_proj" in kinds else q.u
+    out_input = read_out(adapter, q) if adapter.exit_kind in kinds else q.z
     return {kind: input_of(kind, q, out_input) for kind in kinds}, q.mask
 
 
