@@ -14,6 +14,7 @@ from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import get_model_adapter
 from sparsessm_plugin.families.parts import Attention
 from sparsessm_plugin.fitting.axes import AXES
+from sparsessm_plugin.fitting.axes.layers import signatures
 from sparsessm_plugin.fitting.shapes import Shapes, Sizes
 
 Array = NDArray[np.float64]
@@ -106,6 +107,7 @@ class Space:
         self.kept: dict[int, tuple[int, ...]] = {}
         self.dense = Census.of(shapes.dense)
         self._grid: Array | None = None
+        self._counted, self._like = self._one_of_each()
         for ladder in self.ladders:
             if ladder.axis == _LAYERS:
                 layers: Any = AXES[_LAYERS]
@@ -148,6 +150,25 @@ class Space:
             parts.append(grid[..., rows, :].sum(-2))
         return np.stack(parts, axis=place)
 
+    def _one_of_each(self) -> tuple[Shapes, list[int]]:
+        """Shapes with one layer of each kind, and which of them each layer is like.
+
+        All layers, where some share tensors or no config says so few.
+        """
+        every = list(range(len(self.dense.layers)))
+        kinds = signatures(get_model_adapter(self.shapes.dense))
+        chosen = sorted(kinds.index(kind) for kind in dict.fromkeys(kinds))
+        try:
+            short = self.shapes.only(tuple(chosen))
+            found = Census.of(short.dense)
+        except SparseSSMError:
+            return self.shapes, every
+        like = [chosen.index(kinds.index(kind)) for kind in kinds]
+        same = np.array_equal(found.layers[like], self.dense.layers)
+        if same and np.array_equal(found.outside, self.dense.outside):
+            return short, like
+        return self.shapes, every
+
     def _place_of_layers(self) -> int | None:
         names = [ladder.axis for ladder in self.ladders]
         return names.index(_LAYERS) if _LAYERS in names else None
@@ -188,12 +209,12 @@ class Space:
                 if own[i]
             }
             try:
-                census = Census.of(self.shapes.model(sizes))
+                census = Census.of(self._counted.model(sizes))
             except SparseSSMError:
                 if not skip:
                     raise
                 continue
-            grid[index] = np.concatenate([census.outside[None], census.layers])
+            grid[index] = np.concatenate([census.outside[None], census.layers[self._like]])
         return grid
 
 

@@ -86,9 +86,15 @@ class Shapes:
         :param rare: how many of each kind but the commonest
         :raises SparseSSMError: no config says so few
         """
-        dense = self.model({})
+        return self.only(_shallow(get_model_adapter(self.dense), layers, rare))
+
+    def only(self, kept: tuple[int, ...]) -> "Shapes":
+        """The same of a model that has only these layers.
+
+        :raises SparseSSMError: no config says so
+        """
+        dense = self.dense
         adapter = get_model_adapter(dense)
-        kept = _shallow(adapter, layers, rare)
         config = copy.deepcopy(self._config)
         set_fields(config, adapter.layer_fields(kept))
         made = Shapes(dense, self._dtype, self._trust_remote_code)
