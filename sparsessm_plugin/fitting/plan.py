@@ -204,7 +204,9 @@ class _Search:
         with Stage("loss of single axes", total) as stage:
             for turn in range(rounds):
                 for place, order in enumerate(orders):
-                    if turn < len(order) and (turn == 0 or not self.is_late(_FOR_TABLES)):
+                    # one size of each axis at least, whatever the time
+                    needed = not self.measured[place] or not self.is_late(_FOR_TABLES)
+                    if turn < len(order) and needed:
                         self._measure_one(place, order[turn], stage)
                     elif turn < len(order):
                         stage.advance()
