@@ -132,7 +132,9 @@ def test_what_is_saved_loads_in_stock_transformers(tmp_path):
         answers = {s.runtime: s for s in runtime_support(folder)}
         assert answers["transformers"].answer == "yes", answers["transformers"].reasons
         whole = "w8a8" in folder or "A_log" in folder or "states" in folder or "apart" in folder
-        assert answers["vLLM"].answer == ("unknown" if whole else "yes") or "jamba" in folder
+        # of two groups transformers alone makes one norm in granitemoehybrid
+        loads = ("unknown",) if whole or "granite" in folder else ("yes", "slow")
+        assert answers["vLLM"].answer in loads or "jamba" in folder
 
 
 REFUSED = [

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DEMO, FAMILIES, tiny_model
+from conftest import DEMO, FAMILIES, MAMBA1, tiny_model
 from safetensors.torch import save_file
 
 import sparsessm_plugin
@@ -14,7 +14,12 @@ from sparsessm_plugin.checkpoints.export import export_mamba_ssm
 from sparsessm_plugin.checkpoints.runtimes import runtime_support
 from sparsessm_plugin.errors import SparseSSMError
 
-RUNTIMES = ["transformers", "transformers + sparsessm_plugin", "vLLM", "mamba-ssm"]
+NAMES = [
+    *("transformers", "transformers + sparsessm_plugin", "vLLM", "vLLM (CPU)", "mamba-ssm"),
+    *("llama.cpp (CPU)", "llama.cpp (CUDA)", "llama.cpp (Vulkan)", "llama.cpp (Metal)"),
+    *("mlx-lm (Metal)", "mlx-lm (CPU)"),
+]
+READ = {"vLLM", "llama.cpp (CUDA)", "llama.cpp (Vulkan)", "llama.cpp (Metal)", "mlx-lm (Metal)"}
 PACKED = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",
@@ -60,24 +65,40 @@ def scaled(*parts):
 
 def answers(folder):
     found = runtime_support(folder)
-    assert [support.runtime for support in found] == RUNTIMES
+    assert [support.runtime for support in found] == NAMES
     for support in found:
         assert support.reasons or support.answer == "yes"
         assert all("\n" not in reason for reason in support.reasons)
-        assert support.run is (support.runtime != "vLLM")
+        assert support.run is (support.runtime not in READ)
+        assert support.version
+        reasons = set(support.reasons)
+        assert {limit.reason for limit in support.limits} <= reasons or support.answer == "no"
     return {support.runtime: support.answer for support in found}, {
         support.runtime: " | ".join(support.reasons) for support in found
     }
 
 
+# the tiny models have 2 groups, which these families normalize together in transformers alone
+ONE_NORM = ("mamba2", "bamba", "granitemoehybrid")
+
+
 def test_dense_checkpoints_of_every_family(family, tmp_path):
     assert family in FAMILIES
     answer, reasons = answers(checkpoint(tmp_path, family))
-    # vLLM's registry has Zamba2 alone of the two
-    assert list(answer.values()) == ["yes", "yes", "no" if family == "zamba" else "yes", "no"]
-    assert "not run" in reasons["vLLM"]
+    assert answer["transformers"] == answer["transformers + sparsessm_plugin"] == "yes"
+    # neither Zamba nor Bamba is in vLLM's registry
+    elsewhere = "unknown" if family in ONE_NORM else "yes"
+    assert answer["vLLM"] == ("no" if family in ("zamba", "bamba") else elsewhere)
+    assert answer["vLLM (CPU)"] == ("no" if family in MAMBA1 else answer["vLLM"])
+    assert answer["mamba-ssm"] == "no"
+    groups = "2 groups" if family == "mamba2" else f"no {family} model"
     where = "sparsessm export" if family in ("mamba", "mamba2") else f"no {family} model"
     assert where in reasons["mamba-ssm"]
+    assert groups in reasons["mamba-ssm"] or family == "mamba"
+    if family in ("zamba", "zamba2"):
+        for name in NAMES[5:]:
+            assert answer[name] == "no"
+            assert family in reasons[name]
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba"])
@@ -94,7 +115,11 @@ def test_packed_out_proj(family, tmp_path):
     assert "out_proj is packed" in reasons["transformers"]
     assert "int-quantized" in reasons["transformers"]
     assert answer["transformers + sparsessm_plugin"] == "yes"
-    assert answer["vLLM"] == ("yes" if family == "mamba2" else "no")
+    assert answer["vLLM (CPU)"] == "no"
+    assert answer["vLLM"] == ("unknown" if family == "mamba2" else "no")
+    if family == "mamba2":
+        assert "168 outputs" in reasons["vLLM"]
+        assert "multiples of 32" in reasons["vLLM (CPU)"]
     assert answer["mamba-ssm"] == "no"
     if family != "falcon_mamba":  # of which it has no model at all
         assert reasons["mamba-ssm"] == "it knows no quantization"
@@ -192,7 +217,7 @@ def test_an_export_for_mamba_ssm(tmp_path):
 
     export_mamba_ssm(AutoModelForCausalLM.from_pretrained(DEMO), tmp_path)
     answer, reasons = answers(tmp_path)
-    assert list(answer.values()) == ["no", "no", "no", "yes"]
+    assert [name for name in NAMES if answer[name] == "yes"] == ["mamba-ssm"]
     assert "load_mamba_ssm" in reasons["mamba-ssm"]
 
 
@@ -240,7 +265,7 @@ def test_it_reads_and_loads_nothing():
     code = (
         "import sys\n"
         "from sparsessm_plugin.checkpoints.runtimes import runtime_support\n"
-        f"assert len(runtime_support({str(DEMO)!r})) == 4\n"
+        f"assert len(runtime_support({str(DEMO)!r})) == 11\n"
         "assert not {'torch', 'transformers', 'safetensors', 'llmcompressor'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -48,7 +48,10 @@ def fit(
     calibration: Annotated[str, CALIBRATION],
     output: Result,
     runtime: Annotated[
-        str, typer.Option(help="That must load the sizes: transformers, vllm or mamba-ssm.")
+        str,
+        typer.Option(
+            help="That must take the sizes: transformers, vllm, mlx-lm, llama.cpp-cuda, ..."
+        ),
     ] = "transformers",
     batch: Annotated[
         int, typer.Option(min=1, max=MOST, help="Sequences at once, for a speed.")

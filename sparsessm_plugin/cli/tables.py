@@ -132,11 +132,32 @@ def print_tasks(report: dict[str, Any]) -> None:
 
 
 def print_runtimes(runtimes: "Iterable[RuntimeSupport]") -> None:
+    """Runtimes of one answer together, for those that give it for the same reasons."""
     out.print("\nLoads in")
+    together: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    read = False
     for runtime in runtimes:
-        out.print(f"  {runtime.runtime}: {runtime.answer}", highlight=False)
-        for reason in runtime.reasons:
+        key = runtime.answer, _with_sources(runtime)
+        together.setdefault(key, []).append(runtime.runtime + ("" if runtime.run else "*"))
+        read |= not runtime.run
+    answers = ("yes", "slow", "unknown", "no")
+    for (answer, reasons), names in sorted(
+        together.items(), key=lambda entry: (answers.index(entry[0][0]), bool(entry[0][1]))
+    ):
+        out.print(f"  {', '.join(names)}: {answer}", highlight=False, soft_wrap=True)
+        for reason in reasons:
             out.print(f"    {reason}", highlight=False, markup=False, soft_wrap=True)
+    if read:
+        out.print("  * read in its code, not run")
+
+
+def _with_sources(runtime: "RuntimeSupport") -> tuple[str, ...]:
+    """Reasons with the file of the runtime that says so, where one is known."""
+    sources = {limit.reason: limit.source for limit in runtime.limits if limit.source}
+    return tuple(
+        f"{reason} ({runtime.version}: {sources[reason]})" if reason in sources else reason
+        for reason in runtime.reasons
+    )
 
 
 def print_inventory(name: str, inventory: "Inventory") -> None:

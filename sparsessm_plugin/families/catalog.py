@@ -1,7 +1,8 @@
 """The families by ``model_type``, and what programs that load their checkpoints do with each.
 
 For what is decided from a checkpoint's files alone; reading this imports no torch. A family that
-does not stand here is pruned like any other, and runtimes are ``unknown`` for it.
+does not stand here is pruned like any other, and runtimes are ``unknown`` for it. What each of
+them takes is told in :mod:`sparsessm_plugin.checkpoints.runtimes`.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ class Family:
         out_proj.weight after loading
     :param experts: as transformers reads them from a checkpoint: tensors of single experts, which
         it merges, or all in one tensor
-    :param not_in_vllm: why vLLM cannot load it
     :param mamba_ssm: whether mamba_ssm has such a model
     """
 
@@ -27,7 +27,6 @@ class Family:
     state_size_field: str
     initialiser: str | None = None
     experts: Literal["single", "merged"] | None = None
-    not_in_vllm: str | None = None
     mamba_ssm: bool = False
 
 
@@ -35,7 +34,7 @@ FAMILIES: dict[str, Family] = {
     "mamba": Family("mamba1", "state_size", initialiser="MambaPreTrainedModel", mamba_ssm=True),
     "falcon_mamba": Family("mamba1", "state_size", initialiser="FalconMambaPreTrainedModel"),
     "jamba": Family("mamba1", "mamba_d_state", experts="single"),
-    "zamba": Family("mamba1", "mamba_d_state", not_in_vllm="its registry has Zamba2, but no Zamba"),
+    "zamba": Family("mamba1", "mamba_d_state"),
     "mamba2": Family("mamba2", "state_size", initialiser="Mamba2PreTrainedModel", mamba_ssm=True),
     "bamba": Family("mamba2", "mamba_d_state"),
     "zamba2": Family("mamba2", "mamba_d_state"),

@@ -67,7 +67,7 @@ def fit(
         measured on
     :param target: ``parameters=0.7``, ``memory=1.5GB``, ``state=0.25`` or ``speed=1.5``; several
         are to be reached together
-    :param runtime: that must load the sizes: transformers, vllm or mamba-ssm
+    :param runtime: that must take the sizes, one of :data:`checkpoints.runtimes.RUNTIMES`
     :param batch: sequences at once, for a speed
     :param length: tokens of each, for a speed, and for an attention cache in ``state``
     :param phase: what is to be fast, ``decode`` or ``prefill``

@@ -1,0 +1,82 @@
+"""Limits that several runtimes share."""
+
+from collections.abc import Iterator
+
+from sparsessm_plugin.checkpoints.runtimes.facts import ModelFacts
+from sparsessm_plugin.checkpoints.runtimes.limits import Limit
+
+# compressed-tensors wrote these up to 0.14 and reads them no longer
+_GONE_FORMATS = ("marlin-24", "sparse-bitmask", "sparse-24-bitmask")
+
+
+def wrong_sizes(facts: ModelFacts) -> Iterator[Limit]:
+    """What no runtime reads, as all take one state size from the config."""
+    sizes = facts.state_sizes
+    if len(set(sizes.values())) > 1:
+        low, high = min(sizes, key=lambda n: sizes[n]), max(sizes, key=lambda n: sizes[n])
+        yield Limit(
+            "no",
+            f"{low} has {sizes[low]} states and {high} {sizes[high]}; a config has one size",
+            about="sizes",
+        )
+    elif sizes and (stated := facts.config_state_size) is not None:
+        size = next(iter(sizes.values()))
+        if stated != size:
+            yield Limit("no", f"the config states {stated} states, the tensors have {size}")
+    quantization = facts.quantization or {}
+    sparsity = quantization.get("sparsity_config") or facts.config.get("sparsity_config") or {}
+    formats = {*facts.formats, sparsity.get("format")}
+    for gone in _GONE_FORMATS:
+        if gone in formats:
+            yield Limit(
+                "no", f"compressed-tensors reads the format {gone} no longer", about="quantization"
+            )
+
+
+def doubts(facts: ModelFacts) -> Iterator[Limit]:
+    """What may load and compute something else than was saved."""
+    method = (facts.quantization or {}).get("quant_method", "compressed-tensors")
+    if method != "compressed-tensors":
+        reason = f"quantized by {method}, which nobody has tried here"
+        yield Limit("unknown", reason, about="quantization")
+    if quantized := facts.quantized_parts("dt_proj", "conv1d"):
+        yield Limit(
+            "unknown",
+            f"{quantized[0]} is quantized, but no calibration has seen its input; quantize again "
+            "with it in ignore",
+            about="quantization",
+        )
+    if not facts.mixers:
+        reason = "no tensor is called A_log, so there is no state-space mixer"
+        yield Limit("unknown", reason, about="family")
+    elif facts.family is None:
+        reason = f"model_type {facts.model_type!r} is none that this package knows"
+        yield Limit("unknown", reason, about="family")
+
+
+def norm_over_groups(facts: ModelFacts, source: str) -> Iterator[Limit]:
+    """Families whose gated norm runs over all channels in transformers, over a group elsewhere."""
+    mixer = facts.mixer
+    if facts.model_type in ("mamba2", "bamba", "granitemoehybrid") and mixer and mixer.groups > 1:
+        yield Limit(
+            "unknown",
+            f"it normalizes what leaves the scan in {mixer.groups} groups, transformers over all "
+            "channels: one of the two computes another model",
+            source,
+            "family",
+        )
+
+
+def head_dim_of_stream(facts: ModelFacts, source: str) -> Iterator[Limit]:
+    """Loaders that divide the stream among the heads of attention, whatever head_dim says."""
+    if (sizes := facts.attention_head_dim) is None:
+        return
+    hidden, heads, head_dim = sizes
+    if heads * head_dim != hidden:
+        yield Limit(
+            "no",
+            f"attention has {heads} heads of {head_dim}, and it reads no head_dim from the config "
+            f"but makes heads of {hidden} / {heads} channels",
+            source,
+            "sizes",
+        )
