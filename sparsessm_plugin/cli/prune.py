@@ -30,6 +30,7 @@ from sparsessm_plugin.cli.options import (
     Verbose,
     choice,
     not_the_model,
+    split_names,
 )
 from sparsessm_plugin.cli.stopping import check_signals, will_write
 
@@ -78,6 +79,13 @@ def prune(
     ] = None,
     text_field: TextField = "text",
     pipeline: Pipeline = "independent",
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Let removals leave sizes that this runtime takes, mlx-lm or llama.cpp-cuda "
+            "for example; repeatable."
+        ),
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -112,6 +120,8 @@ def prune(
     will_write(output)
     not_the_model(output, model)
     checked = load_recipe(recipe)
+    if runtime:
+        checked = checked.for_runtimes(split_names("--runtime", runtime))
     checked.check_data(calibration)
     skeleton = source.load_skeleton()
     checked.check_model(skeleton)

@@ -88,6 +88,15 @@ class ChannelRemoval(MixerRemoval[ChannelSettings]):
 
     changes_inputs: ClassVar[bool] = True
 
+    def axis_to_shrink(self, adapter: MixerAdapter) -> str:
+        return self.settings.axis_of(adapter)
+
+    def size_wanted(self, adapter: MixerAdapter) -> int:
+        return self.settings.kept(adapter)
+
+    def multiple_of(self, adapter: MixerAdapter) -> int:
+        return self.settings.multiple_for(adapter)
+
     def check_mixer(self, adapter: MixerAdapter) -> None:
         who, axis = self.who, self.settings.axis_of(adapter)
         try:

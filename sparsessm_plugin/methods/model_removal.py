@@ -14,6 +14,7 @@ from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration import CalibrationBatches
 from sparsessm_plugin.calibration.contexts import of_quantization, undisturbed
 from sparsessm_plugin.calibration.finite import is_finite
+from sparsessm_plugin.checkpoints.runtimes import ModelFacts
 from sparsessm_plugin.dependency_graph import ModelAxisGroup, ModelDependencyGraph
 from sparsessm_plugin.dependency_graph.model_graph import Indices
 from sparsessm_plugin.errors import SparseSSMError
@@ -32,8 +33,17 @@ from sparsessm_plugin.methods.removal import (
     Removed,
     quantized_modules,
 )
+from sparsessm_plugin.methods.runtime_sizes import (
+    check_dense,
+    nearest_fit,
+    new_limits,
+    planned_model,
+    refusal,
+)
 from sparsessm_plugin.training.distillation import Distillation, Distilled, Weights
 from sparsessm_plugin.training.gradients import on_compute_device, single_device
+
+_SIZES_TRIED = 16  # each is a model on the meta device
 
 
 class ModelRemovalSettings(RemovalSettings):
@@ -83,6 +93,7 @@ class ModelRemoval(MixerMethod[S]):
 
     def __init__(self, settings: S, who: str | None = None) -> None:
         super().__init__(settings, who)
+        self._asked = settings  # beside what the runtimes make of them
         self.resizing: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
         self.config_fields: dict[str, Any] = {}
         self.tokens = 0  # of the calibration, of all ranks
@@ -165,8 +176,57 @@ class ModelRemoval(MixerMethod[S]):
         """
         check_not_quantized(model)
         find_mixers(model)  # raises, and says which are known, where there are none
-        self.check_sizes(get_model_adapter(model))
+        adapter = get_model_adapter(model)
+        self.settings = self._asked
+        if self.settings.runtime:
+            self._fit_runtimes(adapter)
+        self.check_sizes(adapter)
         return find_mixers(model)
+
+    def _fit_runtimes(self, adapter: ModelAdapter) -> None:
+        """Let the settings keep a number that all runtimes take: the next one to a sparsity.
+
+        :raises SparseSSMError: there is none near, or ``keep`` is none
+        """
+        asked, names = self._asked, self._asked.runtime
+        self.check_sizes(adapter)
+        dense = ModelFacts.from_model(adapter.model)
+        check_dense(self.who, names, dense)
+        kept = self.kept_sizes(adapter)
+        axis, wanted = next(iter(kept.items()))  # the axis itself comes first
+        found = new_limits(names, dense, planned_model(adapter.model, kept))
+        if not found:
+            return
+
+        def keeping(size: int) -> S:
+            return asked.model_copy(update={"keep": size, "sparsity": None})
+
+        def fits(size: int) -> bool:
+            self.settings = keeping(size)
+            try:
+                self.check_sizes(adapter)
+                smaller = planned_model(adapter.model, self.kept_sizes(adapter))
+                return not new_limits(names, dense, smaller)
+            except SparseSSMError:
+                return False
+            finally:
+                self.settings = asked
+
+        length = adapter.axis_length(axis)
+        near = [s for s in range(1, length) if abs(s - wanted) <= max(length // 8, 1)]
+        step = max(len(near) // _SIZES_TRIED, 1)
+        tried = [size for size in near if (size - wanted) % step == 0]
+        below, above = nearest_fit(wanted, tried, fits)
+        fitting = [size for size in (above, below) if size is not None]
+        if asked.keep is not None or not fitting:
+            field = f"keep = {asked.keep}" if asked.keep is not None else f"{wanted} kept"
+            raise SparseSSMError(refusal(self.who, field, found[0], (below, above)))
+        chosen = min(fitting, key=lambda size: abs(size - wanted))
+        logger.warning(
+            f"{self.who}: {chosen} instead of {wanted} of {length} {axis} stay, for "
+            f"{', '.join(names)}: {found[0][1].reason}"
+        )
+        self.settings = keeping(chosen)
 
     def check_keep(self, name: str, unit: str, length: int) -> int:
         """How many of the indices of an axis stay.

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from math import gcd
 from typing import Any, ClassVar, TypeVar
@@ -16,12 +16,20 @@ from torch import Tensor, nn
 from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration import CalibrationBatches
 from sparsessm_plugin.calibration.inputs import CalibrationInputs
+from sparsessm_plugin.checkpoints.runtimes import check_runtimes
 from sparsessm_plugin.dependency_graph import MixerDependencyGraph, apply_config_fields
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families import MixerAdapter
+from sparsessm_plugin.families import MixerAdapter, check_not_quantized
 from sparsessm_plugin.families.config_levels import language_field
-from sparsessm_plugin.methods.base import MethodResult, MixerMethod, Watch
+from sparsessm_plugin.methods.base import MethodResult, MixerMethod, Watch, targeted_mixers
 from sparsessm_plugin.methods.distilling import DistillSettings
+from sparsessm_plugin.methods.runtime_sizes import (
+    PlannedMixers,
+    check_dense,
+    nearest_fit,
+    new_limits,
+    refusal,
+)
 from sparsessm_plugin.selection.masks import check_sparsity
 from sparsessm_plugin.training.distillation import Distillation, Distilled
 
@@ -36,6 +44,15 @@ class RemovalSettings(DistillSettings):
     keep: int | None = None
     sparsity: float | None = None
     calibration_batches: int | None = Field(default=None, ge=1)
+    runtime: list[str] = Field(default_factory=list)
+
+    @field_validator("runtime", mode="before")
+    @classmethod
+    def _read_runtime(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+            raise ValueError(f"must be the name of a runtime, or a list of them, got {value!r}")
+        return list(check_runtimes(names))
 
     @field_validator("sparsity")
     @classmethod
@@ -166,6 +183,7 @@ class MixerRemoval(MixerMethod[S]):
 
     def __init__(self, settings: S, who: str | None = None) -> None:
         super().__init__(settings, who)
+        self._asked = settings  # beside what the runtimes make of them
         self.resizing: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
         self.config_fields: dict[str, Any] = {}
         self._new_fields: dict[str, Any] = {}
@@ -178,6 +196,14 @@ class MixerRemoval(MixerMethod[S]):
 
     # -- for subclasses --------------------------------------------------------------
 
+    def axis_to_shrink(self, adapter: MixerAdapter) -> str:
+        """The axis of the dependency graph that becomes shorter."""
+        raise NotImplementedError
+
+    def size_wanted(self, adapter: MixerAdapter) -> int:
+        """How many of its indices stay by the settings, as ``size_fields`` counts them."""
+        raise NotImplementedError
+
     def shrink(self, adapter: MixerAdapter, inputs: CalibrationInputs) -> Shrunk:
         """Decide what to remove and fit the rest.
 
@@ -189,6 +215,9 @@ class MixerRemoval(MixerMethod[S]):
     # -- before calibration ----------------------------------------------------------
 
     def matching_mixers(self, model: nn.Module) -> list[MixerAdapter]:
+        self.settings = self._asked
+        if self.settings.runtime:
+            self._fit_runtimes(model)
         adapters = super().matching_mixers(model)
         first = adapters[0]
         for adapter in adapters:
@@ -200,6 +229,57 @@ class MixerRemoval(MixerMethod[S]):
                 )
         self._check_config(model, first)
         return adapters
+
+    def _fit_runtimes(self, model: nn.Module) -> None:
+        """Let the settings keep a number that all runtimes take: the next one to a sparsity.
+
+        :raises SparseSSMError: there is none, or ``keep`` is none
+        """
+        check_not_quantized(model)
+        adapters = targeted_mixers(model, self.settings, self.who)
+        adapter, asked, names = adapters[0], self._asked, self._asked.runtime
+        planned = PlannedMixers(model, adapters, self.axis_to_shrink(adapter))
+        check_dense(self.who, names, planned.dense)
+        wanted = self.size_wanted(adapter)
+
+        def keeping(size: int) -> S:
+            return asked.model_copy(update={"keep": size, "sparsity": None})
+
+        def fits(size: int) -> bool:
+            self.settings = keeping(size)
+            try:
+                self.check_mixer(adapter)
+                return not new_limits(names, planned.dense, planned.facts(size))
+            except SparseSSMError:
+                return False
+            finally:
+                self.settings = asked
+
+        if fits(wanted):
+            return
+        if asked.keep is not None:
+            self.check_mixer(adapter)  # what the family cannot have, in its own words
+        found = None
+        with suppress(SparseSSMError):
+            found = next(iter(new_limits(names, planned.dense, planned.facts(wanted))), None)
+        sizes = range(1, planned.size)
+        multiple = self.multiple_of(adapter) if asked.keep is None else 1
+        below, above = nearest_fit(wanted, sizes[multiple - 1 :: multiple], fits)
+        fitting = [size for size in (above, below) if size is not None]
+        if asked.keep is not None or not fitting:
+            field = f"keep = {asked.keep}" if asked.keep is not None else f"{wanted} kept"
+            raise SparseSSMError(refusal(self.who, field, found, (below, above)))
+        chosen = min(fitting, key=lambda size: abs(size - wanted))
+        logger.warning(
+            f"{self.who}: {chosen} instead of {wanted} of {planned.size} {planned.unit} stay in "
+            f"every mixer, for {', '.join(names)}"
+            + (f": {found[1].reason}" if found is not None else "")
+        )
+        self.settings = keeping(chosen)
+
+    def multiple_of(self, adapter: MixerAdapter) -> int:
+        """What a size that follows from ``sparsity`` is a multiple of."""
+        return 1
 
     def _check_config(self, model: nn.Module, adapter: MixerAdapter) -> None:
         config = getattr(model, "config", None)

@@ -24,6 +24,12 @@ _KINDS: dict[str, type[SelectiveStates] | type[KeyDims]] = {
 class StateRemoval(MixerRemoval[StateSettings]):
     """Removes the states that matter least for the mixer's output, from every mixer alike."""
 
+    def axis_to_shrink(self, adapter: MixerAdapter) -> str:
+        return "state"
+
+    def size_wanted(self, adapter: MixerAdapter) -> int:
+        return self.settings.kept(adapter.sizes.state_size)
+
     def check_mixer(self, adapter: MixerAdapter) -> None:
         self.settings.check_criterion(adapter, self.who)
         self._of(adapter).check(adapter)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from sparsessm_plugin.errors import SparseSSMError, cut, first_problem, shown
 from sparsessm_plugin.patterns import check_patterns
 from sparsessm_plugin.recipes.reading import patterns, read_regular_file, read_yaml
@@ -54,6 +56,32 @@ class CheckedRecipe:
                     f"{self.name}: {type(modifier).__name__} needs calibration data; "
                     "give --calibration"
                 )
+
+    def for_runtimes(self, names: list[str]) -> "CheckedRecipe":
+        """The same recipe, whose removals also make sizes for these runtimes.
+
+        :param names: as the field ``runtime`` of a removal takes them
+        :raises SparseSSMError: an unknown name, or a recipe without a removal
+        """
+        from sparsessm_plugin.checkpoints.runtimes import check_runtimes
+
+        wanted = check_runtimes(names)
+        stages = read_yaml(self.text, self.name)
+        of_stages = (groups for stage, groups in stages.items() if stage != "args")
+        entries = (entry for groups in of_stages for entry in groups.values())
+        fields = [fields for entry in entries for fields in entry.values()]
+        found = False
+        for modifier, given in zip(self.modifiers, fields, strict=True):
+            if hasattr(modifier, "runtime"):
+                given["runtime"] = list(check_runtimes([*modifier.runtime, *wanted]))
+                found = True
+        if not found:
+            raise SparseSSMError(
+                f"{self.name} removes nothing, so that there are no sizes to choose for "
+                f"{', '.join(wanted)}; `sparsessm inspect` tells what takes a checkpoint"
+            )
+        text = yaml.safe_dump(stages, sort_keys=False, allow_unicode=True)
+        return parse_recipe(text, self.name)
 
     def check_model(self, model: "nn.Module") -> None:
         """Check the modifiers against a model; the meta device will do.
