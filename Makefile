@@ -9,7 +9,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BASE  := $(VENV)/.installed-base
 
-.PHONY: demo test lint check install wheel clean
+.PHONY: demo test clients lint check install wheel clean
 
 install: $(STAMP)
 
@@ -31,6 +31,16 @@ demo: $(BASE)
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
 
+# runtimes of others that read what is saved, in an environment of their own
+CLIENTS := .venv-clients
+$(CLIENTS)/.installed:
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet "mlx[cpu]" mlx-lm==0.32.2
+	touch $@
+
+clients: $(STAMP) $(CLIENTS)/.installed
+	$(BIN)/python -m pytest -q -rs tests/clients
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +52,4 @@ wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -304,11 +304,16 @@ def state(model):
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
+def tiny_config(family: str, **changes):
+    """The config of :func:`tiny_model`."""
+    config, settings = _CONFIGS[family]
+    return config(**{**settings, **changes})
+
+
 def tiny_model(family: str, seed: int = 0, **changes):
     """A random two- to four-layer model whose mixers are not at their initial values."""
     torch.manual_seed(seed)
-    config, settings = _CONFIGS[family]
-    model = AutoModelForCausalLM.from_config(config(**{**settings, **changes}))
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("A_log", ".D", "dt_proj.bias", "_bias", "norm.weight")):

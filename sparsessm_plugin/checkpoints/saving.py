@@ -21,6 +21,7 @@ from llmcompressor.transformers.compression.compressed_tensors_utils import (
 from loguru import logger
 
 from sparsessm_plugin import distributed
+from sparsessm_plugin.checkpoints.config_files import complete, keep_words
 from sparsessm_plugin.checkpoints.experts import loadable_experts
 from sparsessm_plugin.checkpoints.loading import find_file, needs_load
 from sparsessm_plugin.dependency_graph import apply_config_fields, write_config_fields
@@ -74,8 +75,10 @@ def change_config(model: Any, fields: Mapping[str, Any]) -> None:
         path = Path(save_directory) / "config.json"
         if distributed.rank() == 0 and path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
+            keep_words(content, model)
             if kept:
                 write_config_fields(content, kept, model.config)
+            complete(content, model)
             _name_ignored_modules(content, saved_names)
             write_config(path, content)
         if distributed.rank() == 0:

@@ -136,8 +136,10 @@ def _other_names(fields: Mapping[str, Any], hidden_size: int | None, alone: bool
         channels = expand * hidden_size
     if expand is None and channels is not None and hidden_size and channels % hidden_size == 0:
         expand = channels // hidden_size  # configs take whole numbers only
+    # of mixers alone it states the channels, which transformers derives and others read in the file
+    of_channels = (*_CHANNELS, "intermediate_size") if alone else _CHANNELS
     sizes = {
-        _STATES: states, _CHANNELS: channels, _HEADS: heads, _HEAD_DIM: head_dim, _EXPAND: expand,
+        _STATES: states, of_channels: channels, _HEADS: heads, _HEAD_DIM: head_dim, _EXPAND: expand,
         _HIDDEN: first(*_HIDDEN), _LAYERS: first(*_LAYERS),
     }  # fmt: skip
     return {n: size for names, size in sizes.items() if size is not None for n in names}

@@ -31,3 +31,22 @@ def in_words_of(content: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
             published = set(_PUBLISHED.values()) & set(content.get(other) or ())
             result[other] = [_PUBLISHED.get(k, k) if published else k for k in kinds]
     return result
+
+
+def in_published_words(content: dict[str, Any], published: Mapping[str, Any]) -> None:
+    """Give lists of layers that transformers has written the words of the file before it.
+
+    :param content: of a config.json, or a level of it, changed in place
+    :param published: the same level of the file that the model was loaded from
+    """
+    words = {kind for name in _LISTS for kind in published.get(name) or ()}
+    for name in _LISTS:
+        kinds = content.get(name)
+        if not isinstance(kinds, list):
+            continue
+        if words & set(_PUBLISHED.values()):
+            content[name] = [_PUBLISHED.get(kind, kind) for kind in kinds]
+        if isinstance(published.get(_PATTERN), str) and set(kinds) <= set(_LETTERS):
+            content[_PATTERN] = "".join(_LETTERS[kind] for kind in kinds)
+            if name not in published:
+                del content[name]
