@@ -194,6 +194,8 @@ class ModelRemoval(MixerMethod[S]):
         check_dense(self.who, names, dense)
         kept = self.kept_sizes(adapter)
         axis, wanted = next(iter(kept.items()))  # the axis itself comes first
+        if axis == "layers":
+            return  # which go is not known yet, and no runtime asks for a number of them
         found = new_limits(names, dense, planned_model(adapter.model, kept))
         if not found:
             return

@@ -25,7 +25,7 @@ class StateRemoval(MixerRemoval[StateSettings]):
     """Removes the states that matter least for the mixer's output, from every mixer alike."""
 
     def axis_to_shrink(self, adapter: MixerAdapter) -> str:
-        return "state"
+        return "state" if "state" in adapter.axis_names else "key_dims"
 
     def size_wanted(self, adapter: MixerAdapter) -> int:
         return self.settings.kept(adapter.sizes.state_size)

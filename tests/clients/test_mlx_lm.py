@@ -22,7 +22,7 @@ from sparsessm_plugin.methods import remove_states
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("mlx_logits.py")
 ONE_GROUP = {"mamba_n_groups": 1}
-# sizes that all limits of the registry let through
+# sizes that all limits of the registry let through; dense Falcon-H1 comes out otherwise there
 FAMILIES = {
     "mamba": {},
     "falcon_mamba": {},
@@ -30,7 +30,6 @@ FAMILIES = {
     "jamba": {},
     "granitemoehybrid": {**ONE_GROUP, "num_local_experts": 0},
     "nemotron_h": {},
-    "falcon_h1": {"mamba_rms_norm": False},
 }
 
 
