@@ -38,7 +38,10 @@ class LayerRemovalModifier(LayerSettings, ModelRemovalModifier):
         default all. Sets are compared on the first 16,384 tokens
     :param distill_steps: gradient steps on the weights towards the dense model's predictions of
         the calibration data, once the layers are gone; 0 is none
+    :param distill_minutes: instead, or at most, so many minutes of them
     :param distill_learning_rate: of Adam, the highest
+    :param distill_weights: which are fitted; this and the other fields of distillation are those of
+        :class:`StateRemovalModifier`
     :param report_path: ``.json`` file to write the report to
     """
 

@@ -47,7 +47,10 @@ class WidthRemovalModifier(WidthSettings, ModelRemovalModifier):
         all
     :param distill_steps: gradient steps towards the dense model's predictions of the calibration
         data, after the removal; 0 is none
+    :param distill_minutes: instead, or at most, so many minutes of them
     :param distill_learning_rate: of Adam, the highest
+    :param distill_weights: which are fitted; this and the other fields of distillation are those of
+        :class:`StateRemovalModifier`
     :param report_path: ``.json`` file to write the report to
     """
 
