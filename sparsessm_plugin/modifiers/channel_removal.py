@@ -33,6 +33,8 @@ class ChannelRemovalModifier(ChannelSettings, RemovalModifier):
     :param saliency: ``output_energy`` (default); for comparison ``magnitude`` (norm of all
         weights of a channel) and ``out_proj_norm`` (norm of its column of out_proj)
     :param compensate: any of ``x_proj``, ``out_proj``; ``none``; default all that there are
+    :param runtime: one or several of :data:`checkpoints.runtimes.RUNTIMES`: a ``keep`` that they
+        do not take is refused, a ``sparsity`` leaves the nearest size that they take
     :param calibration_batches: layers are looked at and fitted over so many batches, the first
         (of each rank's); default all
     :param distill_steps: gradient steps on the weights towards the dense model's predictions of the

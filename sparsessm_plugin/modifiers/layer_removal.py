@@ -34,6 +34,8 @@ class LayerRemovalModifier(LayerSettings, ModelRemovalModifier):
     :param search_width: where there are more than 64 sets, ways to go on that are tried at each
         step of the search
     :param seed: of ``random``
+    :param runtime: one or several of :data:`checkpoints.runtimes.RUNTIMES`: a ``keep`` that they
+        do not take is refused, a ``sparsity`` leaves the nearest size that they take
     :param calibration_batches: layers are fitted over so many batches, the first (of each rank's);
         default all. Sets are compared on the first 16,384 tokens
     :param distill_steps: gradient steps on the weights towards the dense model's predictions of

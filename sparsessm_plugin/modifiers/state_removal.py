@@ -42,6 +42,8 @@ class StateRemovalModifier(StateSettings, RemovalModifier):
         reconstruct and out_proj for the Mamba-2 layout, reconstruct (of q, k, beta, decay and
         out_proj) and out_proj for gated delta nets
     :param reconstruct_steps: gradient steps of ``reconstruct`` for each layer
+    :param runtime: one or several of :data:`checkpoints.runtimes.RUNTIMES`: a ``keep`` that they
+        do not take is refused, a ``sparsity`` leaves the nearest size that they take
     :param calibration_batches: layers are looked at and fitted over so many batches, the first
         (of each rank's); default all
     :param distill_steps: gradient steps on the weights towards the dense model's predictions of the

@@ -32,6 +32,8 @@ class MLPRemovalModifier(MLPSettings, ModelRemovalModifier):
     :param saliency: ``output_energy`` (default); for comparison ``magnitude`` (norm of all
         weights of a unit), ``last`` and ``random``
     :param compensate: ``down_proj`` (default) or ``none``
+    :param runtime: one or several of :data:`checkpoints.runtimes.RUNTIMES`: a ``keep`` that they
+        do not take is refused, a ``sparsity`` leaves the nearest size that they take
     :param calibration_batches: layers are looked at and fitted over so many batches, the first
         (of each rank's); default all
     :param distill_steps: gradient steps towards the dense model's predictions of the calibration
@@ -67,6 +69,8 @@ class AttentionRemovalModifier(AttentionSettings, ModelRemovalModifier):
     :param saliency: ``output_energy`` (default); for comparison ``magnitude`` (norm of all
         weights of a group), ``last`` and ``random``
     :param compensate: ``o_proj`` (default) or ``none``
+    :param runtime: one or several of :data:`checkpoints.runtimes.RUNTIMES`: a ``keep`` that they
+        do not take is refused, a ``sparsity`` leaves the nearest size that they take
     :param calibration_batches: layers are looked at and fitted over so many batches, the first
         (of each rank's); default all
     :param distill_steps: gradient steps towards the dense model's predictions of the calibration

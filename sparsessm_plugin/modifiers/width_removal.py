@@ -43,6 +43,8 @@ class WidthRemovalModifier(WidthSettings, ModelRemovalModifier):
         ``kept`` if it can be
     :param compensate: any of ``readers`` (weights that read the stream) and ``out_proj`` (of
         mixers whose channels go along); ``none``; default both
+    :param runtime: one or several of :data:`checkpoints.runtimes.RUNTIMES`: a ``keep`` that they
+        do not take is refused, a ``sparsity`` leaves the nearest size that they take
     :param calibration_batches: batches that are looked at, the first (of each rank's); default
         all
     :param distill_steps: gradient steps towards the dense model's predictions of the calibration
