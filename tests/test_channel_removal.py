@@ -214,8 +214,12 @@ def test_bad_settings(fields, message):
         ("mamba", {"sparsity": 0.9}, "removes none or all"),
         ("mamba", {"keep": 30, "multiple_of": 4}, "no multiple of 4"),
         ("nemotron_h", {"axis": "heads", "keep": 3}, "3 heads do not divide; keep 2 or 4"),
-        ("mamba2", {"axis": "heads", "keep": 6}, "must be a multiple of 32; keep 4$"),
-        ("jamba", {"keep": 20}, "20 is no multiple of 32; keep 32$"),
+        (
+            "mamba2",
+            {"axis": "heads", "keep": 6},
+            "must be a multiple of 32; keep 4, or take the hidden",
+        ),
+        ("jamba", {"keep": 20}, "20 is no multiple of 32; keep 32, or take the hidden"),
         ("nemotron_h", {"axis": "heads", "keep": 4, "compensate": "x_proj"}, "has no x_proj"),
     ],
 )
