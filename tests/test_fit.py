@@ -475,7 +475,7 @@ def test_a_runtime_that_cannot_load_the_sizes_is_said():
         fit(tiny_model("zamba"), batches(8), "state=0.5", runtime="vllm")
     with pytest.raises(SparseSSMError, match=r"mamba-ssm cannot load this model: .*jamba"):
         fit(tiny_model("jamba"), batches(8), "state=0.5", runtime="mamba-ssm")
-    with pytest.raises(SparseSSMError, match=r"must be one of transformers, sparsessm-plugin, vllm"):
+    with pytest.raises(SparseSSMError, match=r"must be one of transformers, sparsessm-plugin"):
         fit(small_mamba(), batches(8), "state=0.5", runtime="onnx")
     wide = Shapes(tiny_model("mamba", state_size=640))
     prepared = Prepared(wide, _settings("state=0.2", "vllm", "states"), torch.device("cpu"))
