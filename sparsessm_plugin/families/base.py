@@ -225,18 +225,6 @@ class MixerAdapter(ABC):
             (dt_proj, [q.dt]),
         ]
 
-    def check_selective(self, who: str, what: str) -> None:
-        """Refuse a mixer without A, B and C of the selective recurrence.
-
-        :param who: what messages call the method
-        :param what: the method reads, as ``A_log with an entry for every state``
-        :raises SparseSSMError: naming the mixer
-        """
-        if self.recurrence != "selective":
-            raise SparseSSMError(
-                f"{who}: {self.name} ({self.family}) is a gated delta net, which has no {what}"
-            )
-
     def in_input(self, hidden_states: Tensor) -> Tensor:
         """(b, L, hidden_size) what in_proj's weight multiplies, of what entered the mixer."""
         return hidden_states
