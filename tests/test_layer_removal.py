@@ -317,7 +317,8 @@ for family in sys.argv[2:]:
     expected = torch.load(f"{folder}/expected.pt")
     model = AutoModelForCausalLM.from_pretrained(folder).eval().to(expected["ids"].device)
     with torch.no_grad():
-        same = torch.equal(model(expected["ids"], use_cache=False).logits, expected["logits"])
+        far = model(expected["ids"], use_cache=False).logits - expected["logits"]
+    same = float(far.abs().max()) <= expected["tolerance"]
     tokens = [
         model.generate(expected["ids"][:1], max_new_tokens=4, do_sample=False, use_cache=cached)
         for cached in (True, False)
@@ -327,7 +328,7 @@ for family in sys.argv[2:]:
 assert "sparsessm_plugin.modifiers" not in sys.modules
 print(json.dumps(results))
 """
-EVERY = (*FAMILIES, *(family for family in DELTA if family != "qwen3_next"))
+EVERY = (*FAMILIES, *DELTA)
 
 
 @pytest.fixture(scope="module")
@@ -343,6 +344,9 @@ def saved(tmp_path_factory):
             tokens = model.generate(ids[:1], max_new_tokens=4, do_sample=False)
         model.save_pretrained(root / family)
         expected = {"ids": ids, "logits": logits(model, ids), "tokens": tokens}
+        # experts that LLM Compressor has taken apart round otherwise than packed ones
+        apart = any(".experts" in name for name, _ in model.named_parameters())
+        expected["tolerance"] = 1e-6 if apart else 0.0
         torch.save(expected, root / family / "expected.pt")
         indices = {m.layer_idx: n for n, m in model.named_modules() if hasattr(m, "layer_idx")}
         reports[family] = modifier.report(), sorted(i for i in indices if i is not None and i >= 0)
@@ -365,7 +369,7 @@ def test_reports_and_indices(family, saved):
     assert report["sets_tried"] > 0
     assert set(indices) <= set(range(DEEP[family][1]))
     # norms stand behind the layers, or a gate behind the expert that sees every token
-    assert bool(report["fitted"]) == (family not in ("olmo_hybrid", "qwen3_5_moe"))
+    assert bool(report["fitted"]) == (family not in ("olmo_hybrid", "qwen3_5_moe", "qwen3_next"))
     assert report["total"]["pruned"] == len(layer["removed"])
 
 

@@ -40,7 +40,7 @@ class LastLayers(ModelRemoval[Settings]):
         group = self.prune("layers", range(keep, self.graph.adapter.axis_length("layers")))
         self.fail("pruned")
         gone = list(next(iter(group.indices.values())))
-        tokens = self.cost.tokens
+        tokens = self.tokens
         return [Removed("M", "layers", group.old_size, keep, gone, tokens, None, None, None, 0.0)]
 
     def distill(self, distillation):

@@ -119,7 +119,7 @@ class LayerRemoval(ModelRemoval[LayerSettings]):
                 before=length,
                 after=length - size,
                 removed=list(removed),
-                tokens=self.cost.tokens,
+                tokens=self.tokens,
                 error_removed=None,
                 error_left=error_left,
                 diverged=None,
