@@ -442,6 +442,7 @@ def test_bad_fields():
         ({"sparsity": 0.5, "saliency": "first"}, "saliency"),
         ({"sparsity": 0.5, "compensate": ["D"]}, "compensate"),
         ({"sparsity": 0.5, "search_width": 0}, "search_width"),
+        ({"sparsity": 0.5, "search_tokens": 0}, "search_tokens"),
     ):
         with pytest.raises(ValueError, match=said):
             LayerRemovalModifier(**fields)

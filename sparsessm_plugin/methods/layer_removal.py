@@ -29,9 +29,6 @@ from sparsessm_plugin.training.divergence import divergences
 
 Saliency = Literal["loss_after_fit", "perplexity", "block_influence", "last", "random"]
 
-# Of the first batches, by which sets of layers are compared; the last fit takes all there are.
-_SEARCH_TOKENS = 16384
-
 
 class LayerSettings(ModelRemovalSettings):
     """The fields of :class:`sparsessm_plugin.LayerRemovalModifier`, which describes them."""
@@ -39,6 +36,7 @@ class LayerSettings(ModelRemovalSettings):
     saliency: Saliency = "loss_after_fit"
     compensate: list[Literal["out_proj"]] = Field(default=["out_proj"])
     search_width: int = Field(default=8, ge=1)
+    search_tokens: int = Field(default=32768, ge=1)
     seed: int = Field(default=0, ge=0)
 
     @property
@@ -142,7 +140,7 @@ class LayerRemoval(ModelRemoval[LayerSettings]):
             generator = torch.Generator().manual_seed(settings.seed)
             order = torch.randperm(length, generator=generator).tolist()
             return self._first_allowed(order, length, size, allowed)
-        some = _first_tokens(batches, -(-_SEARCH_TOKENS // distributed.world_size()))
+        some = _first_tokens(batches, -(-settings.search_tokens // distributed.world_size()))
         passes = LayerPasses(adapter, some, self.device)
         if saliency == "block_influence":
             order = self._by_influence(LayerPasses(adapter, batches, self.device))

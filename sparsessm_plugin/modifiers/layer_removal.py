@@ -33,11 +33,13 @@ class LayerRemovalModifier(LayerSettings, ModelRemovalModifier):
     :param compensate: ``out_proj`` (default): the last linear layer of each layer; ``none``
     :param search_width: where there are more than 64 sets, ways to go on that are tried at each
         step of the search
+    :param search_tokens: sets are fitted and compared on so many tokens, the first; too few speak
+        against sets behind which many layers are fitted
     :param seed: of ``random``
     :param runtime: one or several of :data:`checkpoints.runtimes.RUNTIMES`: a ``keep`` that they
         do not take is refused, a ``sparsity`` leaves the nearest size that they take
     :param calibration_batches: layers are fitted over so many batches, the first (of each rank's);
-        default all. Sets are compared on the first 16,384 tokens
+        default all
     :param distill_steps: gradient steps on the weights towards the dense model's predictions of
         the calibration data, once the layers are gone; 0 is none
     :param distill_minutes: instead, or at most, so many minutes of them
