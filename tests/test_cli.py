@@ -296,7 +296,7 @@ def test_blank_rows_of_calibration_text_are_left_out(sparsessm, tmp_path, topics
 
 
 def test_models_that_cannot_be_used(refused, tmp_path, text_file):
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3NextConfig
+    from transformers import KimiLinearConfig, LlamaConfig, LlamaForCausalLM
 
     llama = LlamaConfig(
         vocab_size=VOCAB,
@@ -308,14 +308,16 @@ def test_models_that_cannot_be_used(refused, tmp_path, text_file):
     )
     LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
     # its linear attention has an A_log, too; the config alone is enough to see that
-    unknown = Qwen3NextConfig(
+    unknown = KimiLinearConfig(
         vocab_size=VOCAB,
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=2,
-        num_experts=2,
         layer_types=["linear_attention"],
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     unknown.save_pretrained(tmp_path / "unknown")
     saved_tiny_model(tmp_path / "mamba2", "mamba2")
@@ -333,7 +335,7 @@ def test_models_that_cannot_be_used(refused, tmp_path, text_file):
     options = ("--recipe", "alog-50", "--calibration", text_file, "--output", tmp_path / "out")
     for name, message in (
         ("llama", "LlamaForCausalLM has no state-space mixer"),
-        ("unknown", "Qwen3NextGatedDeltaNet, which is not a known"),
+        ("unknown", "gates each key dimension of Kimi Linear"),
         ("empty", "cannot load model"),
         ("none", "cannot load model"),
     ):
