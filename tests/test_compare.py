@@ -515,7 +515,8 @@ def of_command(name):
 @pytest.mark.parametrize(
     ("name", "own"),
     [
-        ("prune", {"recipe", "output", "seed", "text"}),
+        # recipes that are compared name their runtimes themselves, if they remove anything at all
+        ("prune", {"recipe", "output", "seed", "text", "runtime"}),
         ("evaluate", {"output", "num_samples"}),
     ],
 )
