@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 # torch is installed first, so that the version is yours to choose and nothing else picks it
 TORCH  ?= torch==2.13.0
+# processes that share the tests, a file each; 0 for none but pytest's own
+WORKERS ?= 2
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -29,7 +31,7 @@ demo: $(BASE)
 	$(BIN)/sparsessm demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 # runtimes of others that read what is saved, in an environment of their own
 CLIENTS := .venv-clients

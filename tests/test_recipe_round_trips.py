@@ -130,7 +130,11 @@ def test_inspect_says_who_loads_it(saved, case):
     assert answers["transformers"] == ("no" if packed else "yes")
     assert answers["transformers + sparsessm_plugin"] == "yes"
     quantized = (saved[0] / case / "config.json").read_text().count("quantization_config")
-    assert answers["vLLM"] == ("no" if quantized and case.startswith("mamba-") else "yes")
+    if quantized and case.startswith("mamba-"):
+        assert answers["vLLM"] == "no"
+    else:  # 32 does not divide in_proj's outputs: padded on a GPU, refused on a CPU
+        assert answers["vLLM"] == ("slow" if packed else "yes")
+        assert case.startswith("mamba-") or answers["vLLM (CPU)"] == ("no" if packed else "yes")
 
 
 @pytest.mark.parametrize("family", WIDE)

@@ -28,6 +28,9 @@ class Limit:
     about: Subject = "config"
 
 
+MAMBA_LAYOUTS = ("mamba1", "mamba2")
+
+
 @dataclass(frozen=True)
 class Runtime:
     """A program that loads checkpoints.
@@ -38,6 +41,7 @@ class Runtime:
     :param limits: all that a model meets there
     :param run: False where the limits come from reading the runtime's code only
     :param note: what to know of each checkpoint that it loads
+    :param run_layouts: layouts of mixers that were run, if any were
     """
 
     name: str
@@ -46,6 +50,11 @@ class Runtime:
     limits: Callable[[ModelFacts], Iterator[Limit]]
     run: bool = True
     note: Callable[[ModelFacts], tuple[str, ...]] = lambda facts: ()
+    run_layouts: tuple[str, ...] = MAMBA_LAYOUTS
+
+    def has_run(self, facts: ModelFacts) -> bool:
+        """Whether models of this kind were run in it."""
+        return self.run and (facts.family is None or facts.family.layout in self.run_layouts)
 
 
 @dataclass(frozen=True)
@@ -77,4 +86,6 @@ def judge(runtime: Runtime, facts: ModelFacts) -> RuntimeSupport:
     if answer == "no":  # what else is wrong does not matter then
         limits = tuple(limit for limit in limits if limit.answer == "no")
     reasons = tuple(limit.reason for limit in limits) or runtime.note(facts)
-    return RuntimeSupport(runtime.title, answer, reasons, runtime.run, limits, runtime.version)
+    return RuntimeSupport(
+        runtime.title, answer, reasons, runtime.has_run(facts), limits, runtime.version
+    )

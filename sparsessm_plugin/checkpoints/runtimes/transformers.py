@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from sparsessm_plugin.checkpoints.runtimes.common import doubts, wrong_sizes
 from sparsessm_plugin.checkpoints.runtimes.facts import ModelFacts
-from sparsessm_plugin.checkpoints.runtimes.limits import Limit, Runtime
+from sparsessm_plugin.checkpoints.runtimes.limits import MAMBA_LAYOUTS, Limit, Runtime
 
 _CONV_MULTIPLE = 8  # of the channels that causal-conv1d takes channel by channel
 
@@ -109,13 +109,17 @@ def _needs(facts: ModelFacts) -> tuple[str, ...]:
     return ("needs the package compressed-tensors",) if facts.quantization else ()
 
 
+_RUN = (*MAMBA_LAYOUTS, "delta")
 RUNTIMES = (
-    Runtime("transformers", "transformers", "transformers 5.17.0", stock, note=_needs),
+    Runtime(
+        "transformers", "transformers", "transformers 5.17.0", stock, note=_needs, run_layouts=_RUN
+    ),
     Runtime(
         "sparsessm-plugin",
         "transformers + sparsessm_plugin",
         "transformers 5.17.0",
         with_plugin,
         note=_needs,
+        run_layouts=_RUN,
     ),
 )
