@@ -260,6 +260,52 @@ def test_an_interrupt_while_a_process_starts(number, tmp_path, monkeypatch):
     assert started[0].poll() is not None
 
 
+def test_an_interrupt_that_a_destructor_would_pass_over(tmp_path, monkeypatch):
+    """It comes while a run is waited for, within a destructor, where errors are ignored."""
+    seconds, waited = 20, []
+    begun = time.monotonic()
+    wait = subprocess.Popen.wait
+
+    class Fleeting:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    class Sleeping(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            code = f"import time; time.sleep({seconds})"
+            super().__init__([sys.executable, "-c", code], **kwargs)
+
+        def wait(self, timeout=None):
+            if not waited:
+                waited.append(timeout)
+                Fleeting()
+            return wait(self, timeout)
+
+    def handler(number, frame):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison.subprocess, "Popen", Sleeping)
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            comparison._command(["prune"], tmp_path, "run")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - begun < seconds
+
+
+def test_a_stop_that_got_lost_is_found_before_the_next_run(tmp_path, monkeypatch):
+    def stopped():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "_evaluate", lambda *arguments: {"measures": {}})
+    monkeypatch.setattr(comparison, "_write", lambda *arguments: None)
+    monkeypatch.setattr(comparison, "_run", lambda *arguments: pytest.fail("it went on"))
+    plan = comparison.Plan("m", "i", {"r": ("r", "text")}, [("r", 0)], {}, [], [], tmp_path, False)
+    with pytest.raises(KeyboardInterrupt):
+        comparison.run_comparison(plan, check_stopped=stopped)
+
+
 def test_a_child_is_told_whose_end_it_must_not_outlive(tmp_path, monkeypatch):
     told = []
 

@@ -34,7 +34,7 @@ from sparsessm_plugin.cli.options import (
     numbers_of,
     split_names,
 )
-from sparsessm_plugin.cli.stopping import EXIT_CODES, Stopped, Terminated
+from sparsessm_plugin.cli.stopping import EXIT_CODES, Stopped, Terminated, check_signals
 from sparsessm_plugin.errors import SparseSSMError, shown
 
 # options on which the numbers of a run do not depend, or which stand elsewhere in the folder
@@ -152,7 +152,9 @@ def compare(
     )
     try:
         state = comparison.run_comparison(
-            plan, lambda line: err.print(escape(line), highlight=False, soft_wrap=True)
+            plan,
+            lambda line: err.print(escape(line), highlight=False, soft_wrap=True),
+            check_signals,
         )
     except (KeyboardInterrupt, Terminated) as end:
         name = "terminated" if isinstance(end, Terminated) else "interrupted"

@@ -32,6 +32,7 @@ COMPARISON, TABLE, PLOT = "comparison.json", "comparison.md", "comparison.png"
 
 _FINGERPRINTED = (".safetensors", ".json", ".model")
 WARNING = "warning: "  # how a line begins that a run should show
+_GLANCE = 0.5  # seconds between two looks for a signal
 _PATIENCE = 30.0  # seconds that a run has to tidy up after it was told to stop
 
 
@@ -65,7 +66,9 @@ class Plan:
 
 
 def run_comparison(
-    plan: Plan, announce: Callable[[str], Any] = lambda line: None
+    plan: Plan,
+    announce: Callable[[str], Any] = lambda line: None,
+    check_stopped: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
     """Do the runs that are not done yet, each in a process of its own, and write the folder.
 
@@ -73,6 +76,8 @@ def run_comparison(
     next time. An interrupt ends the run that it meets and leaves those before it.
 
     :param announce: called with a line before and after each run
+    :param check_stopped: called before each run; raises if a stop was asked for and got lost,
+        as one does that comes within a destructor
     :return: what ``comparison.json`` holds
     :raises SparseSSMError: the folder holds something else, or another comparison; the dense model
         cannot be evaluated
@@ -95,6 +100,7 @@ def run_comparison(
             if "error" not in state["runs"].get(key, {"error": "not run yet"}):
                 continue
             announce(f"{key}: run {number} of {len(plan.runs)}")
+            check_stopped()
             try:
                 state["runs"][key] = _run(plan, label, seed)
             except _RunFailed as error:
@@ -271,8 +277,7 @@ def _command(arguments: Sequence[str], folder: Path, name: str) -> None:
             env={**os.environ, PARENT: str(os.getpid())},
         )
         try:
-            held.deliver()
-            code = process.wait()
+            code = held.wait(process)
         except BaseException:
             _stop(process)
             raise
@@ -293,7 +298,11 @@ def _command(arguments: Sequence[str], folder: Path, name: str) -> None:
 
 
 class _HeldSignals:
-    """Lets an interrupt wait: within ``Popen`` it would leave a process that nobody stops."""
+    """Lets an interrupt wait: within ``Popen`` it would leave a process that nobody stops.
+
+    Nor is it raised wherever Python happens to be while that process runs, in a destructor
+    perhaps, which would pass over it: it is looked for.
+    """
 
     def __enter__(self) -> "_HeldSignals":
         self._handlers: dict[int, Any] = {}
@@ -313,6 +322,16 @@ class _HeldSignals:
             signal.signal(*self._handlers.popitem())
         while self._waiting:
             signal.raise_signal(self._waiting.pop(0))
+
+    def wait(self, process: "subprocess.Popen[bytes]") -> int:
+        """The exit code of a process, unless a signal comes first."""
+        while True:
+            if self._waiting:
+                self.deliver()
+            try:
+                return process.wait(_GLANCE)
+            except subprocess.TimeoutExpired:
+                continue
 
     def __exit__(self, *error: object) -> None:
         self.deliver()
