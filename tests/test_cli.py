@@ -664,3 +664,24 @@ def test_paths_that_cannot_be_written_are_refused_before_the_work(refused, tmp_p
         out = tmp_path / "out"
         assert said in refused("prune", DEMO, "--recipe", recipe, "--output", out)
     assert sorted(os.listdir(tmp_path)) == ["m.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "line"),
+    [
+        ("state", "removed 8 of 32 states (25.00%) in 1.0 s; 12 of 16 stay in each mixer"),
+        (
+            "mlp",
+            "removed 8 of 32 intermediate units (25.00%) in 1.0 s; 12 of 16 stay in each module",
+        ),
+        ("layers", "removed 8 of 32 layers (25.00%) in 1.0 s"),
+        ("hidden", "removed 8 of 32 entries of the stream (25.00%) in 1.0 s"),
+    ],
+)
+def test_what_was_removed_of_what(unit, line, tmp_path, capsys):
+    total = {"unit": unit, "entries": 32, "pruned": 8, "sparsity": 0.25, "seconds": 1.0}
+    modifier = {"modifier": "M", "total": total, "layers": [{"before": 16, "after": 12}] * 2}
+    same = {"parameters": 1, "zeros": 0}
+    report = {"before": same, "after": same, "perplexity": None, "modifiers": [modifier]}
+    tables.print_pruned({**report, "files": []}, tmp_path)
+    assert f"M: {line}\n" in capsys.readouterr().out

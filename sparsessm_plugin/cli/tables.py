@@ -25,7 +25,17 @@ _UNITS = {
     "channels": "channels",
     "heads": "heads",
     "head_dim": "channels a head",
+    "key_dims": "key dims a head",
+    "value_heads": "value heads",
+    "value_dims": "value dims a head",
+    "hidden": "entries of the stream",
+    "mlp": "intermediate units",
+    "experts": "intermediate units of experts",
+    "shared_experts": "intermediate units of shared experts",
+    "kv_groups": "key and value heads",
 }
+_OF_THE_MODEL = ("layers", "hidden")  # counted once
+_OF_OTHERS = ("mlp", "experts", "shared_experts", "kv_groups")  # than mixers
 
 
 def print_pruned(report: dict[str, Any], output: Path) -> None:
@@ -53,8 +63,9 @@ def print_pruned(report: dict[str, Any], output: Path) -> None:
             done = "kept zero"
         layers = modifier.get("layers")
         stay = ""
-        if unit is not None and layers:  # the same in every mixer
-            stay = f"; {layers[0]['after']} of {layers[0]['before']} stay in each mixer"
+        if unit is not None and layers and unit not in _OF_THE_MODEL:  # the same in every one
+            where = "module" if unit in _OF_OTHERS else "mixer"
+            stay = f"; {layers[0]['after']} of {layers[0]['before']} stay in each {where}"
         out.print(
             f"{modifier['modifier']}: {done} {total['pruned']:,} of {total['entries']:,} {things} "
             f"({total['sparsity']:.2%}) in {total['seconds']:.1f} s{stay}"
