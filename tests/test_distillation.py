@@ -556,3 +556,15 @@ def test_a_large_model_fits_on_one_gpu():
     assert 60 < needed(model, 8 * 2048).total / 2**30 < 75
     assert needed(model, 8 * 2048, checkpointing=False).total / 2**30 > 300
     assert re.match(r"6\d\.\d GiB: model 5\.\d, copies 10", str(needed(model, 8 * 2048)))
+
+
+def test_dense_predictions_come_from_the_fast_scan(monkeypatch):
+    """Whoever asks for them, and not from transformers' loops over time."""
+    model = tiny_model("mamba2")
+    mixer = type(model.backbone.layers[0].mixer)
+
+    def slow(*arguments, **kwargs):
+        pytest.fail("the reference loop ran")
+
+    monkeypatch.setattr(mixer, "forward", slow)
+    Distillation(model, [{"input_ids": torch.arange(12).reshape(2, 6)}], "who")

@@ -102,7 +102,11 @@ class Distillation:
             for batch, where in zip(data, real, strict=True)
         ]
         states: DenseStates | None = None
-        with _in_place(who, model) as device, Stage(f"{who}, dense model", len(data)) as stage:
+        with (
+            _in_place(who, model) as device,
+            fast_forward(model),
+            Stage(f"{who}, dense model", len(data)) as stage,
+        ):
             for number, batch in enumerate(data):
                 ready = to_device(batch, device)
                 found = _head_inputs(model, ready, logits=states is None)
