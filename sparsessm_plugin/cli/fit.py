@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from sparsessm_plugin.cli import tables
-from sparsessm_plugin.cli.console import err, quiet, say_replaced, show
-from sparsessm_plugin.cli.inputs import source_of, vocab_size_of, windows_of
+from sparsessm_plugin.cli.console import err, quiet, say_replaced
+from sparsessm_plugin.cli.inputs import source_of, vocab_size_of, warn_of_few, windows_of
 from sparsessm_plugin.cli.options import (
     CALIBRATION,
     MOST,
@@ -137,12 +137,8 @@ def fit(
     samples = windows_of(
         calibration, tokenizer, max_seq_length, vocab_size_of(skeleton), text_field
     )
-    if num_samples is not None and len(samples) < num_samples:
-        show(
-            "warning",
-            f"{calibration} gives {len(samples)} windows of {max_seq_length} tokens, fewer "
-            f"than the {num_samples} asked for; using them all",
-        )
+    if num_samples is not None:
+        warn_of_few(samples, num_samples, calibration, max_seq_length)
     drawn = num_samples or _WINDOWS[place]
     batches = list(calibration_loader(samples, drawn, batch_size, seed))
     fitted, held = split(batches, calibration)

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsessm_plugin.cli.console import progress
+from sparsessm_plugin.cli.console import progress, show
 from sparsessm_plugin.cli.options import choice
 from sparsessm_plugin.errors import SparseSSMError
 
@@ -52,6 +52,16 @@ def windows_of(
     samples = windows(tokens, length, source)
     check_token_ids(samples, vocab_size, source)
     return samples
+
+
+def warn_of_few(samples: "Tensor", wanted: int, source: str, length: int) -> None:
+    """Say that a calibration text gives fewer windows than were asked for."""
+    if len(samples) < wanted:
+        show(
+            "warning",
+            f"{source} gives {len(samples)} windows of {length} tokens, fewer "
+            f"than the {wanted} asked for; using them all",
+        )
 
 
 def load_tasks(

@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsessm_plugin.cli import tables
-from sparsessm_plugin.cli.console import err, quiet, show
-from sparsessm_plugin.cli.inputs import measure_perplexity, source_of, vocab_size_of, windows_of
+from sparsessm_plugin.cli.console import err, quiet
+from sparsessm_plugin.cli.inputs import (
+    measure_perplexity,
+    source_of,
+    vocab_size_of,
+    warn_of_few,
+    windows_of,
+)
 from sparsessm_plugin.cli.options import (
     CALIBRATION,
     PIPELINES,
@@ -130,12 +136,7 @@ def prune(
     loader, calibration_report = None, None
     if calibration is not None:
         samples = windows_of(calibration, tokenizer, max_seq_length, vocab_size, text_field)
-        if len(samples) < num_samples:
-            show(
-                "warning",
-                f"{calibration} gives {len(samples)} windows of {max_seq_length} tokens, fewer "
-                f"than the {num_samples} asked for; using them all",
-            )
+        warn_of_few(samples, num_samples, calibration, max_seq_length)
         loader = calibration_loader(samples, num_samples, batch_size, seed, (rank, ranks))
         calibration_report = {
             "source": calibration,

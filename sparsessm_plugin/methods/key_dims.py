@@ -4,7 +4,7 @@ Shapes: b sequences, L steps, G key heads of dk entries, M = hidden_size.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -21,15 +21,9 @@ from sparsessm_plugin.criteria.key_dims import (
 from sparsessm_plugin.criteria.states import lowest
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import MixerAdapter
-from sparsessm_plugin.methods.outputs import (
-    dense_outputs,
-    fit_out_proj,
-    masked_error,
-    relative_error,
-)
-from sparsessm_plugin.methods.removal import Shrunk, nearest, remove
-from sparsessm_plugin.methods.state_fits import fit_state_rows
-from sparsessm_plugin.methods.state_settings import StateSettings
+from sparsessm_plugin.methods.outputs import dense_outputs, masked_error, relative_error
+from sparsessm_plugin.methods.removal import Shrunk, remove
+from sparsessm_plugin.methods.state_kind import StateKind
 from sparsessm_plugin.recurrence import scan
 from sparsessm_plugin.recurrence.quantities import DeltaQuantities
 
@@ -39,48 +33,19 @@ _TOKENS_JUDGED, _TOKENS_TOGETHER = 2**14, 2**12
 _PROPOSING = ("rrqr", "pairs", "qk", "magnitude")
 
 
-class KeyDims:
-    """How key dims are chosen, and what takes over what they did.
+class KeyDims(StateKind):
+    """How key dims are chosen, and what takes over what they did."""
 
-    :param settings: of the removal
-    :param who: asks for it, for messages
-    :param not_finite: the error about a mixer whose recurrence gives no numbers
-    """
-
-    def __init__(
-        self,
-        settings: StateSettings,
-        who: str,
-        not_finite: Callable[[MixerAdapter], SparseSSMError],
-    ) -> None:
-        self.settings = settings
-        self.who = who
-        self.not_finite = not_finite
+    unit = "key dims"
+    groups = "key heads"
+    refused_by = "causal-conv1d refuses"
 
     def check(self, adapter: MixerAdapter) -> None:
-        """Refuse a mixer that the settings do not fit, by its sizes alone."""
-        who, sizes = self.who, adapter.sizes
-        keep = self.settings.kept(sizes.state_size)
-        if not 1 <= keep < sizes.state_size:
-            raise SparseSSMError(
-                f"{who}: keeping {keep} of the {sizes.state_size} key dims of {adapter.name} "
-                f"removes none or all; keep 1 to {sizes.state_size - 1}"
-            )
-        values, G = sizes.intermediate_size, sizes.n_groups
-
-        def fits(dims: int) -> bool:
-            return (values + 2 * G * dims) % 8 == 0
-
-        if values % 8 == 0 and not fits(keep):
-            raise SparseSSMError(
-                f"{who}: keeping {keep} of {sizes.state_size} key dims in {G} key heads of "
-                f"{adapter.name} gives its convolution a number of channels that 8 does not "
-                f"divide, which causal-conv1d refuses; {nearest(fits, keep, sizes.state_size)}"
-            )
+        super().check(adapter)
         for step in self.settings.compensate or ():
             if step not in ("reconstruct", "out_proj"):
                 raise SparseSSMError(
-                    f"{who}: compensate: {step} is not possible in {adapter.name} "
+                    f"{self.who}: compensate: {step} is not possible in {adapter.name} "
                     f"({adapter.family}), a gated delta net; allowed: reconstruct, out_proj, none"
                 )
 
@@ -103,17 +68,7 @@ class KeyDims:
             return Shrunk("key_dims", removed, small)
         targets = dense_outputs(adapter, inputs)
         error_removed = relative_error(small, inputs, targets)
-        diverged = None
-        if "reconstruct" in steps:
-            count = self.settings.reconstruct_steps
-            diverged = not fit_state_rows(small, inputs, targets, count)
-            if diverged:
-                logger.info(
-                    f"{adapter.name}: {count} steps of reconstruct did not lower the error; "
-                    "the weights are what they were before the steps"
-                )
-        if "out_proj" in steps:
-            fit_out_proj(small, inputs, targets)
+        diverged = self.fit_output(small, inputs, targets, steps)
         error_left = relative_error(small, inputs, targets)
         return Shrunk("key_dims", removed, small, error_removed, error_left, diverged)
 

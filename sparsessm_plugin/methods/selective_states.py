@@ -1,9 +1,6 @@
 """Choose and remove states of the selective recurrence, and fit what remains to what they did."""
 
-from collections.abc import Callable
-
 import torch
-from loguru import logger
 from torch import Tensor
 
 from sparsessm_plugin import distributed
@@ -16,16 +13,15 @@ from sparsessm_plugin.criteria.states import (
 )
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import MixerAdapter
-from sparsessm_plugin.methods.outputs import dense_outputs, fit_out_proj, relative_error
-from sparsessm_plugin.methods.removal import Shrunk, nearest, remove
+from sparsessm_plugin.methods.outputs import dense_outputs, relative_error
+from sparsessm_plugin.methods.removal import Shrunk, remove
 from sparsessm_plugin.methods.state_fits import (
     fit_D,
     fit_scale,
-    fit_state_rows,
     mix_rows,
     write_rows,
 )
-from sparsessm_plugin.methods.state_settings import StateSettings
+from sparsessm_plugin.methods.state_kind import StateKind
 from sparsessm_plugin.methods.state_sums import gather, mixing_gram, per_skip_entry, row_norms
 from sparsessm_plugin.refit.compensation import mix_C, without_skip
 from sparsessm_plugin.selection.subsets import EXHAUSTIVE, best_subsets, choose
@@ -34,46 +30,16 @@ from sparsessm_plugin.selection.subsets import EXHAUSTIVE, best_subsets, choose
 _RERANKED = 256
 
 
-class SelectiveStates:
-    """How states of the selective recurrence are chosen, and what takes over what they did.
+class SelectiveStates(StateKind):
+    """How states of the selective recurrence are chosen, and what takes over what they did."""
 
-    :param settings: of the removal
-    :param who: asks for it, for messages
-    :param not_finite: the error about a mixer whose recurrence gives no numbers
-    """
-
-    def __init__(
-        self,
-        settings: StateSettings,
-        who: str,
-        not_finite: Callable[[MixerAdapter], SparseSSMError],
-    ) -> None:
-        self.settings = settings
-        self.who = who
-        self.not_finite = not_finite
+    unit = "states"
+    groups = "groups"
+    refused_by = "causal-conv1d and mamba-ssm refuse"
 
     def check(self, adapter: MixerAdapter) -> None:
-        """Refuse a mixer that the settings do not fit, by its sizes alone."""
+        super().check(adapter)
         who, sizes = self.who, adapter.sizes
-        keep = self.settings.kept(sizes.state_size)
-        if not 1 <= keep < sizes.state_size:
-            raise SparseSSMError(
-                f"{who}: keeping {keep} of the {sizes.state_size} states of {adapter.name} "
-                f"removes none or all; keep 1 to {sizes.state_size - 1}"
-            )
-        if not adapter.has_state_transitions:
-            fixed, G = sizes.intermediate_size, sizes.n_groups
-
-            def fits(states: int) -> bool:
-                return (fixed + 2 * G * states) % 8 == 0
-
-            if fixed % 8 == 0 and not fits(keep):
-                raise SparseSSMError(
-                    f"{who}: keeping {keep} of {sizes.state_size} states in {G} groups of "
-                    f"{adapter.name} gives its convolution a number of channels that 8 does not "
-                    "divide, which causal-conv1d and mamba-ssm refuse; "
-                    f"{nearest(fits, keep, sizes.state_size)}"
-                )
         given = self.settings.compensate or ()
         if "B" in given and "C" not in given:
             raise SparseSSMError(f"{who}: compensate: B is fitted in turn with C; give both")
@@ -87,9 +53,6 @@ class SelectiveStates:
                 f"{who}: compensate: C is not possible in {adapter.name} ({adapter.family}), "
                 f"where {adapter.between_C}"
             )
-
-    def advise(self, adapter: MixerAdapter) -> None:
-        """Nothing to say of a size that is allowed."""
 
     def shrink(self, adapter: MixerAdapter, inputs: CalibrationInputs) -> Shrunk:
         """Decide what to remove and fit the rest; see :meth:`MixerRemoval.shrink`."""
@@ -127,23 +90,13 @@ class SelectiveStates:
         if adapter.norms_state:
             fit_scale(adapter, small, inputs)
         error_removed = relative_error(small, inputs, targets)
-        diverged = None
         if mixture is not None:
             write_rows(adapter, small, mixture.B, mixture.C)
         elif mixing:
             write_rows(adapter, small, None, *rows_C)
         if "D" in steps:
             fit_D(adapter, small, inputs)
-        if "reconstruct" in steps:
-            steps_taken = self.settings.reconstruct_steps
-            diverged = not fit_state_rows(small, inputs, targets, steps_taken)
-            if diverged:
-                logger.info(
-                    f"{adapter.name}: {steps_taken} steps of reconstruct did not lower "
-                    "the error; the weights are what they were before the steps"
-                )
-        if "out_proj" in steps:
-            fit_out_proj(small, inputs, targets)
+        diverged = self.fit_output(small, inputs, targets, steps)
         error_left = relative_error(small, inputs, targets)
         return Shrunk("state", removed, small, error_removed, error_left, diverged)
 

@@ -12,10 +12,11 @@ from sparsessm_plugin.methods.key_dims import KeyDims
 from sparsessm_plugin.methods.removal import MixerRemoval, RemovalResult, Shrunk
 from sparsessm_plugin.methods.run import run
 from sparsessm_plugin.methods.selective_states import SelectiveStates
+from sparsessm_plugin.methods.state_kind import StateKind
 from sparsessm_plugin.methods.state_settings import StateSettings
 
 # What is a state, how it is chosen and what is fitted, by the mixer's recurrence.
-_KINDS: dict[str, type[SelectiveStates] | type[KeyDims]] = {
+_KINDS: dict[str, type[StateKind]] = {
     "selective": SelectiveStates,
     "delta_rule": KeyDims,
 }
@@ -42,7 +43,7 @@ class StateRemoval(MixerRemoval[StateSettings]):
     def shrink(self, adapter: MixerAdapter, inputs: CalibrationInputs) -> Shrunk:
         return self._of(adapter).shrink(adapter, inputs)
 
-    def _of(self, adapter: MixerAdapter) -> SelectiveStates | KeyDims:
+    def _of(self, adapter: MixerAdapter) -> StateKind:
         return _KINDS[adapter.recurrence](self.settings, self.who, self._not_finite)
 
     def _not_finite(self, adapter: MixerAdapter) -> SparseSSMError:
