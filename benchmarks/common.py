@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import math
 import os
 import platform
+import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -36,13 +38,46 @@ def perplexities(model: Any, tests: dict[str, Any], batch_size: int) -> dict[str
     }
 
 
+RECALL = ("lookup", "repeat", "bigram")
+
+
+def recall_probes(source: Any, tokenizer: Any, text: torch.Tensor, sequences: int) -> list[Any]:
+    """Probes of recall, as ``evaluate --tasks recall`` asks them; none of no sequences.
+
+    :param source: a checkpoint, of which the number of tokens is read
+    :param text: (tokens,) ids of the text whose spans are repeated
+    """
+    from sparsessm_plugin.evaluation.recall import make_probes, vocabulary_of
+
+    if not sequences:
+        return []
+    rows = source.load_skeleton().get_input_embeddings().num_embeddings
+    return make_probes(vocabulary_of(tokenizer, rows), text, sequences=sequences)
+
+
+def recalled(model: Any, probes: list[Any]) -> dict[str, float | None]:
+    """Perplexity of the answers of each probe, mean over the distances; None where not asked."""
+    from sparsessm_plugin.evaluation.recall import evaluate_recall
+
+    losses: dict[str, list[float]] = {name: [] for name in RECALL}
+    for each in evaluate_recall(model, probes):
+        losses[each.name].append(each.loss)
+    return {
+        name: math.exp(statistics.mean(values)) if values else None
+        for name, values in losses.items()
+    }
+
+
 def row_of(rows: list[dict[str, Any]], key: dict[str, Any], kinds: Iterable[str]) -> dict[str, Any]:
     """The row with this key, made with empty lists, one entry a run, if it is new.
 
     :param kinds: texts; each has a list, and so have seconds and seeds
     """
+    kinds = tuple(kinds)
     for row in rows:
         if all(row.get(k) == v for k, v in key.items()):
+            for name in kinds:  # what an earlier call did not measure
+                row.setdefault(name, [None] * len(row["seeds"]))
             return row
     rows.append({**key, **{name: [] for name in (*kinds, "seconds", "seeds")}})
     return rows[-1]
@@ -107,8 +142,11 @@ def merge(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], dict[str, str]]:
                 rows.append(row)
             else:
                 new = [i for i, seed in enumerate(row["seeds"]) if seed not in same["seeds"]]
+                missing = [None] * len(same["seeds"])
                 for name in [name for name, value in row.items() if isinstance(value, list)]:
-                    same[name] = same[name] + [row[name][i] for i in new]
+                    same[name] = same.get(name, missing) + [row[name][i] for i in new]
+                for name in [name for name, value in same.items() if isinstance(value, list)]:
+                    same[name] += [None] * (len(same["seeds"]) - len(same[name]))
     return rows, found
 
 

@@ -19,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 from common import (
+    RECALL,
     Part,
     add_part_arguments,
     assets,
@@ -26,6 +27,8 @@ from common import (
     keep,
     merge,
     perplexities,
+    recall_probes,
+    recalled,
     row_of,
     save,
 )
@@ -100,6 +103,14 @@ def main() -> None:
     parser.add_argument("--distill-windows", type=int, help="for these; default all there are")
     parser.add_argument("--evaluate", type=int, default=2048, help="tokens a window of evaluation")
     parser.add_argument("--evaluate-windows", type=int, help="at most so many")
+    parser.add_argument(
+        "--recall",
+        nargs="?",
+        type=int,
+        const=32,
+        default=0,
+        help="also the loss of what can be recalled, with so many sequences a probe and distance",
+    )
     parser.add_argument("--budget", type=float, default=1e9, help="start no run after seconds")
     parser.add_argument("--name", default="state_removal_quality")
     add_part_arguments(parser)
@@ -131,12 +142,17 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
     }
     adapter = find_mixers(source.load_skeleton())[0]
     sizes = adapter.sizes
-    whole = row_of(rows, {"model": name, "criterion": "dense"}, TEXTS)
-    if not whole["seeds"]:
-        for kind, value in perplexities(source.load(), tests, options.batch_size).items():
-            whole[kind].append(value)
-        whole["seeds"].append(0)
-    dense = {kind: whole[kind][0] for kind in TEXTS}
+    probes = recall_probes(source, tokenizer, tokens[TEXTS["corpus"][1]], options.recall)
+    kinds = (*TEXTS, *RECALL)
+
+    def measure(model: Any) -> dict[str, float | None]:
+        return {**perplexities(model, tests, options.batch_size), **recalled(model, probes)}
+
+    whole = row_of(rows, {"model": name, "criterion": "dense"}, kinds)
+    if not whole["seeds"] or (probes and whole[RECALL[0]][0] is None):
+        whole.update({kind: [value] for kind, value in measure(source.load()).items()})
+        whole["seeds"] = [0]
+    dense = {kind: whole[kind][0] for kind in kinds}
     shares, criteria, rates, letter = [2, 4], STATE, RATES, "N"
     if adapter.recurrence == "delta_rule":
         shares, criteria, rates, letter = [4 / 3, 2, 4], KEY_DIM, RATES_OF_KEY_DIMS, "dk"
@@ -178,7 +194,7 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                     if "distilled" in criterion:
                         key["criterion"] += f" ({options.distill} x {rate:g})"
                     key["calibration"] = None if data_free else calibration
-                    row = row_of(rows, key, TEXTS)
+                    row = row_of(rows, key, kinds)
                     if seed in row["seeds"]:
                         continue
                     if time.monotonic() - started > options.budget:
@@ -191,14 +207,17 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                     loader = loader_of(tokens, calibration, count, seed, options)
                     result = prune(source.load(), built, loader, tokenizer)
                     seconds = time.perf_counter() - begun
-                    measured = perplexities(result.model, tests, options.batch_size)
+                    measured = {
+                        kind: value and value / dense[kind]
+                        for kind, value in measure(result.model).items()
+                    }
                     for kind, value in measured.items():
-                        row[kind].append(value / dense[kind])
+                        row[kind].append(value)
                     row["seconds"].append(seconds)
                     row["seeds"].append(seed)
                     print(
                         name, label, criterion, calibration, f"seed {seed}",
-                        {k: round(v / dense[k], 4) for k, v in measured.items()},
+                        {k: round(v, 4) for k, v in measured.items() if v},
                         f"{seconds:.1f} s", flush=True,
                     )  # fmt: skip
                     keep(options.name, {"rows": rows})
@@ -221,16 +240,24 @@ def kept_states(row: dict[str, Any]) -> int:
 
 
 def table(rows: list[dict[str, Any]], options: Any) -> str:
+    shown = [name for name in RECALL if any(any(row.get(name, [])) for row in rows)]
+    recall = (
+        " Recall: perplexity of tokens that the context tells, mean over distances of 32, 128 and "
+        "512 tokens: values of keys (lookup), a span of the corpus validation text read twice "
+        "(repeat), pairs of neighbours that stood there before (bigram)."
+    )
     lines = [
         f"Perplexity relative to dense, mean of the seeds (highest - lowest of them). "
         f"{options.windows} x {options.length} calibration tokens, "
         f"{options.steps} steps where a mixer is reconstructed. Distilled: so many steps of at "
         f"most this learning rate over {options.distill_windows or 'all'} windows (2252 of the "
-        "corpus, 599 of wikitext2), layers fitted to as many as elsewhere.",
+        "corpus, 599 of wikitext2), layers fitted to as many as elsewhere."
+        + (recall if shown else ""),
         "",
-        "| model | case | criterion | calibrated on | corpus validation | wikitext2 test | seeds "
-        "| seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | case | criterion | calibrated on | corpus validation | wikitext2 test "
+        + "".join(f"| {name} " for name in shown)
+        + "| seeds | seconds |",
+        "|---" * (8 + len(shown)) + "|",
     ]
     order = {name: i for i, name in enumerate({**STATE, **KEY_DIM, **CHANNEL})}
     for row in sorted(
@@ -243,20 +270,20 @@ def table(rows: list[dict[str, Any]], options: Any) -> str:
             r.get("calibration") or "",
         ),
     ):
-        if row["criterion"] == "dense":
-            cells = [f"{row[kind][0]:.2f}" for kind in TEXTS]
-            lines.append(f"| {row['model']} | dense | | | {cells[0]} | {cells[1]} | | |")
-            continue
         cells = []
-        for kind in TEXTS:
-            values = row[kind]
+        for kind in (*TEXTS, *shown):
+            values = [value for value in row.get(kind, []) if value is not None]
+            if row["criterion"] == "dense":
+                cells += [f"{value:.2f}" for value in values] or ["-"]
+                continue
             spread = f" ({max(values) - min(values):.4f})" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.4f}{spread}")
-        lines.append(
-            f"| {row['model']} | {row['case']} | {row['criterion']} | {row['calibration'] or '-'} "
-            f"| {cells[0]} | {cells[1]} | {len(row['seconds'])} "
-            f"| {statistics.mean(row['seconds']):.1f} |"
-        )
+            cells.append(f"{statistics.mean(values):.4f}{spread}" if values else "-")
+        if row["criterion"] == "dense":
+            lines.append(f"| {row['model']} | dense | | | " + " | ".join(cells) + " | | |")
+            continue
+        first = [row["model"], row["case"], row["criterion"], row["calibration"] or "-"]
+        last = [str(len(row["seconds"])), f"{statistics.mean(row['seconds']):.1f}"]
+        lines.append("| " + " | ".join([*first, *cells, *last]) + " |")
     return "\n".join(lines)
 
 
