@@ -74,6 +74,23 @@ def test_bench_against_itself_and_dtype(sparsessm):
     assert "(again)" in stdout
 
 
+def test_bench_counts_what_fits(sparsessm, small, tmp_path):
+    report = tmp_path / "x.json"
+    more = ("--context", "0,64", "--memory", "4MB", "--at-capacity", "--output", report)
+    code, stdout, _ = sparsessm("bench", small, *more, *SHORT)
+    assert code == 0
+    assert "sequences that fit into 4,000,000 bytes" in stdout
+    found = json.loads(report.read_text())
+    [counted] = found["capacity"][str(small)]  # one: nothing of this model grows with the context
+    weights = sum(tensor.numel() * 4 for tensor in load_file(small / "model.safetensors").values())
+    assert counted["weights"] == weights
+    # 2 layers of 64 channels with 4 states and 4 inputs of the convolution
+    assert counted["sequences"] == (4_000_000 - weights) // (2 * 64 * 8 * 4)
+    [timing] = found["at_capacity"]
+    assert timing["batch_size"] == counted["sequences"]
+    assert [t["context"] for t in found["timings"] if t["phase"] == "decode"] == [5, 64] * 2
+
+
 def test_bench_bad_options(refused, tmp_path):
     (tmp_path / "taken.json").write_text("{}")
     (tmp_path / "taken.png").write_text("")
@@ -115,6 +132,13 @@ def test_bench_plot_without_matplotlib(refused, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_bench_bad_memory(refused):
+    assert "memory must be" in refused("bench", DEMO, "--memory", "80 apples")
+    much = ("--memory", "2000000GB", "--at-capacity")
+    assert "less than --memory" in refused("bench", DEMO, *much)
+    assert "--context must be" in refused("bench", DEMO, "--context", "-1")
+
+
 def test_bench_without_cuda(refused):
     assert "no CUDA device" in refused("bench", DEMO, "--device", "cuda")
     assert "CUDA graphs" in refused("bench", DEMO, "--cuda-graphs", *SHORT)

@@ -1,7 +1,7 @@
 """``sparsessm bench``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from sparsessm_plugin.cli.options import (
     new_file,
     numbers_of,
 )
+from sparsessm_plugin.errors import SparseSSMError
 
 
 def bench(
@@ -34,6 +35,19 @@ def bench(
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="Also decode from a CUDA graph.")
     ] = False,
+    context: Annotated[
+        str,
+        typer.Option(help="Tokens that attention looks back at when decoding begins, with commas."),
+    ] = "0",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Count the sequences that fit into so much, as 80GiB; the GPU's, if any."
+        ),
+    ] = None,
+    at_capacity: Annotated[
+        bool, typer.Option("--at-capacity", help="Also decode as many sequences as fit.")
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw tokens/s into this new .png file.")
     ] = None,
@@ -47,12 +61,19 @@ def bench(
     """Time prefill and decode in transformers, and weigh the state cache."""
     quiet(verbose)
     sizes = numbers_of("--batch-sizes", batch_sizes, least=1)
+    contexts = numbers_of("--context", context)
     new_file("--plot", plot, ".png")
     new_file("--output", output, ".json")
     names = [model] if against is None else [against, model]
     sources = [
         source_of(name, trust_remote_code, dtype, device, allow_unused_tensors) for name in names
     ]
+    from sparsessm_plugin.evaluation.capacity import (
+        bytes_of,
+        decode_at_capacity,
+        measure_capacity,
+        memory_of,
+    )
     from sparsessm_plugin.evaluation.latency import (
         check_matplotlib,
         default_warmup,
@@ -63,6 +84,7 @@ def bench(
     from sparsessm_plugin.files import write_json
     from sparsessm_plugin.recipes.pruning import versions
 
+    given = None if memory is None else bytes_of(memory)
     if plot is not None:
         check_matplotlib()
     for source in sources:
@@ -70,8 +92,15 @@ def bench(
     if against == model:  # a comparison with itself shows the noise
         names[0] += " (again)"
     models = {name: source.load() for name, source in zip(names, sources, strict=True)}
-    warmup = default_warmup(models[model].device)
-    total = len(sizes) * (warmup + repeats) * len(models)
+    place = models[model].device
+    if at_capacity and given is not None and given > memory_of(place):
+        raise SparseSSMError(
+            f"--at-capacity: {place} has {memory_of(place):,} bytes, less than --memory {memory}"
+        )
+    if given is None and (at_capacity or place.type == "cuda"):
+        given = memory_of(place)
+    warmup = default_warmup(place)
+    total = len(sizes) * len(contexts) * (warmup + repeats) * len(models)
     with progress("latency", total) as advance:
         latency = measure_latency(
             models,
@@ -82,7 +111,20 @@ def bench(
             warmup,
             cuda_graphs,
             progress=advance,
+            context=contexts,
         )
+    capacities: dict[str, list[Any]] = {}
+    full = []
+    if given is not None:
+        counted = contexts if any(cache.attention for cache in latency.caches.values()) else [0]
+        capacities = {
+            name: [measure_capacity(m, given, max(prompt_length, length)) for length in counted]
+            for name, m in models.items()
+        }
+    if at_capacity:
+        first = {name: found[0] for name, found in capacities.items()}
+        with progress("as many as fit", len(models)) as advance:
+            full = decode_at_capacity(models, first, decode_steps, repeats, cuda_graphs, advance)
     if output is not None:
         report = {
             "model": model,
@@ -91,6 +133,8 @@ def bench(
             "device": str(models[model].device),
             "repeats": repeats,
             **latency.to_dict(),
+            "capacity": {k: [c.to_dict() for c in found] for k, found in capacities.items()},
+            "at_capacity": [timing.to_dict() for timing in full],
             "versions": versions(),
         }
         say_replaced(output)
@@ -99,3 +143,4 @@ def bench(
         say_replaced(plot)
         plot_latency(latency, plot)
     tables.print_latency(latency)
+    tables.print_capacity(capacities, full)

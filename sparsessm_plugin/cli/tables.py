@@ -1,5 +1,6 @@
 """Results of the commands as tables."""
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,13 @@ from rich.table import Table
 from sparsessm_plugin.cli.console import out
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
     from sparsessm_plugin.checkpoints.runtimes import RuntimeSupport
+    from sparsessm_plugin.evaluation.capacity import Capacity
     from sparsessm_plugin.evaluation.component_loss import ComponentLoss
     from sparsessm_plugin.evaluation.components import Inventory
-    from sparsessm_plugin.evaluation.latency import Latency
+    from sparsessm_plugin.evaluation.latency import Latency, Timing
     from sparsessm_plugin.fitting import FitResult
     from sparsessm_plugin.recipes.demo import DemoResult
 
@@ -247,19 +249,23 @@ def print_latency(latency: "Latency") -> None:
 
     compared = len(latency.models) > 1
     speedup = ["speedup"] if compared else []
-    table = Table("", "batch", "model", "ms a pass", "spread", "tokens/s", *speedup, box=None)
+    several = any(len(latency.contexts(phase)) > 1 for phase in latency.phases)
+    context = ["context"] if several else []
+    header = ("", "batch", *context, "model", "ms a pass", "spread", "tokens/s", *speedup)
+    table = Table(*header, box=None)
     for phase in latency.phases:
-        for size in latency.batch_sizes:
+        for size, length in itertools.product(latency.batch_sizes, latency.contexts(phase)):
             for name in latency.models:
-                timing = latency.timing(name, phase, size)
+                timing = latency.timing(name, phase, size, length)
                 table.add_row(
                     phase,
                     str(size),
+                    *([f"{length:,}"] if several else []),
                     escape(name),
                     f"{timing.milliseconds:.3f}",
                     f"± {timing.spread:.1%}",
                     f"{timing.tokens_per_second:,.0f}",
-                    *([f"{latency.speedup(name, phase, size):.3f}"] if compared else []),
+                    *([f"{latency.speedup(name, phase, size, length):.3f}"] if compared else []),
                 )
     out.print(table)
     first = latency.caches[latency.models[0]]
@@ -282,6 +288,30 @@ def print_latency(latency: "Latency") -> None:
         soft_wrap=True,
         highlight=False,
     )
+
+
+def print_capacity(
+    capacities: "Mapping[str, Sequence[Capacity]]", full: "Sequence[Timing]"
+) -> None:
+    """How many sequences fit, and what they decode together where that was measured."""
+    if not capacities:
+        return
+    measured = {timing.model: timing for timing in full}
+    columns = ("context", "weights", "a sequence", "sequences")
+    more = ("at batch", "ms a pass", "tokens/s") if full else ()
+    table = Table("", *columns, *more, box=None)
+    for name, found in capacities.items():
+        for place, capacity in enumerate(found):
+            numbers = (capacity.context, capacity.weights, capacity.cache.total, capacity.sequences)
+            cells = [f"{number:,}" for number in numbers]
+            if name in measured and place == 0:
+                timing = measured[name]
+                speed = f"{timing.tokens_per_second:,.0f}"
+                cells += [f"{timing.batch_size:,}", f"{timing.milliseconds:.3f}", speed]
+            table.add_row(escape(name), *cells)
+        table.title = f"sequences that fit into {found[0].memory:,} bytes beside the weights"
+    table.title_justify = "left"
+    out.print(table)
 
 
 def print_demo(result: "DemoResult") -> None:

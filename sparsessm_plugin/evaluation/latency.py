@@ -5,36 +5,34 @@ package's faster one: a smaller model is to be faster in a stock runtime. Models
 compared take turns (A B A B), so that a drift of the machine hits all of them.
 """
 
-import inspect
 import io
+import itertools
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.evaluation.decoding import StaticDecode, prefill, step
 from sparsessm_plugin.evaluation.state_cache import StateCache, cache_bytes, lengthen
 from sparsessm_plugin.families.kernels import bound_kernels
-from sparsessm_plugin.families.registry import iter_mixers
 from sparsessm_plugin.files import write_bytes
 
 PREFILL = "prefill"
 DECODE = "decode"
 GRAPH_DECODE = "decode, CUDA graph"
 
-# transformers passes the cache of pure state-space models under the first name
-_CACHE_NAMES = ("cache_params", "past_key_values")
-
 
 @dataclass(frozen=True)
 class Timing:
-    """One model, phase and batch size.
+    """One model, phase, batch size and context.
 
     :param model: its name
     :param phase: :data:`PREFILL`, :data:`DECODE` or :data:`GRAPH_DECODE`
@@ -42,6 +40,7 @@ class Timing:
     :param steps: forward passes a repeat
     :param tokens: tokens that a repeat reads (prefill) or produces (decode), all sequences
     :param seconds: wall-clock time of every repeat, in the order they were run
+    :param context: tokens a sequence that attention looks back at when decoding begins
     """
 
     model: str
@@ -50,6 +49,7 @@ class Timing:
     steps: int
     tokens: int
     seconds: tuple[float, ...]
+    context: int = 0
 
     @property
     def median(self) -> float:
@@ -89,8 +89,8 @@ class Latency:
     :param models: names, the one that the others are compared with first
     :param prompt_length: tokens a sequence before decoding
     :param decode_steps: tokens produced a sequence
-    :param timings: every model, phase and batch size
-    :param caches: state cache by model, after the prompt
+    :param timings: every model, phase, batch size and context
+    :param caches: state cache by model, after the prompt or the first context
     :param kernels: by model, which package each of transformers' kernel functions comes from
     """
 
@@ -111,20 +111,25 @@ class Latency:
         """In the order they were measured."""
         return tuple(dict.fromkeys(timing.batch_size for timing in self.timings))
 
-    def timing(self, model: str, phase: str, batch_size: int) -> Timing:
-        """The one measurement with these three.
+    def contexts(self, phase: str) -> tuple[int, ...]:
+        """Those that this phase was measured at, in that order."""
+        return tuple(dict.fromkeys(t.context for t in self.timings if t.phase == phase))
+
+    def timing(self, model: str, phase: str, batch_size: int, context: int | None = None) -> Timing:
+        """The one measurement with these, at the first context by default.
 
         :raises KeyError: it was not measured
         """
         for timing in self.timings:
-            if (timing.model, timing.phase, timing.batch_size) == (model, phase, batch_size):
+            found = timing.model, timing.phase, timing.batch_size
+            if found == (model, phase, batch_size) and context in (None, timing.context):
                 return timing
-        raise KeyError((model, phase, batch_size))
+        raise KeyError((model, phase, batch_size, context))
 
-    def speedup(self, model: str, phase: str, batch_size: int) -> float:
+    def speedup(self, model: str, phase: str, batch_size: int, context: int | None = None) -> float:
         """How many times as fast as the first model: the median over pairs of repeats."""
-        own = self.timing(model, phase, batch_size).seconds
-        first = self.timing(self.models[0], phase, batch_size).seconds
+        own = self.timing(model, phase, batch_size, context).seconds
+        first = self.timing(self.models[0], phase, batch_size, context).seconds
         return statistics.median(a / b for a, b in zip(first, own, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,7 +141,9 @@ class Latency:
             "timings": [
                 {
                     **timing.to_dict(),
-                    "speedup": self.speedup(timing.model, timing.phase, timing.batch_size),
+                    "speedup": self.speedup(
+                        timing.model, timing.phase, timing.batch_size, timing.context
+                    ),
                 }
                 for timing in self.timings
             ],
@@ -156,7 +163,7 @@ def measure_latency(
     cuda_graphs: bool = False,
     seed: int = 0,
     progress: Callable[[int], Any] | None = None,
-    context: int = 0,
+    context: int | Sequence[int] = 0,
     plain_decode: bool = True,
 ) -> Latency:
     """Time prefill and greedy decode of one or more models, taking turns.
@@ -178,11 +185,13 @@ def measure_latency(
     :param seed: of the random prompts
     :param progress: called with 1 after each repeat of a model, those of the warm-up included
     :param context: tokens that attention looks back at when decoding begins, where the prompt is
-        shorter: keys and values are then repeated, instead of a pass over so many
+        shorter: keys and values are then repeated, instead of a pass over so many. Of several, one
+        after the other, prefill is timed with the first
     :param plain_decode: with ``cuda_graphs``, whether to time decode steps without them, too
     :raises SparseSSMError: no memory for a batch size, kernels that cannot run on the model's
         device, or graphs asked for where they are not possible
     """
+    contexts = (context,) if isinstance(context, int) else context
     for name, model in models.items():
         _check_device(name, model, cuda_graphs)
     vocab_size = min(m.get_input_embeddings().num_embeddings for m in models.values())
@@ -197,26 +206,27 @@ def measure_latency(
     try:
         for model in models.values():
             model.eval()
-        for batch_size in batch_sizes:
+        for batch_size, length in itertools.product(batch_sizes, contexts):
             runs = {
                 name: _Run(
                     model,
                     prompts[:batch_size].to(model.device),
                     decode_steps,
                     cuda_graphs,
-                    context,
+                    length,
                     plain_decode or not cuda_graphs,
                 )
                 for name, model in models.items()
             }
-            with _memory_errors(batch_size, prompt_length):
+            with memory_errors(batch_size, max(prompt_length, length)):
                 for repeat in range(-warmup, repeats):
                     for run in runs.values():
                         run.repeat(counts=repeat >= 0)
                         if progress is not None:
                             progress(1)
             for name, run in runs.items():
-                timings += run.timings(name)
+                found = run.timings(name)
+                timings += [t for t in found if t.phase != PREFILL or length == contexts[0]]
                 caches.setdefault(name, run.state_cache)
             del runs, run  # caches and graphs go before the next batch size comes
     finally:
@@ -268,33 +278,23 @@ class _Run:
         self.decode_steps = decode_steps
         self.cuda_graphs = cuda_graphs
         self.seconds: dict[str, list[float]] = {}
-        self.cache: Any = None
-        self.cache_name = ""
         self.state_cache = StateCache(0, 0)
-        self.graph: _DecodeGraph | None = None
+        self.static: StaticDecode | None = None
 
     def repeat(self, counts: bool) -> None:
         """Prefill and decode once."""
-        self.cache = None  # the old one goes before the new one comes
-        token = self._timed(PREFILL, counts, self._prefill)
-        lengthen(self.cache, self.context)
-        self.state_cache = cache_bytes(self.cache, len(self.prompt))
-        if self.cuda_graphs and self.graph is None:
-            # a cache of its own, whose addresses the graph keeps
-            self.graph = _DecodeGraph(self.step, token, self.cache)
-            token = self._prefill()
+        token, cache = self._timed(PREFILL, counts, lambda: prefill(self.model, self.prompt))
+        lengthen(cache, self.context)
+        self.state_cache = cache_bytes(cache, len(self.prompt))
         if self.plain_decode:
-            self._timed(DECODE, counts, lambda: self._decode(token))
-        if self.graph is not None:
-            replay = self.graph.replay
-            self._timed(GRAPH_DECODE, counts, lambda: replay(self.decode_steps))
-
-    def step(self, token: Tensor, cache: Any) -> Tensor:
-        """One cached greedy step: (b, 1) token in, (b, 1) token out."""
-        output = self.model(
-            input_ids=token, use_cache=True, logits_to_keep=1, **{self.cache_name: cache}
-        )
-        return output.logits[:, -1:].argmax(-1)
+            self._timed(DECODE, counts, partial(self._decode, token, cache))
+        del cache  # before the static one comes
+        if self.cuda_graphs:
+            if self.static is None:
+                steps, context = self.decode_steps, self.context
+                self.static = StaticDecode(self.model, self.prompt, steps, context)
+            self.static.rewind()
+            self._timed(GRAPH_DECODE, counts, self.static.decode)
 
     def timings(self, name: str) -> list[Timing]:
         batch_size, length = self.prompt.shape
@@ -306,21 +306,14 @@ class _Run:
                 steps=1 if phase == PREFILL else self.decode_steps,
                 tokens=batch_size * (length if phase == PREFILL else self.decode_steps),
                 seconds=tuple(seconds),
+                context=length if phase == PREFILL else max(length, self.context),
             )
             for phase, seconds in self.seconds.items()
         ]
 
-    def _prefill(self) -> Tensor:
-        output = self.model(input_ids=self.prompt, use_cache=True, logits_to_keep=1)
-        for name in _CACHE_NAMES:
-            if getattr(output, name, None) is not None:
-                self.cache, self.cache_name = getattr(output, name), name
-                return output.logits[:, -1:].argmax(-1)
-        raise SparseSSMError(f"{type(self.model).__name__} returns no cache to decode from")
-
-    def _decode(self, token: Tensor) -> Tensor:
+    def _decode(self, token: Tensor, cache: Any) -> Tensor:
         for _ in range(self.decode_steps):
-            token = self.step(token, self.cache)
+            token = step(self.model, token, cache)
         return token
 
     def _timed(self, phase: str, counts: bool, work: Callable[[], Any]) -> Any:
@@ -336,31 +329,6 @@ class _Run:
         return time.perf_counter()
 
 
-class _DecodeGraph:
-    """A decode step captured once; replaying it costs one launch.
-
-    Possible where a step writes into tensors that stay where they are, as the states of a
-    state-space model do.
-    """
-
-    def __init__(self, step: Callable[[Tensor, Any], Tensor], token: Tensor, cache: Any):
-        self.token = token.clone()
-        self.cache = cache
-        stream = torch.cuda.Stream(token.device)
-        stream.wait_stream(torch.cuda.current_stream(token.device))
-        with torch.cuda.stream(stream):  # kernels compile and tune before the capture
-            for _ in range(3):
-                step(self.token, cache)
-        torch.cuda.current_stream(token.device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.token.copy_(step(self.token, cache))
-
-    def replay(self, steps: int) -> None:
-        for _ in range(steps):
-            self.graph.replay()
-
-
 def _check_device(name: str, model: Any, cuda_graphs: bool) -> None:
     on_cuda = model.device.type == "cuda"
     packages = {package for package in bound_kernels(model).values() if package != "torch"}
@@ -369,32 +337,32 @@ def _check_device(name: str, model: Any, cuda_graphs: bool) -> None:
             f"transformers has bound the CUDA kernels of {', '.join(sorted(packages))}, which "
             f"cannot run {name} on {model.device}; measure on CUDA, or where they are not installed"
         )
-    if not cuda_graphs:
-        return
-    if not on_cuda:
+    if cuda_graphs and not on_cuda:
         raise SparseSSMError(f"CUDA graphs: {name} is not on a CUDA device")
-    mixers = sum(1 for _ in iter_mixers(model))
-    if mixers != model.config.num_hidden_layers or "cache_params" not in _parameters(model):
-        raise SparseSSMError(
-            f"CUDA graphs: the attention cache of {name} grows with every step, so that its "
-            "decode step cannot be replayed"
-        )
-
-
-def _parameters(model: Any) -> Mapping[str, Any]:
-    return inspect.signature(model.forward).parameters
 
 
 @contextmanager
-def _memory_errors(batch_size: int, prompt_length: int) -> Iterator[None]:
+def memory_errors(batch_size: int, length: int) -> Iterator[None]:
+    """Say of how many sequences of how many tokens the memory did not suffice."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no class
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    except Exception as error:
+        if out_of_memory(error):
             raise SparseSSMError(
-                f"not enough memory for {batch_size} sequences of {prompt_length} tokens"
+                f"not enough memory for {batch_size} sequences of {length} tokens"
             ) from error
         raise
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this error, or one that it came from, is that memory did not suffice."""
+    seen: BaseException | None = error
+    while seen is not None:
+        # the CPU's has no class
+        if isinstance(seen, torch.OutOfMemoryError) or "can't allocate memory" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def check_matplotlib() -> None:
@@ -421,12 +389,14 @@ def plot_latency(latency: Latency, path: str | os.PathLike[str]) -> None:
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    phases, batch_sizes = latency.phases, latency.batch_sizes
+    batch_sizes = latency.batch_sizes
+    panels = [(phase, context) for phase in latency.phases for context in latency.contexts(phase)]
     # without pyplot: no window system is asked for, no figure outlives this call
-    figure = Figure(figsize=(4.5 * len(phases), 4), layout="constrained")
-    for panel, phase in zip(figure.subplots(1, len(phases), squeeze=False)[0], phases, strict=True):
+    figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
+    plots = figure.subplots(1, len(panels), squeeze=False)[0]
+    for panel, (phase, context) in zip(plots, panels, strict=True):
         for model in latency.models:
-            timings = [latency.timing(model, phase, size) for size in batch_sizes]
+            timings = [latency.timing(model, phase, size, context) for size in batch_sizes]
             middle = [t.tokens_per_second for t in timings]
             slow = [t.tokens / max(t.seconds) for t in timings]
             fast = [t.tokens / min(t.seconds) for t in timings]
@@ -441,7 +411,8 @@ def plot_latency(latency: Latency, path: str | os.PathLike[str]) -> None:
         panel.set_ylim(bottom=0)
         panel.set_xlabel("batch size")
         panel.set_ylabel("tokens/s")
-        panel.set_title(phase)
+        several = len(latency.contexts(phase)) > 1
+        panel.set_title(f"{phase}, {context:,} tokens" if several else phase)
         panel.grid(alpha=0.3)
     figure.axes[0].legend()
     picture = io.BytesIO()
