@@ -692,6 +692,21 @@ def random_quantities(batch, length, channels, states, seed=0, masked=False):
     )
 
 
+SCAN_LEAVES = ("u", "dt", "A", "B", "C", "D")
+
+
+def scan_gradients(scan, quantities, dtype=torch.float32):
+    """y, and what each input of the recurrence gets from a loss that weighs every output."""
+    leaves = {
+        name: getattr(quantities, name).detach().to(dtype, copy=True).requires_grad_(True)
+        for name in SCAN_LEAVES
+    }
+    y = scan(type(quantities)(**leaves, z=quantities.z, mask=quantities.mask))
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    (y * weights).sum().backward()
+    return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
 def random_heads(batch, length, groups=2, per_group=2, P=4, N=5, seed=0, masked=False):
     """The same for the Mamba-2 layout: `groups` times `per_group` heads of P channels."""
     H = groups * per_group

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from conftest import DEVICE, batches, random_heads, random_quantities, relative, tiny_model
+from conftest import (
+    DEVICE,
+    SCAN_LEAVES,
+    batches,
+    random_heads,
+    random_quantities,
+    relative,
+    scan_gradients,
+    tiny_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,24 +19,10 @@ from sparsessm_plugin import fast_forward, find_mixers
 from sparsessm_plugin.recurrence import differentiable, reference, ssd
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
 
-LEAVES = ("u", "dt", "A", "B", "C", "D")
-
-
-def gradients(scan, quantities, dtype=torch.float32):
-    """y, and what each input of the recurrence gets from a loss that weighs every output."""
-    leaves = {
-        name: getattr(quantities, name).detach().to(dtype, copy=True).requires_grad_(True)
-        for name in LEAVES
-    }
-    y = scan(type(quantities)(**leaves, z=quantities.z, mask=quantities.mask))
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
-    (y * weights).sum().backward()
-    return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
-
 
 def check(scan, quantities, oracle=reference.scan, tolerance=2e-5):
-    expected = gradients(oracle, quantities, torch.float64)
-    for name, value in gradients(scan, quantities).items():
+    expected = scan_gradients(oracle, quantities, torch.float64)
+    for name, value in scan_gradients(scan, quantities).items():
         error = (value.double() - expected[name]).abs().max()
         assert error <= tolerance * expected[name].abs().max(), name  # both 0 after one step
 
@@ -75,7 +70,7 @@ def test_states_that_forget_at_once():
     q = random_quantities(2, 40, 5, 3)
     q.A[1:3] = -torch.tensor(38.0).exp()
     for scan in (differentiable.scan, differentiable.in_chunks):
-        result = gradients(scan, q)
+        result = scan_gradients(scan, q)
         assert all(torch.isfinite(value).all() for value in result.values())
         assert result["A"][1:3].abs().max() < 1e-30  # the CPU's exp ends at 1e-38
         check(scan, q)
@@ -92,10 +87,10 @@ def test_chunked_gradients_of_heads():
 
 def test_gradcheck_in_double():
     q = random_quantities(1, 7, 2, 3)
-    leaves = [getattr(q, name).double().requires_grad_(True) for name in LEAVES]
+    leaves = [getattr(q, name).double().requires_grad_(True) for name in SCAN_LEAVES]
     assert torch.autograd.gradcheck(
         lambda *x: differentiable.in_chunks(
-            MixerQuantities(**dict(zip(LEAVES, x, strict=True)), z=q.z.double()), chunk=3
+            MixerQuantities(**dict(zip(SCAN_LEAVES, x, strict=True)), z=q.z.double()), chunk=3
         ),
         leaves,
     )
@@ -114,9 +109,9 @@ def test_gradients_do_not_depend_on_threads():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = gradients(differentiable.scan, q)
+        one = scan_gradients(differentiable.scan, q)
         torch.set_num_threads(2)
-        two = gradients(differentiable.scan, q)
+        two = scan_gradients(differentiable.scan, q)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(two[name], value) for name, value in one.items())

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from sparsessm_plugin.backends.choice import backend_for
 from sparsessm_plugin.backends.vectors import MATH, as_array, compiled, exp, threads_of_torch
 from sparsessm_plugin.recurrence import cpu, delta_rule, kernels, ssd
 from sparsessm_plugin.recurrence.cpu import BLOCK
@@ -49,6 +50,11 @@ def scan(quantities: MixerQuantities | DeltaQuantities) -> Tensor:
         return _CPUScan.apply(q.u, q.dt, q.A, q.B, q.C, q.D)
     if kernels.available(q):
         return kernels.scan(q)
+    if backend_for(q.u.device) == "cuda":
+        from sparsessm_plugin.recurrence import gpu_gradient  # Triton is not everywhere
+
+        if gpu_gradient.takes(q):
+            return gpu_gradient.scan(q)
     return in_chunks(q)
 
 

@@ -56,8 +56,13 @@ def scan(
 
 def scan_states(quantities: MixerQuantities, every: int) -> tuple[Tensor, Tensor]:
     """Run the recurrence and keep states; see :func:`sparsessm_plugin.recurrence.scan_states`."""
-    y, states = _run(quantities, None, every)
+    y, states = scan_kept(quantities, every)
     return y, states.transpose(2, 3)
+
+
+def scan_kept(quantities: MixerQuantities, every: int) -> tuple[Tensor, Tensor]:
+    """:func:`scan_states` with states (b, L // every, N, D), as they lie in memory."""
+    return _run(quantities, None, every)
 
 
 def _row(q: MixerQuantities, i: int) -> MixerQuantities:

@@ -162,6 +162,7 @@ class Distillation:
                 loss_fn=self.loss,
                 measure=partial(self.divergence, model),
                 resume=self._resume,
+                capturable=_is_capturable,
             )
             with torch.enable_grad():
                 found = tuner.run({})
@@ -232,7 +233,12 @@ class _WithDense(Sequence[Any]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         rows, scales = self.states.of(index)
-        return {**self._data[index], _DENSE: rows, _SCALES: scales, _REAL: self._real[index]}
+        batch, real = dict(self._data[index]), self._real[index]
+        mask = batch.get("attention_mask")
+        if real is None and mask is not None and mask.numel() == len(rows):
+            # nothing is padded: who asks the mask on a GPU, as every layer does, waits for it
+            del batch["attention_mask"]
+        return {**batch, _DENSE: rows, _SCALES: scales, _REAL: real}
 
 
 def fitted_parameters(model: nn.Module, weights: Weights | None) -> dict[str, nn.Parameter]:
@@ -267,6 +273,11 @@ def mixer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for own, parameter in mixer.named_parameters()
         if parameter.is_floating_point() and not of_quantization(own)
     }
+
+
+def _is_capturable(batch: Mapping[str, Any]) -> bool:
+    """Whether the loss of a batch asks nothing that only the GPU knows: no padding."""
+    return set(batch) <= {"input_ids", "labels", _DENSE, _SCALES, _REAL} and batch[_REAL] is None
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

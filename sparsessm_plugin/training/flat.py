@@ -165,10 +165,12 @@ class FlatWeights:
                 _to_weights(group)
 
     @torch.no_grad()
-    def step(self, learning_rate: float, clip: float, masks: "list[Tensor | None]") -> Tensor:
+    def step(
+        self, learning_rate: float | Tensor, clip: float, masks: "list[Tensor | None]"
+    ) -> Tensor:
         """A step of Adam along the gradients, unless they are no numbers; nothing waits for it.
 
-        :param learning_rate: of this step
+        :param learning_rate: of this step; where steps are captured a float32 scalar on the device
         :param clip: norm of all gradients that the step goes along
         :param masks: of :meth:`masks`
         :return: float64 scalar, the norm as it was; NaN or infinite where no step was taken
@@ -219,6 +221,18 @@ class FlatWeights:
             _to_weights(group)
         return norm
 
+    @torch.no_grad()
+    def snapshot(self) -> list[Tensor]:
+        """Copies of all that a step changes, for :meth:`restore`."""
+        return [tensor.clone() for group in self._groups for tensor in _state(group)]
+
+    @torch.no_grad()
+    def restore(self, snapshot: list[Tensor]) -> None:
+        """Be as at the snapshot."""
+        tensors = [tensor for group in self._groups for tensor in _state(group)]
+        for tensor, saved in zip(tensors, snapshot, strict=True):
+            tensor.copy_(saved)
+
     # -- as a file ---------------------------------------------------------------------
 
     def state(self, moments: bool = True) -> list[dict[str, Any]]:
@@ -264,3 +278,8 @@ class FlatWeights:
 def _to_weights(group: _Group) -> None:
     if group.weights is not group.masters:
         group.weights.copy_(group.masters)
+
+
+def _state(group: _Group) -> list[Tensor]:
+    own = [] if group.weights is group.masters else [group.weights]
+    return [group.masters, *own, *group.moments, *group.steps]

@@ -106,7 +106,10 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers or [mixer for _, mixer in iter_mixers(model)]:
             replaced.append((layer, vars(layer).get("forward")))
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            # nothing random in evaluation mode, and asking for the generator's state takes time
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+            )
         yield
     finally:
         for layer, earlier in reversed(replaced):

@@ -15,6 +15,7 @@ from sparsessm_plugin.backends.precision import tf32
 from sparsessm_plugin.distributed import average, is_distributed, rank, total, world_size
 from sparsessm_plugin.progress import Stage, clock
 from sparsessm_plugin.training.budget import Budget, Plan, batch_of_step
+from sparsessm_plugin.training.capture import CapturedStep, capture
 from sparsessm_plugin.training.flat import FlatWeights
 from sparsessm_plugin.training.gradients import (
     LossFunction,
@@ -32,6 +33,7 @@ from sparsessm_plugin.training.resume import ResumeFile
 
 _CLIP = 1.0  # norm of the gradient of all parameters that a tuning step goes along
 _MEASURED = 8  # batches whose loss is looked at before and after the steps
+_WORTHWHILE = 16  # steps from which on a CUDA graph, which costs a few, is made of one
 _MANY = 12  # times that text is read again, from which on it is learnt by heart
 
 
@@ -67,6 +69,8 @@ class Tuner:
     :param non_finite: counts the batches that are skipped
     :param measure: gives the loss that steps are to lower; default the mean over the first batches
     :param resume: where to keep what an interrupted run goes on from
+    :param capturable: whether ``loss_fn`` of a batch never waits for a GPU; steps along such
+        batches run as one CUDA graph
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Tuner:
         non_finite: NonFiniteGradients | None = None,
         measure: Callable[[], float] | None = None,
         resume: ResumeFile | None = None,
+        capturable: Callable[[Any], bool] | None = None,
     ):
         self.model = model
         self.parameters = dict(parameters)
@@ -92,6 +97,9 @@ class Tuner:
         self.measure = measure
         self.budget = Budget(plan)
         self._resume = resume
+        self._capturable = capturable
+        self._captured: CapturedStep | None = None
+        self._may_capture = True
         self._usable: frozenset[int] | None = None
         self._weights = FlatWeights(self.parameters)
         self._counts = [positions(batch) for batch in batches]
@@ -206,14 +214,7 @@ class Tuner:
             while not budget.reached(self._seconds, part, parts):
                 self._check_text()
                 rate = budget.learning_rate(self._seconds)
-                with self._precision():
-                    loss, count = loss_of(self.model, batch, self.loss_fn)
-                if count:
-                    loss.backward()
-                self._whole = False
-                seconds = self._average()
-                norm = weights.step(rate, _CLIP, masks)
-                weights.clear_gradients()
+                loss, norm, count, seconds = self._step(batch, rate, masks)
                 budget.done += 1
                 self._whole = True
                 numbers = _Numbers(loss.detach(), norm)
@@ -236,6 +237,56 @@ class Tuner:
                 self._look(*behind, stage, self._seconds, part, parts)
         loss_sum, used = sums.tolist()
         return loss_sum / used if used else math.nan
+
+    def _step(
+        self, batch: Any, rate: float, masks: "list[Tensor | None]"
+    ) -> tuple[Tensor, Tensor, int, float]:
+        """Loss, norm of the gradients, how much the batch counts, and the seconds so far."""
+        weights = self._weights
+        if self._is_captured(batch):
+            step = partial(self._whole_step, masks)
+            self._whole = False
+            if self._captured is None:
+                self._captured = capture(self.who, step, weights, batch, rate)
+                self._may_capture = self._captured is not None
+                if self._captured is not None:  # which has taken the step
+                    return *self._captured.numbers(), 1, self.budget.elapsed()
+            elif self._captured.takes(batch):
+                return *self._captured(batch, rate), 1, self.budget.elapsed()
+            self._whole = True
+        if self._captured is not None:
+            weights.clear_gradients()  # a captured step leaves its own
+        with self._precision():
+            loss, count = loss_of(self.model, batch, self.loss_fn)
+        if count:
+            loss.backward()
+        self._whole = False
+        seconds = self._average()
+        norm = weights.step(rate, _CLIP, masks)
+        weights.clear_gradients()
+        return loss.detach(), norm, count, seconds
+
+    def _is_captured(self, batch: Any) -> bool:
+        """Whether a batch's step may run as a CUDA graph."""
+        left = self.plan.steps - self.budget.done
+        return (
+            self._may_capture
+            and (self._captured is not None or not self.plan.steps or left >= _WORTHWHILE)
+            and self._capturable is not None
+            and self._weights.device.type == "cuda"
+            and not is_distributed()
+            and self._capturable(batch)
+        )
+
+    def _whole_step(
+        self, masks: "list[Tensor | None]", batch: Any, rate: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A step that a graph holds, with its gradients cleared before it and not behind it."""
+        self._weights.clear_gradients()
+        with self._precision():
+            loss, _ = loss_of(self.model, batch, self.loss_fn)
+        loss.backward()
+        return loss.detach(), self._weights.step(rate, _CLIP, masks)
 
     def _batch(self, step: int) -> Any:
         return to_device(self.batches[batch_of_step(step, len(self.batches))], self._weights.device)
@@ -282,6 +333,7 @@ class Tuner:
             raise
         finally:
             self.budget.pause()
+            self._captured = None  # with the memory that it works in
 
     def _units(self, seconds: float) -> int:
         """Steps; or seconds, where nobody knows how many steps these allow."""
