@@ -19,6 +19,7 @@ AT_CAPACITY = "decode, as many as fit"
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _LESS = 0.95  # of the sequences, where working memory leaves no place for all of them
 _PROMPT = 8
+_FEW = 16  # sequences whose working memory is measured
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def decode_at_capacity(
     for name, model in models.items():
         batch_size, context = capacities[name].sequences, capacities[name].context
         with _alone(model, models):
+            batch_size = min(batch_size, _with_working_memory(model, capacities[name]))
             seconds: tuple[float, ...] = ()
             while not seconds:
                 if batch_size < 1:
@@ -136,6 +138,23 @@ def decode_at_capacity(
         if progress is not None:
             progress(1)
     return timings
+
+
+def _with_working_memory(model: Any, capacity: Capacity) -> int:
+    """How many sequences a GPU has place for, by what a step of a few takes at its peak."""
+    if model.device.type != "cuda" or capacity.sequences < 2 * _FEW:
+        return capacity.sequences
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(model.device)[0]
+    held = torch.cuda.memory_allocated(model.device)
+    peaks = []
+    for few in (_FEW // 2, _FEW):  # what does not grow with the sequences is in both
+        torch.cuda.reset_peak_memory_stats(model.device)
+        _decode(model, few, capacity.context, 1, 1, False)
+        peaks.append(torch.cuda.max_memory_allocated(model.device) - held)
+    each = max(capacity.cache.total, 2 * (peaks[1] - peaks[0]) // _FEW)
+    torch.cuda.empty_cache()
+    return int((free - max(0, peaks[1] - _FEW * each)) // each)
 
 
 @contextmanager

@@ -1,0 +1,50 @@
+"""The benchmark of serving measures every row on a CPU, and goes on where it was stopped."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import common
+import serving
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels of a GPU refuse the CPU")
+def test_every_row_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    command = ["serving.py", "--device", "cpu", "--name", "x", "--resume"]
+    monkeypatch.setattr(sys, "argv", [*command, "--time-limit", "0.0001"])
+    failing = iter([RuntimeError("of a first attempt")])
+    work = serving.decode_row
+
+    def sometimes(*arguments):
+        for error in failing:
+            raise error
+        return work(*arguments)
+
+    monkeypatch.setattr(serving, "decode_row", sometimes)
+    with pytest.raises(SystemExit) as ended:  # no time, or for the first row alone
+        serving.main()
+    monkeypatch.setattr(sys, "argv", command)
+    for code in (0 if ended.value.code == 1 else 1, 0):
+        with pytest.raises(SystemExit) as ended:
+            serving.main()
+        assert ended.value.code == code
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    found = [{k: row[k] for k in ("shape", "what", "batch", "N") if k in row} for row in rows]
+    assert sorted(map(str, found)) == sorted(map(str, serving.keys("cpu")))
+    text = (tmp_path / "x.md").read_text()
+    assert "of a first attempt" not in text
+    for row in rows:
+        assert all(model["tokens_per_second"] > 0 for model in row["models"])
+        if row["what"] == serving.AT_CAPACITY:
+            counted = row["counted"]
+            left = counted["memory"] - counted["weights"]
+            assert counted["sequences"] == left // counted["cache"]["total"]
+        else:
+            assert [model["model"] for model in row["models"]] == ["N 16", "N 8", "N 4"]
+            assert row["models"][0]["speedup"] == 1
