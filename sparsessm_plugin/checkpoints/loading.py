@@ -102,9 +102,10 @@ def needs_load(model: Any) -> bool:
 
 
 def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """Load a causal language model that this package, or anyone, has saved.
+    """Load a language model that this package, or anyone, has saved.
 
-    Does what ``AutoModelForCausalLM.from_pretrained`` does, and gives the saved weights also
+    Does what ``AutoModelForCausalLM.from_pretrained`` does, or ``AutoModelForImageTextToText``
+    where the config names a class that reads images, too; and gives the saved weights also
     where that does not: of packed checkpoints of Mamba, Mamba2 and FalconMamba, which it
     refuses, and of those with ``rescale_prenorm_residual``, whose out_proj it divides by the
     square root of the number of layers each time it loads them.
@@ -116,7 +117,7 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     :raises OSError: there is no such checkpoint
     :raises SparseSSMError: its index of weights names what is no safetensors file of the folder
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     hub = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
     config = kwargs.pop("config", None)
@@ -131,7 +132,7 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
         config.rescale_prenorm_residual = False  # what is loaded was scaled when it was made
     try:
         with _compressed_loading():
-            loaded = AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
+            loaded = auto_class(config).from_pretrained(path, config=config, **kwargs)
     finally:
         if rescales:
             config.rescale_prenorm_residual = True
@@ -139,6 +140,30 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.config.rescale_prenorm_residual = True  # from_pretrained may copy the config
     return loaded
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' Auto class that makes the model which a config names.
+
+    The config of a language model beside an image encoder makes two models in transformers: the
+    whole, and the language model alone, which leaves the encoder's tensors where they are.
+
+    :param config: of a model
+    :return: AutoModelForImageTextToText if the config's architecture reads images beside text,
+        AutoModelForCausalLM for all others
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    named = next(iter(getattr(config, "architectures", None) or ()), None)
+    kind = getattr(config, "model_type", None)
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+    if named is None or named != whole or named == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind):
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
 
 
 def _tolerating_compressed(initialise: Any) -> Any:

@@ -163,3 +163,26 @@ def _is_written(config: Any) -> bool:
         except (ValueError, TypeError):
             return False
     return True
+
+
+# what prepares images; the tokenizer's own files are written anew
+_PROCESSOR = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+
+
+def copy_processor(model: Any, folder: Path) -> None:
+    """Put what prepares images for a model beside it, as it came.
+
+    :param model: as it was saved
+    :param folder: where; files that are there stay
+    """
+    if not hasattr(model.config, "vision_config"):
+        return
+    for name in _PROCESSOR:
+        source = find_file(getattr(model.config, "_name_or_path", ""), name)
+        if source is not None and not (folder / name).exists():
+            write_bytes(folder / name, source.read_bytes())

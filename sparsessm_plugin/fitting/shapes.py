@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
+from sparsessm_plugin.checkpoints.loading import auto_class
 from sparsessm_plugin.dependency_graph import apply_config_fields
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import ModelAdapter, get_model_adapter
@@ -115,7 +115,7 @@ class Shapes:
 
     def _from_config(self, config: Any) -> nn.Module:
         try:
-            made: nn.Module = AutoModelForCausalLM.from_config(
+            made: nn.Module = auto_class(config).from_config(
                 config, dtype=self._dtype, trust_remote_code=self._trust_remote_code
             )
         except SparseSSMError:

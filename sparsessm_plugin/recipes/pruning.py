@@ -18,11 +18,12 @@ import torch
 from compressed_tensors.utils import patch_attr
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration import give_back
 from sparsessm_plugin.checkpoints.loading import (
+    auto_class,
     check_loaded,
     check_stored,
     check_unwrapped,
@@ -82,9 +83,10 @@ class ModelSource:
             named = getattr(config.get_text_config(), "num_hidden_layers", None)  # as n_layer, say
             _check_layers({"num_hidden_layers": named}, self.name)
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(
+                model: nn.Module = auto_class(config).from_config(
                     config, trust_remote_code=self.trust_remote_code
                 )
+                return model
 
     def load_tokenizer(self) -> Any:
         """The model's tokenizer.
@@ -350,10 +352,13 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     :param folder: that exists
     :raises SparseSSMError: it cannot be written, as where the disk is full
     """
+    from sparsessm_plugin.checkpoints.saving import copy_processor  # brings LLM Compressor along
+
     with _one_line("model"), _library_bars():
         model.save_pretrained(folder)
     with _one_line("tokenizer"):
         tokenizer.save_pretrained(folder)
+        copy_processor(model, folder)
 
 
 @contextmanager
