@@ -11,7 +11,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BASE  := $(VENV)/.installed-base
 
-.PHONY: demo test clients lint check install wheel clean
+.PHONY: demo test clients lint check docs install wheel clean
 
 install: $(STAMP)
 
@@ -48,7 +48,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test
+check: lint test docs
+
+# the site, in build/site; a broken link or a public object without a docstring is an error
+$(VENV)/.installed-docs: $(BASE)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
 
 wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

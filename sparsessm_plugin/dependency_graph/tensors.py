@@ -33,6 +33,7 @@ class TensorChange:
 
     @property
     def new_size(self) -> int:
+        """What the dimension has left."""
         return self.old_size - len(self.positions)
 
     def __str__(self) -> str:

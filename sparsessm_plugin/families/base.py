@@ -486,7 +486,11 @@ def read_out(
 
 
 def get_tensor(module: Any, name: str) -> Tensor | None:
-    """The tensor of a dotted name inside a module, or None where there is none."""
+    """The tensor of a dotted name inside a module, or None where there is none.
+
+    :param module: to look in
+    :param name: such as ``in_proj.weight``
+    """
     for part in name.split("."):
         module = getattr(module, part, None)
         if module is None:

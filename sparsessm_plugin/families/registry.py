@@ -39,6 +39,8 @@ def is_mixer(module: nn.Module) -> bool:
 def get_adapter(mixer: nn.Module, name: str = "mixer") -> MixerAdapter:
     """Wrap a mixer module in the adapter of its family.
 
+    :param mixer: as a model holds it
+    :param name: what messages call it
     :raises SparseSSMError: no adapter for the module's class; lists the known ones
     """
     for cls in type(mixer).__mro__:

@@ -126,6 +126,8 @@ def split(
 ) -> tuple[list[Any], list[Any]]:
     """Batches to fit by, and about an eighth, the last, to measure on.
 
+    :param batches: what ``model(**batch)`` takes
+    :param source: what messages call the text
     :raises SparseSSMError: too few
     """
     count = max(1, round(len(batches) / 8))

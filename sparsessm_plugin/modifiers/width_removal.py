@@ -51,8 +51,12 @@ class WidthRemovalModifier(WidthSettings, ModelRemovalModifier):
         data, after the removal; 0 is none
     :param distill_minutes: instead, or at most, so many minutes of them
     :param distill_learning_rate: of Adam, the highest
-    :param distill_weights: which are fitted; this and the other fields of distillation are those of
-        :class:`StateRemovalModifier`
+    :param distill_weights: which are fitted: ``all`` (default); ``mixers``; ``all_but_vocabulary``
+    :param distill_checkpointing: compute layers twice instead of keeping what they made; default
+        ``auto``, by the memory that is free
+    :param distill_precision: of a float32 model's matrix products: ``float32``, ``bfloat16``;
+        default ``auto``, bfloat16 on GPUs
+    :param distill_resume: file by which a run goes on that was interrupted in these steps
     :param report_path: ``.json`` file to write the report to
     """
 

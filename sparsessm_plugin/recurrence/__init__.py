@@ -45,7 +45,11 @@ MOST_PRODUCTS = 32
 
 
 def implementation(backend: str | None, device: torch.device) -> Any:
-    """The module that scans on a device, or that of a backend asked for by name."""
+    """The module that scans on a device, or that of a backend asked for by name.
+
+    :param backend: its name, or None
+    :param device: where the tensors are
+    """
     return import_module(_MODULES[backend or backend_for(device)])
 
 
@@ -64,6 +68,7 @@ def scan(
     :param statistics: accumulators to add this batch to, or None
     :param backend: to use instead of the device's own: ``cpu``, ``cuda`` or :data:`REFERENCE`
     :return: y (b, L, D) float32, skip connection included, before the gate
+    :raises SparseSSMError: statistics of a recurrence whose A_log has no entry for each state
     """
     if isinstance(quantities, DeltaQuantities):
         if statistics is not None:
@@ -144,6 +149,7 @@ def by_group(
 ) -> Iterator[tuple[MixerQuantities, ScanStatistics | None]]:
     """The recurrence of each group alone, with its part of the accumulators.
 
+    :param quantities: of all groups
     :param statistics: is written once all groups have been taken
     """
     if statistics is None:

@@ -108,10 +108,12 @@ class ModelFacts:
 
     @property
     def model_type(self) -> str:
+        """The family as config.json names it; empty where it does not."""
         return str(self.config.get("model_type", ""))
 
     @property
     def family(self) -> Family | None:
+        """Its row of the catalog, None where that does not know it."""
         return family_of(self.model_type)
 
     @property
@@ -121,11 +123,13 @@ class ModelFacts:
 
     @property
     def text_config(self) -> Mapping[str, Any]:
+        """The level of the config that describes the language model."""
         nested = self.config.get("text_config")
         return nested if isinstance(nested, dict) else self.config
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
+        """``quantization_config``, None where nothing is quantized."""
         found = self.config.get("quantization_config")
         return found if isinstance(found, dict) and found else None
 
@@ -260,6 +264,7 @@ class ModelFacts:
 
     @property
     def config_state_size(self) -> Any:
+        """The number of states that the config says, by whichever name; None without one."""
         fields = dict.fromkeys(family.state_size_field for family in FAMILIES.values())
         return next((self.text_config[f] for f in fields if f in self.text_config), None)
 

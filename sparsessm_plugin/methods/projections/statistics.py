@@ -21,6 +21,8 @@ from sparsessm_plugin.solvers.objective import gram, window_gram
 def input_of(kind: str, quantities: Quantities, out_input: Tensor) -> Tensor:
     """(b, L, in) what a mixer's projection multiplies; of conv1d (b, L, D).
 
+    :param kind: of projection, such as ``x_proj``
+    :param quantities: of the mixer for one batch
     :param out_input: what the output projection multiplies
     """
     return quantities.inputs.get(kind, out_input)
@@ -29,6 +31,7 @@ def input_of(kind: str, quantities: Quantities, out_input: Tensor) -> Tensor:
 def gram_of(projection: PrunableWeight, left: Tensor, right: Tensor, mask: Tensor | None) -> Tensor:
     """``sum left right^T`` over all positions but padding, as the solvers take it.
 
+    :param projection: whose inputs these are
     :param left: (b, L, in); (tokens, in) outside of mixers
     :param right: likewise
     :param mask: bool, of their leading dimensions, or None

@@ -23,6 +23,8 @@ def matching_projections(
 
     Looks at names and shapes only, so a model on the meta device will do.
 
+    :param model: to look in
+    :param settings: with the targets
     :param who: what messages call the method
     :raises SparseSSMError: a target without a projection, the embeddings or lm_head among the
         targets, or settings that do not fit a projection's shape

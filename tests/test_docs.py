@@ -1,0 +1,121 @@
+"""README and documentation: blocks parse and run, links lead somewhere, tables are up to date."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import batches, run, tiny_model
+
+import sparsessm_plugin
+from sparsessm_plugin.criteria.scores import SALIENCIES
+from sparsessm_plugin.criteria.states import STATE_CRITERIA
+from sparsessm_plugin.families.registry import _ADAPTERS
+from sparsessm_plugin.fitting.axes import AXES
+from sparsessm_plugin.recipes import parse_recipe
+from sparsessm_plugin.solvers.projections import SOLVERS
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
+from sitegen import docstrings, fields, links  # noqa: E402
+
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "examples").glob("*.md"),
+        *(ROOT / "recipes").glob("*.md"),
+    ]
+}
+MODIFIERS = [name for name in sparsessm_plugin.__all__ if name.endswith("Modifier")]
+# the tiny model on which a modifier's page runs, where not Mamba as it is
+HYBRID = ("granitemoehybrid", {})
+MODELS = {
+    "mlp": HYBRID,
+    "attention": HYBRID,
+    "layers": ("mamba", {"num_hidden_layers": 4}),
+    "channels": ("mamba", {"hidden_size": 128}),
+}
+TABLES = (SOLVERS, STATE_CRITERIA, SALIENCIES, _ADAPTERS, AXES)
+
+
+def blocks(text, language):
+    """Code blocks of a page, with whether they are marked to run."""
+    pattern = rf"(<!-- runs -->\n)?^```{language}\n(.*?)^```$"
+    return [(bool(m), code) for m, code in re.findall(pattern, text, re.MULTILINE | re.DOTALL)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_parse(page):
+    """Python is Python, and recipes are recipes."""
+    for _, code in blocks(PAGES[page], "python"):
+        ast.parse(code)
+    for _, code in blocks(PAGES[page], "yaml"):
+        if "_modifiers:" in code:
+            assert parse_recipe(code, page).modifiers
+
+
+@pytest.mark.parametrize("page", [p for p, text in PAGES.items() if "<!-- runs -->" in text])
+def test_marked_blocks_run(page):
+    """As they stand, one after the other; what they register is taken out again."""
+    before = [dict(table) for table in TABLES]
+    names = {"__name__": "an example"}
+    try:
+        for number, (marked, code) in enumerate(blocks(PAGES[page], "python")):
+            if marked:
+                exec(compile(code, f"{page}, block {number}", "exec"), names)
+    finally:
+        for table, entries in zip(TABLES, before, strict=True):
+            for name in set(table) - set(entries):
+                del table[name]
+
+
+@pytest.mark.parametrize(
+    "page", sorted((ROOT / "docs" / "modifiers").glob("*.md")), ids=lambda p: p.stem
+)
+def test_recipe_of_a_modifier_runs(page):
+    """Its page's recipe, on a tiny model, and the page names every part that it must have."""
+    text = page.read_text(encoding="utf-8")
+    for heading in ("The equation", "A recipe", "Fields", "When not to use it"):
+        assert f"\n## {heading}\n" in text
+    (recipe, *_) = (code for _, code in blocks(text, "yaml"))
+    modifiers = parse_recipe(recipe, page.name).modifiers
+    assert type(modifiers[-1]).__name__ == text.splitlines()[0].removeprefix("# ")
+    family, changes = MODELS.get(page.stem, ("mamba", {}))
+    model = tiny_model(family, **changes)
+    for modifier in modifiers:
+        run(model, modifier, batches())
+
+
+def test_a_page_for_every_modifier():
+    pages = [text for page, text in PAGES.items() if page.startswith("docs/modifiers/")]
+    assert sorted(text.splitlines()[0].removeprefix("# ") for text in pages) == sorted(MODIFIERS)
+    for name in MODIFIERS:
+        assert f"<!-- fields: {name} -->" in "".join(pages)
+
+
+@pytest.mark.parametrize("name", MODIFIERS)
+def test_fields_are_described(name):
+    """Every field that a recipe may give has a meaning, and none is described that is not there."""
+    modifier = getattr(sparsessm_plugin, name)
+    table = fields.table(name)
+    assert {f"`{field}`" for field in fields.own_fields(modifier)} <= set(
+        re.findall(r"`\w+`", table)
+    )
+    own = re.findall(r":param (\w+):", modifier.__doc__)
+    assert set(own) <= set(fields.own_fields(modifier)) | {"loss_fn"}
+
+
+def test_public_objects_say_what_they_are():
+    assert docstrings.problems() == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """Files that a page links to are there; `mkdocs build --strict` looks at the anchors."""
+    text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+    for address in re.findall(r"\]\(([^()\s]+)\)", text):
+        if not re.match(r"[a-z]+:|#", address):
+            assert (ROOT / links.target(address.partition("#")[0], page)).exists(), address
