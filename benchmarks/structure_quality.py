@@ -1,23 +1,27 @@
 """Perplexity and BLiMP of models with fewer layers, channels, states or a narrower stream.
 
-python benchmarks/structure_quality.py --models mamba-25m mamba2-25m --minutes 0 1 3     # on a GPU
-python benchmarks/structure_quality.py --models mamba-6m --minutes 0 --shares 0.75 --seeds 1 \
-    --rows layers --windows 24 --evaluate-windows 8 --tasks                              # on a CPU
+python benchmarks/structure_quality.py --models mamba-25m mamba2-25m granite-hybrid-16m \\
+    --time-limit 900 --seeds 1                                                # on a GPU
+python benchmarks/structure_quality.py --models mamba-6m --minutes 0 --shares 0.75 --seeds 1 \\
+    --rows mix hidden --windows 64 --evaluate-windows 8 --batch-size 8        # on a CPU
 
 Every row reaches the same share of the parameters, as near as the sizes of its axis come; the
-share that it has is a column. Rows are saved one by one, and a later call of the same ``--name``
+share that it has is a column. Rows come in the order of their worth: the mix that a fit finds and
+then the single axes after the longest distillation, all without any, the shorter distillations,
+and what they are compared with. They are saved one by one, and a later call of the same ``--name``
 goes on after them; processes that share a machine take their own with ``--part i/n`` or ``--rows``
-and a name each, and ``--merge`` puts these together. Nothing here was tuned on the texts that
-are reported: settings were chosen on the last windows of the calibration file, which no run of
-this script reads.
+and a name each, and ``--merge`` puts these together. A mix is sought once for each model and share;
+what was found is kept beside the results. Nothing here was tuned on the texts that are reported:
+settings were chosen on the last windows of the calibration file, which no run of this script reads.
 """
 
 import argparse
+import copy
+import json
 import os
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
@@ -42,9 +46,12 @@ from common import (
 
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
-from sparsessm_plugin.fitting import fit
-from sparsessm_plugin.fitting.axes import AXES
+from sparsessm_plugin.files import write_json
+from sparsessm_plugin.fitting import FitSettings, Prepared, make_plan, split
+from sparsessm_plugin.fitting.axes import AXES, in_order
+from sparsessm_plugin.fitting.losses import HeldBack, distillation_fields
 from sparsessm_plugin.fitting.shapes import Shapes
+from sparsessm_plugin.fitting.targets import parse_targets
 from sparsessm_plugin.recipes import parse_recipe
 from sparsessm_plugin.recipes.pruning import ModelSource, prune
 from sparsessm_plugin.training.memory import needed
@@ -55,9 +62,10 @@ TASK = "blimp_local"
 MEASURED = (*TEXTS, "blimp")
 NOTED = ("parameters", "steps", "passes", "divergence")
 HELD_BACK = 100  # windows of 512 at the end of the calibration text, for development
-# Axis of the package, fields of its modifier, and whether the choice depends on the draw of text
-# even without distillation.
+# Axis of the package, and fields of its modifier; what this package does comes first, the others
+# are to compare with.
 METHODS: dict[str, dict[str, str]] = {
+    "mix": {"fit": ""},
     "layers": {
         "loss after the fit": "",
         "perplexity, greedy, nothing fitted": "saliency: perplexity, compensate: none",
@@ -73,10 +81,11 @@ METHODS: dict[str, dict[str, str]] = {
         "output energy": "",
         "magnitude, nothing fitted": "saliency: magnitude, compensate: none",
     },
+    "mlp": {"output energy": ""},
     "states": {"output energy": ""},
-    "mix": {"fit": ""},
 }
 DATA_FREE = ("magnitude, nothing fitted",)
+WHOLE = ("layers", "hidden", "mlp")  # whose modifiers distil all of the model unless told otherwise
 NEAR = 0.06  # how far a share may be from the one asked for
 
 
@@ -93,11 +102,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of distillation")
     parser.add_argument("--weights", default="auto", help="distill_weights")
-    parser.add_argument("--fit-minutes", type=float, default=2.0, help="that a mix is sought for")
-    parser.add_argument("--mix", type=Path, help="recipe of the mix; default sought, and kept")
+    parser.add_argument(
+        "--fit-minutes", type=float, help="whose half a mix is sought for; default 1 on a GPU, 5"
+    )
+    parser.add_argument("--search-tokens", type=int, help="that a trial of the search fits by")
     parser.add_argument("--evaluate", type=int, default=2048, help="tokens a window of evaluation")
     parser.add_argument("--evaluate-windows", type=int, help="at most so many")
-    parser.add_argument("--tasks", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--tasks", action="store_true", help="BLiMP, too")
     parser.add_argument("--limit", type=int, help="sentences a paradigm of BLiMP")
     parser.add_argument("--time-limit", type=float, default=1e9, help="start no row after seconds")
     parser.add_argument("--name", default="structure_quality")
@@ -112,9 +123,34 @@ def main() -> None:
     numbers = begin(options)
     rows: list[dict[str, Any]] = numbers.setdefault("rows", [])
     numbers.setdefault("failed", {})
-    for name in options.models:
-        Run(name, options, numbers, started).all_rows()
+    runs = [Run(name, options, numbers, started) for name in options.models]
+    part = Part(options.part)
+    for wanted in wanted_rows(options):
+        for run in runs:
+            if part.next():
+                run.try_row(*wanted)
     save(options.name, table(rows, options), numbers)
+
+
+def wanted_rows(options: Any) -> Iterator[tuple[float, str, str, float, int]]:
+    """Share, axis, method, minutes and seed of each row, what matters most first."""
+    ours = [(axis, next(iter(methods))) for axis, methods in METHODS.items()]
+    others = [(a, m) for a, methods in METHODS.items() for m in methods if (a, m) not in ours]
+    longest = max(options.minutes)
+    shorter = sorted({m for m in options.minutes if 0 < m < longest}, reverse=True)
+    parts = [(ours[:1], [longest]), (ours[1:], [longest])] if longest else []
+    if 0 in options.minutes:
+        parts += [(ours, [0.0]), (others, [0.0])]
+    parts += [(ours, shorter), (others, [longest] if longest else []), (others, shorter)]
+    for seed in range(options.seeds):
+        for methods, lengths in parts:
+            for minutes in lengths:
+                for axis, method in methods:
+                    chosen = options.rows
+                    if chosen and axis not in chosen and f"{axis}: {method}" not in chosen:
+                        continue
+                    for share in options.shares:
+                        yield share, axis, method, minutes, seed
 
 
 class Run:
@@ -143,9 +179,11 @@ class Run:
             self.tasks = load_tasks([TASK], data, options.limit)
         positions = options.batch_size * options.length
         print(f"{name}: steps take {needed(self.skeleton, positions)} (counted)", flush=True)
+        self.overhead = 20.0  # seconds of a row beside its distillation
+        self.model: Any = self.source.load()  # rows change copies of it
         self.dense = self.row({"method": "dense"})
         if not self.dense["seeds"]:
-            self.add(self.dense, 0, self.source.load(), 0.0, {"parameters": 1.0})
+            self.add(self.dense, 0, self.model, 0.0, {"parameters": 1.0})
 
     def row(self, key: dict[str, Any]) -> dict[str, Any]:
         names = (*MEASURED, *NOTED)
@@ -177,47 +215,35 @@ class Run:
         told = {k: v for k, v in row.items() if not isinstance(v, list)}
         print(*told.values(), f"seed {seed}", shown, noted, f"{seconds:.1f} s", flush=True)
 
-    def wanted(self) -> Iterator[tuple[float, str, str, float, int]]:
-        """Share, axis, method, minutes and seed of each row, what matters most first."""
-        options = self.options
-        for seed in range(options.seeds):
-            for minutes in options.minutes:
-                for share in options.shares:
-                    for axis, methods in METHODS.items():
-                        for method in methods:
-                            chosen = options.rows
-                            if chosen and axis not in chosen and f"{axis}: {method}" not in chosen:
-                                continue
-                            yield share, axis, method, minutes, seed
-
-    def all_rows(self) -> None:
-        part = Part(self.options.part)
-        for share, axis, method, minutes, seed in self.wanted():
-            if seed and not minutes and method in DATA_FREE:
-                continue
-            if not part.next():
-                continue
-            key = {"share": share, "axis": axis, "method": method, "minutes": minutes}
-            if seed in self.row(key)["seeds"]:
-                continue
-            label = f"{self.name} {' '.join(map(str, key.values()))} seed {seed}"
-            if time.monotonic() - self.started > self.options.time_limit:
-                print(f"left out: {label}", flush=True)
-                continue
-            try:
-                self.measure(key, seed)
-            except Exception as error:  # one that cannot be must not stop the others
-                print(f"FAILED {label}: {first_line(error)}", flush=True)
-                self.numbers["failed"][label] = first_line(error)
-                keep(self.options.name, self.numbers)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+    def try_row(self, share: float, axis: str, method: str, minutes: float, seed: int) -> None:
+        """Measure a row, if it can be and there is time for it."""
+        if seed and not minutes and method in DATA_FREE:
+            return
+        key = {"share": share, "axis": axis, "method": method, "minutes": minutes}
+        if seed in self.row(key)["seeds"]:
+            return
+        label = f"{self.name} {' '.join(map(str, key.values()))} seed {seed}"
+        if label in self.numbers["failed"]:  # it cannot be
+            return
+        begun = time.monotonic()
+        if begun - self.started + 60 * minutes + self.overhead > self.options.time_limit:
+            print(f"left out: {label}", flush=True)
+            return
+        try:
+            self.measure(key, seed)
+        except Exception as error:  # one that cannot be must not stop the others
+            print(f"FAILED {label}: {first_line(error)}", flush=True)
+            self.numbers["failed"][label] = first_line(error)
+            keep(self.options.name, self.numbers)
+        else:
+            self.overhead = max(5.0, time.monotonic() - begun - 60 * minutes)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def measure(self, key: dict[str, Any], seed: int) -> None:
         options, minutes = self.options, key["minutes"]
         modifiers = self.modifiers(key, seed)
         last = modifiers[list(modifiers)[-1]]
-        last.pop("distill_minutes", None)
         batches = -(-options.windows // options.batch_size)
         for fields in modifiers.values():
             fields["calibration_batches"] = batches
@@ -229,7 +255,8 @@ class Run:
         count_of = (options.distill_windows or 10**9) if minutes else options.windows
         loader = calibration_loader(self.samples, count_of, options.batch_size, seed)
         begun = time.perf_counter()
-        result = prune(self.source.load(), parse_recipe(text, "benchmark"), loader, self.tokenizer)
+        model = copy.deepcopy(self.model)
+        result = prune(model, parse_recipe(text, "benchmark"), loader, self.tokenizer)
         seconds = time.perf_counter() - begun
         distilled: dict[str, Any] = {}
         for report in result.reports:
@@ -245,12 +272,20 @@ class Run:
     def modifiers(self, key: dict[str, Any], seed: int) -> dict[str, dict[str, Any]]:
         """Modifiers of a recipe and their fields."""
         axis, method, share = key["axis"], key["method"], key["share"]
+        minutes = key["minutes"]
         if axis == "mix":
-            return self.mix(share)
-        known = AXES[axis]
-        size = self.size(known, share)
+            sizes = self.mix(share)["distilled" if minutes else "sizes"]
+        else:
+            sizes = {axis: self.size(AXES[axis], share)}
+        axes = in_order(sizes)
+        found = {one.modifier: one.fields(sizes[one.name]) for one in axes}
         fields = yaml.safe_load("{" + METHODS[axis][method].format(seed=seed) + "}")
-        return {known.modifier: {**known.fields(size), **fields}}
+        found[axes[-1].modifier] |= fields
+        if minutes:
+            found[axes[-1].modifier] |= distillation_fields(axes, minutes)
+            if axis not in ("mix", *WHOLE):  # what is distilled is the same in all rows
+                found[axes[-1].modifier]["distill_weights"] = "all_but_vocabulary"
+        return found
 
     def size(self, axis: Any, share: float) -> int:
         """The size of an axis with which the model has nearest to this share of its parameters.
@@ -260,7 +295,7 @@ class Run:
         length = axis.length(self.skeleton)
         if length is None:
             raise SparseSSMError("the model has no such axis")
-        step = {"hidden": 64, "channels": 8}.get(axis.name, 1)
+        step = {"hidden": 8, "channels": 4, "mlp": 8}.get(axis.name, 1)
         found: dict[float, int] = {}
         for size in range(length - step, 0, -step):
             try:
@@ -274,20 +309,42 @@ class Run:
             raise SparseSSMError(f"no size has {share:g} of the parameters")
         return found[min(found)]
 
-    def mix(self, share: float) -> dict[str, dict[str, Any]]:
-        """The recipe that ``fit`` finds, sought once and kept beside the results."""
+    def mix(self, share: float) -> dict[str, Any]:
+        """What ``fit`` finds, sought once and kept beside the results.
+
+        ``sizes`` by axis of the mix that loses least before any distillation, ``distilled`` of the
+        one that lost least after a short one, ``tried`` with what was predicted and measured.
+        """
         options = self.options
-        path = options.mix or RESULTS / f"structure_mix_{self.name}_{share:g}.yaml"
-        if not path.exists():
-            loader = calibration_loader(self.samples, options.windows, options.batch_size, 0)
-            target = f"parameters={share:g}"
-            found = fit(self.source.load(), list(loader), target, minutes=options.fit_minutes)
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(found.recipe, encoding="utf-8")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        stage = next(iter(content.values()))
-        modifiers: dict[str, dict[str, Any]] = next(iter(stage.values()))
-        return modifiers
+        path = RESULTS / f"{options.name}_mix_{self.name}_{share:g}.json"
+        if path.exists():
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found
+        started = time.monotonic()
+        device = self.model.device
+        minutes = options.fit_minutes or (1.0 if device.type == "cuda" else 5.0)
+        loader = calibration_loader(self.samples, options.windows, options.batch_size, 0)
+        batches, held = split(list(loader))
+        targets = parse_targets(f"parameters={share:g}")
+        settings = FitSettings(targets, minutes=minutes, search_tokens=options.search_tokens)
+        prepared = Prepared(self.shapes, settings, device)
+        plan = make_plan(prepared, self.model, batches, HeldBack(self.model, held), started)
+        reached = [one for one in plan.candidates if one.costs["parameters"] <= share]
+        least = min(reached, key=lambda one: one.loss)
+        found = {
+            "sizes": least.sizes,
+            "distilled": plan.sizes,
+            "seconds": round(time.monotonic() - started, 1),
+            "overlap": plan.overlap,
+            "alone": plan.alone,
+            "tried": [vars(one) for one in plan.candidates],
+            "tables": [vars(row) for row in plan.rows if row.measured],
+            "excluded": plan.excluded,
+        }
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, found)
+        print(f"{self.name} mix {share:g}: {found}", flush=True)
+        return found
 
 
 def count(model: Any) -> int:

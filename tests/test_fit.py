@@ -30,7 +30,9 @@ from sparsessm_plugin.families import find_mixers, get_model_adapter
 from sparsessm_plugin.fitting import FitSettings, Prepared, split
 from sparsessm_plugin.fitting.axes import AXES, Axis, in_order, register_axis
 from sparsessm_plugin.fitting.choice import (
+    OVERLAP,
     best_mixes,
+    corrected,
     fit_overlap,
     front,
     interpolated,
@@ -38,7 +40,7 @@ from sparsessm_plugin.fitting.choice import (
     nearest_mix,
 )
 from sparsessm_plugin.fitting.costs import Census, Ladder, Space, counted
-from sparsessm_plugin.fitting.losses import HeldBack, Trials
+from sparsessm_plugin.fitting.losses import Copies, HeldBack, Shared, Trials
 from sparsessm_plugin.fitting.shapes import Shapes
 from sparsessm_plugin.fitting.targets import parse_target, parse_targets
 from sparsessm_plugin.fitting.timing import (
@@ -114,9 +116,20 @@ def test_losses_between_measured_sizes_follow_a_power_and_never_fall():
 def test_the_overlap_is_found_in_what_mixes_lose():
     mixes = [((a, b), a + b + 2 * 0.4 * (a * b) ** 0.5) for a, b in ((1, 1), (0.5, 2), (3, 1))]
     assert fit_overlap(mixes, strength=0) == pytest.approx(0.4)
-    assert 0 < fit_overlap(mixes[:1]) < 0.4  # a single one convinces less
-    assert fit_overlap([((1.0, 1.0), 2.0)]) == 0
-    assert fit_overlap([]) == 0
+    assert OVERLAP < fit_overlap(mixes[:1]) < 0.4  # a single one convinces less
+    assert 0 < fit_overlap([((1.0, 1.0), 2.0)]) < OVERLAP / 2
+    assert fit_overlap([]) == OVERLAP
+
+
+def test_a_mix_that_was_tried_tells_of_those_nearby():
+    tables = [np.array([0, 0.1, 0.4]), np.array([0, 0.11, 0.12, 3.0])]
+    predicted = mixed_losses(tables)
+    found = corrected(predicted, tables, {(1, 1): 0.42})
+    ratio = found / np.where(predicted == 0, 1, predicted)
+    assert found[1, 1] == 0.42
+    assert 1.4 < ratio[1, 2] < 2
+    assert ratio[1, 2] > ratio[2, 1] > ratio[1, 3] == pytest.approx(1, abs=1e-6)
+    assert corrected(predicted, tables, {}) == pytest.approx(predicted)
 
 
 # -- what is counted --------------------------------------------------------------------------
@@ -373,8 +386,8 @@ def test_the_chosen_mix_is_the_least_of_what_was_tried():
 
 
 def test_what_is_left_of_the_time_is_for_distillation(monkeypatch):
-    monkeypatch.setattr("sparsessm_plugin.fitting.plan._LEAST_MINUTES", 0.001)
-    monkeypatch.setattr("sparsessm_plugin.fitting.plan._Search.minutes", 0.0)
+    monkeypatch.setattr("sparsessm_plugin.fitting.search._LEAST_MINUTES", 0.001)
+    monkeypatch.setattr("sparsessm_plugin.fitting.search.Search.minutes", 0.0)
     result = fit(small_mamba(), batches(8), "parameters=0.8", minutes=0.03, axes=("channels",))
     assert 0 < result.plan.distill_minutes <= 0.03
     assert {entry.distilled for entry in result.plan.candidates} <= {None}  # no other to compare
@@ -383,26 +396,48 @@ def test_what_is_left_of_the_time_is_for_distillation(monkeypatch):
 
 
 def test_distillation_suits_what_was_removed():
-    trials = Trials(None, batches(4), 3, None)
+    trials = Trials(Copies(tiny_model("mamba")), batches(4), 3, None)
     whole = trials.fields({"states": 4, "hidden": 16}, 2.0)
     assert whole["hidden"] == {"keep": 16, "calibration_batches": 3}
-    assert whole["states"]["distill_weights"] == "all_but_vocabulary"
+    assert whole["states"]["distill_weights"] == "all"
+    layers = trials.fields({"states": 4, "layers": 1}, 2.0)["states"]
+    assert layers["distill_weights"] == "all_but_vocabulary"
     assert whole["states"]["distill_learning_rate"] > 3e-4
     alone = trials.fields({"states": 4}, 2.0)["states"]
     assert alone == {"keep": 4, "calibration_batches": 3, "distill_minutes": 2.0}
     assert "distill_minutes" not in trials.fields({"states": 4})["states"]
 
 
+def test_mixes_that_begin_alike_share_it_and_lose_what_they_would_alone():
+    """Each mix also on trials of its own, which share nothing; layers, width, channels, states."""
+    model, ready = small_mamba(num_hidden_layers=3), batches(8)
+    fitted, held = split(ready)
+    held_back = HeldBack(model, held)
+    shared = Trials(Copies(model), fitted, 2, held_back)
+    mixes = [{"hidden": 48}, {"hidden": 32}, {"hidden": 48, "states": 4}, {"layers": 2}]
+    mixes += [{"layers": 2, "hidden": 48}, {"layers": 2, "hidden": 32}, mixes[2]]
+    for mix in mixes:
+        alone = Trials(Copies(model), fitted, 2, held_back, shared=Shared(limit=0))
+        found = shared.measure(mix)
+        assert found.loss == pytest.approx(alone.measure(mix).loss, rel=1e-5), mix
+        assert found.kept == (shared.measure({"layers": 2}).kept if "layers" in mix else None)
+    # what was measured of one width serves another
+    assert len(shared.shared.carried) == 2
+    # a distillation begins behind the last removal that is held, and goes to the dense model
+    distilled = shared.measure({"hidden": 48, "channels": 64}, 0.002)
+    assert distilled.loss < 1.05 * shared.measure({"hidden": 48, "channels": 64}).loss
+
+
 def test_finalists_are_compared_after_a_short_distillation(monkeypatch):
-    monkeypatch.setattr("sparsessm_plugin.fitting.plan._LEAST_MINUTES", 0.001)
-    monkeypatch.setattr("sparsessm_plugin.fitting.plan._Search.minutes", 0.0)
-    monkeypatch.setattr("sparsessm_plugin.fitting.plan._FOR_FINALISTS", 1e9)
+    monkeypatch.setattr("sparsessm_plugin.fitting.search._LEAST_MINUTES", 0.001)
+    monkeypatch.setattr("sparsessm_plugin.fitting.search.Search.minutes", 0.0)
+    monkeypatch.setattr("sparsessm_plugin.fitting.search._FOR_FINALISTS", 1e9)
 
     def worst(self, root):
         allowed = best_mixes(self.losses(), self.prepared.costs(), self.prepared.limits(), 99)
         return allowed[-1]
 
-    monkeypatch.setattr("sparsessm_plugin.fitting.plan._Search._best_by", worst)
+    monkeypatch.setattr("sparsessm_plugin.fitting.search.Search._best_by", worst)
     axes = ("channels", "hidden")
     result = fit(small_mamba(), batches(8), "parameters=0.9", minutes=0.02, axes=axes)
     found = [c for c in result.plan.candidates if c.distilled is not None]

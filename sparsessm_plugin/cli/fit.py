@@ -70,6 +70,12 @@ def fit(
     plot: Annotated[
         Path | None, typer.Option(help="Draw loss against cost into this new .png or .svg file.")
     ] = None,
+    search_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MOST, help="That a trial fits by; default 65536 on a GPU, 12288 on a CPU."
+        ),
+    ] = None,
     num_samples: Annotated[
         int | None,
         typer.Option(
@@ -131,6 +137,7 @@ def fit(
         Workload(batch, length, "prefill" if phase == "prefill" else "decode"),
         minutes,
         tuple(split_names("--axes", axes)) if axes else None,
+        search_tokens,
     )
     skeleton = source.load_skeleton()
     tokenizer = source.load_tokenizer()

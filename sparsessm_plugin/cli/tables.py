@@ -114,9 +114,10 @@ def print_fit(result: "FitResult", output: Path) -> None:
     best = min(plan.alone.items(), key=lambda item: item[1]["loss"], default=None)
     if best is not None and len(plan.sizes) > 1:
         axis, found = best
+        about = "" if found["measured"] else " (from its neighbours)"
         out.print(
-            f"best single axis: {axis} {found['size']:g}, loss {found['loss']:.4f} before any "
-            "distillation" + (f", the mix {plan.loss:.4f}" if plan.loss is not None else ""),
+            f"best single axis: {axis} {found['size']:g}, loss {found['loss']:.4f}{about} before "
+            "any distillation" + (f", the mix {plan.loss:.4f}" if plan.loss is not None else ""),
             soft_wrap=True,
             highlight=False,
         )

@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from loguru import logger
 from torch import Tensor
 
 from sparsessm_plugin.backends.products import fast_products
+from sparsessm_plugin.calibration import CalibrationBatches
 from sparsessm_plugin.cost import has_room, kept
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families.fast_forward import fast_forward
-from sparsessm_plugin.fitting.axes import in_order
+from sparsessm_plugin.fitting.axes import AXES, Axis, in_order
 from sparsessm_plugin.fitting.costs import stored_bytes
-from sparsessm_plugin.methods.model_removal import ModelRemovalSettings
-from sparsessm_plugin.methods.run import run_in_turn
+from sparsessm_plugin.methods.run import run
 from sparsessm_plugin.training.divergence import divergences
 from sparsessm_plugin.training.gradients import to_device
 
@@ -91,17 +91,17 @@ class Copies:
 
     def __init__(self, model: Any) -> None:
         self.device = model.device
-        self._model = model
+        self.model = model
         if self.device.type == "cuda" and not has_room(self.device, stored_bytes(model)):
             model.to("cpu")
 
     def new(self) -> Any:
         """One on the model's device."""
-        return copy.deepcopy(self._model).to(self.device)
+        return copy.deepcopy(self.model).to(self.device)
 
     def give_back(self) -> Any:
         """The dense model, where it was."""
-        return self._model.to(self.device)
+        return self.model.to(self.device)
 
 
 @dataclass(frozen=True)
@@ -120,20 +120,81 @@ class Tried:
     kept: tuple[int, ...] | None = None
 
 
+Steps = tuple[tuple[str, int], ...]  # axes and the sizes that they were made, in order
+_BREADTH = ("all", "all_but_vocabulary", "mixers")
+_HELD_BYTES = 2**31  # of models that are held
+
+
+class Shared:
+    """What trials have in common: models after the first of their removals, and their sums.
+
+    :param limit: bytes of models that are held; those used longest ago go first
+    """
+
+    def __init__(self, limit: float = _HELD_BYTES) -> None:
+        self._limit = limit
+        self._models: dict[Steps, Any] = {}
+        self.carried: dict[tuple[Steps, str], Any] = {}
+        self.layers: dict[Steps, tuple[int, ...]] = {}  # indices that stay
+
+    def longest(self, steps: Steps) -> int:
+        """How many of these steps, from the first on, a model is held of."""
+        return next((n for n in range(len(steps), 0, -1) if steps[:n] in self._models), 0)
+
+    def copy(self, steps: Steps) -> Any:
+        """A copy of the model held after exactly these steps."""
+        self._models[steps] = self._models.pop(steps)  # used last
+        return copy.deepcopy(self._models[steps])
+
+    def hold(self, steps: Steps, model: Any) -> None:
+        """Hold a copy of a model, if there is room."""
+        size = stored_bytes(model)
+        on_gpu = model.device.type == "cuda"
+        if size > self._limit or (on_gpu and not has_room(model.device, size)):
+            return
+        self._models[steps] = copy.deepcopy(model)
+        while sum(map(stored_bytes, self._models.values())) > self._limit:
+            del self._models[next(iter(self._models))]
+
+
+def distillation_fields(axes: Sequence[Axis], minutes: float) -> dict[str, Any]:
+    """Fields of the last of some removals, by which it distils as suits what changed most.
+
+    :param axes: in the order of their removals
+    :param minutes: of distillation
+    """
+    found: dict[str, Any] = {"distill_minutes": minutes}
+    classes = [axis.modifier_class for axis in axes]
+    weights = [getattr(cls, "fitted_by_default", _BREADTH[-1]) for cls in classes]
+    widest = classes[weights.index(min(weights, key=_BREADTH.index))]
+    if weights[classes.index(widest)] != weights[-1]:
+        found["distill_weights"] = widest.fitted_by_default
+        found["distill_learning_rate"] = widest.model_fields["distill_learning_rate"].default
+    return found
+
+
 @dataclass
 class Trials:
     """Removes from copies what mixes say, with the closed-form fits, and measures the loss.
 
+    Mixes that begin alike share what they begin with; see :class:`Shared`.
+
     :param copies: of the dense model
     :param batches: of all the text
-    :param used: how many of them, the first, removals choose and fit by
+    :param used: how many of them, the first, a trial chooses and fits by
     :param held_back: to measure on
+    :param recipe_uses: how many the recipe's removals choose and fit by; default as many
+
+    Attributes: ``seconds``, the longest that a removal along each axis took.
     """
 
     copies: Copies
     batches: Sequence[Mapping[str, Any]]
     used: int
     held_back: HeldBack
+    recipe_uses: int | None = None
+    shared: Shared = field(default_factory=Shared)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def fields(self, sizes: Mapping[str, int], minutes: float = 0.0) -> dict[str, dict[str, Any]]:
         """The fields of each axis's modifier, in the order of a recipe; the last one distils.
@@ -141,20 +202,21 @@ class Trials:
         :param sizes: by axis
         :param minutes: of distillation
         """
+        return self._fields(sizes, minutes, self.recipe_uses or self.used, trial=False)
+
+    def _fields(
+        self, sizes: Mapping[str, int], minutes: float, used: int, trial: bool
+    ) -> dict[str, dict[str, Any]]:
         axes = in_order(sizes)
         found = {axis.name: axis.fields(sizes[axis.name]) for axis in axes}
-        if self.used < len(self.batches):
+        for axis in axes:
+            if trial or axis.slower == 1:
+                found[axis.name] |= axis.quick_fields(self.copies.model, self.copies.device)
+        if used < len(self.batches):
             for own in found.values():
-                own["calibration_batches"] = self.used
+                own["calibration_batches"] = used
         if minutes:
-            # what suits the removals that change most, though another one comes last
-            classes = [axis.modifier_class for axis in axes]
-            by = next((cls for cls in classes if issubclass(cls, ModelRemovalSettings)), None)
-            own = found[axes[-1].name]
-            if by is not None and not issubclass(classes[-1], ModelRemovalSettings):
-                own["distill_weights"] = by.fitted_by_default
-                own["distill_learning_rate"] = by.model_fields["distill_learning_rate"].default
-            own["distill_minutes"] = minutes
+            found[axes[-1].name] |= distillation_fields(axes, minutes)
         return found
 
     def measure(self, sizes: Mapping[str, int], minutes: float = 0.0) -> Tried:
@@ -165,26 +227,58 @@ class Trials:
         :raises SparseSSMError: a modifier cannot make it
         """
         started = time.perf_counter()
-        model = self.copies.new()
         with _unheard():
-            layers = self._remove(model, sizes, minutes)
+            model, layers = self._remove(sizes, minutes)
         seconds = time.perf_counter() - started
         return Tried(dict(sizes), self.held_back.divergence(model), seconds, layers)
 
     def _remove(
-        self, model: Any, sizes: Mapping[str, int], minutes: float
-    ) -> tuple[int, ...] | None:
-        """The removal of a mix; indices of the layers that stay, where some go."""
-        axes, fields = in_order(sizes), self.fields(sizes, minutes)
-        methods = [a.modifier_class(**fields[a.name]).new_method() for a in axes]
-        before = {axis.name: axis.length(model) for axis in axes}
-        batches = self.batches if minutes else self.batches[: self.used]
-        results = run_in_turn(methods, model, batches)
-        for axis, result in zip(axes, results, strict=True):
-            if axis.name == "layers":
-                gone = {i for entry in result.layers for i in entry.removed}
-                return tuple(i for i in range(before["layers"] or 0) if i not in gone)
-        return None
+        self, sizes: Mapping[str, int], minutes: float
+    ) -> tuple[Any, tuple[int, ...] | None]:
+        """A smaller copy of the model, and the indices of the layers that stay, if some go."""
+        steps: Steps = tuple((axis.name, sizes[axis.name]) for axis in in_order(sizes))
+        fields = self._fields(sizes, minutes, self.used, trial=True)
+        done = self.shared.longest(steps[:-1] if minutes else steps)
+        model = self.shared.copy(steps[:done]) if done else self.copies.new()
+        methods = [AXES[n].modifier_class(**fields[n]).new_method() for n, _ in steps[done:]]
+        data = CalibrationBatches.draw(
+            "fit", self.batches if minutes else self.batches[: self.used]
+        )
+        try:
+            if minutes and len(steps) > 1:
+                dense = self.copies.new()
+                methods[-1].prepare(dense)
+                methods[-1].foresee(data)  # the dense model's predictions
+                del dense
+            for number, method in enumerate(methods, done):
+                last = number + 1 == len(steps)
+                self._step(method, model, data, steps[: number + 1], hold=not (minutes and last))
+        finally:
+            for method in methods:
+                method.release()
+        return model, self.shared.layers.get(steps[:1])
+
+    def _step(
+        self, method: Any, model: Any, data: CalibrationBatches, steps: Steps, hold: bool
+    ) -> None:
+        (name, _), key = steps[-1], (steps[:-1], steps[-1][0])
+        method.carried = self.shared.carried.get(key)
+        length, started = AXES[name].length(model), time.perf_counter()
+        result = run(method, model, data)
+        taken = time.perf_counter() - started
+        if hold:
+            self.seconds[name] = max(taken, self.seconds.get(name, 0.0))
+            self.shared.hold(steps, model)
+        if method.carried is not None:
+            self.shared.carried[key] = method.carried
+        if name == "layers":
+            gone = {i for entry in result.layers for i in entry.removed}
+            self.shared.layers[steps] = tuple(i for i in range(length or 0) if i not in gone)
+
+    def removal_seconds(self, sizes: Mapping[str, int]) -> float:
+        """About how long the removals of a recipe take, without the text of a trial being more."""
+        more = (self.recipe_uses or self.used) / self.used
+        return sum(more * self.seconds.get(name, 0.0) * AXES[name].slower for name in sizes)
 
 
 @contextmanager

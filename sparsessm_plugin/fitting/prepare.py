@@ -31,6 +31,8 @@ class FitSettings:
     :param workload: what is timed for a speed; its length also counts an attention cache
     :param minutes: that the whole may take once the model is loaded
     :param axes: to choose from; None for all that there are
+    :param search_tokens: of calibration text that a trial chooses and fits by; None for what suits
+        the device
     """
 
     targets: tuple[Target, ...]
@@ -38,6 +40,7 @@ class FitSettings:
     workload: Workload = field(default_factory=Workload)
     minutes: float = 10.0
     axes: tuple[str, ...] | None = None
+    search_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.runtime not in RUNTIMES:
@@ -46,6 +49,8 @@ class FitSettings:
             )
         if not (math.isfinite(self.minutes) and self.minutes > 0):
             raise SparseSSMError(f"--minutes must be above 0, got {self.minutes}")
+        if self.search_tokens is not None and self.search_tokens < 1:
+            raise SparseSSMError(f"--search-tokens must be at least 1, got {self.search_tokens}")
         for name in self.axes or ():
             AXES.check(name)
 

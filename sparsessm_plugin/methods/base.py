@@ -160,6 +160,9 @@ class MixerMethod(Generic[S]):
         # number of the batch that passes the model, counted from 0; set by whoever drives it
         self.current_batch: Callable[[], int] = lambda: 0
         self.failed: Callable[[], None] = lambda: None  # called when it has raised an error
+        # what it measured of the model that it was given, if that serves other settings: may be
+        # handed to another run on an equal model and the same data
+        self.carried: Any = None
         self._model: Any = None
         self._batches: CalibrationBatches | None = None
         self._finite: FiniteCheck | None = None

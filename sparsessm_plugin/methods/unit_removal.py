@@ -27,6 +27,8 @@ _RIDGE = 1e-2
 class UnitSettings(ModelRemovalSettings):
     """What the removals of units share."""
 
+    fitted_by_default: ClassVar[Weights] = "all"  # every part of the model has changed
+
     saliency: str = "output_energy"
     compensate: list[Any] | None = None
 
@@ -34,12 +36,6 @@ class UnitSettings(ModelRemovalSettings):
     @classmethod
     def _check_saliency(cls, value: str) -> str:
         return UNIT_CRITERIA.check(value)
-
-    @property
-    def distilled_weights(self) -> Weights | None:
-        """All of them, unless told otherwise: every part of the model has changed."""
-        given = super().distilled_weights
-        return "all" if given and self.distill_weights == "auto" else given
 
     @property
     def axis_name(self) -> str:

@@ -47,6 +47,8 @@ _LEAST_SCALE = 0.1
 class WidthSettings(ModelRemovalSettings):
     """The fields of :class:`sparsessm_plugin.WidthRemovalModifier`, which describes them."""
 
+    fitted_by_default: ClassVar[Weights] = "all"  # every part of the model has changed
+
     multiple_of: int | None = Field(default=None, ge=1)
     saliency: str = "output_energy"
     rotate: bool | None = None
@@ -68,12 +70,6 @@ class WidthSettings(ModelRemovalSettings):
         if self.rotate is None:
             self.rotate = self.by_loss
         return self
-
-    @property
-    def distilled_weights(self) -> Weights | None:
-        """All of them, unless told otherwise: every part of the model has changed."""
-        given = super().distilled_weights
-        return "all" if given and self.distill_weights == "auto" else given
 
     @property
     def by_loss(self) -> bool:
@@ -151,11 +147,15 @@ class WidthRemoval(ModelRemoval[WidthSettings]):
         size = adapter.hidden_size
         keep = settings.kept(size)
         sums = StreamSums(adapter, reading_points(adapter, self.device))
-        with self.cost.stage("covariances"):
-            sums.add_covariances(batches)
-        if settings.by_loss:
-            with self.cost.stage("gradients"):
-                sums.add_metrics(batches, _TOKENS * size)
+        if self.carried is None:
+            with self.cost.stage("covariances"):
+                sums.add_covariances(batches)
+            if settings.by_loss:
+                with self.cost.stage("gradients"):
+                    sums.add_metrics(batches, _TOKENS * size)
+            self.carried = sums.covariances, sums.metrics
+        else:
+            sums.covariances, sums.metrics = self.carried
         with self.cost.stage("choice"):
             choose = partial(self._choose, adapter, sums, keep)
             found = distributed.share("what the stream keeps", choose, device=self.device)

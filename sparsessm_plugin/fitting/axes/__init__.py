@@ -6,12 +6,14 @@ from importlib import import_module
 from math import gcd
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import nn
 
 from sparsessm_plugin.registry import Registry
 
-_EIGHTHS = (7, 6, 5, 4)
+_EIGHTHS = (7.5, 7, 6.5, 6, 5.5, 5, 4.5, 4)
 _TILE = 64
+_SHORT = 256  # what is shorter, as the channels of a head, is cut into eighths
 
 
 class Axis(ABC):
@@ -21,13 +23,15 @@ class Axis(ABC):
 
     Attributes: ``name``; ``order``, the place of its modifier in a recipe, lowest first;
     ``modifier``, a public name of :mod:`sparsessm_plugin.modifiers`, or the class; ``affine``,
-    whether all counts are affine in the size while the other sizes stay.
+    whether all counts are affine in the size while the other sizes stay; ``slower``, how many
+    times as long a removal takes by a recipe as with :meth:`quick_fields`.
     """
 
     name: ClassVar[str]
     order: ClassVar[int]
     modifier: ClassVar[Any]
     affine: ClassVar[bool] = True
+    slower: ClassVar[float] = 1.0
 
     @property
     def modifier_class(self) -> Any:
@@ -47,6 +51,16 @@ class Axis(ABC):
     def fields(self, size: int) -> dict[str, Any]:
         """Fields of the modifier that make this size."""
         return {"keep": size}
+
+    def quick_fields(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
+        """Fields with which the modifier takes less time.
+
+        They are for trials, and for recipes also if ``slower`` is 1.
+
+        :param model: dense
+        :param device: of the trials
+        """
+        return {}
 
     @abstractmethod
     def config_fields(self, model: nn.Module, size: int) -> dict[str, Any]:
@@ -72,8 +86,10 @@ def in_order(names: Iterable[str]) -> list[Axis]:
 
 
 def tile_of(length: int) -> int:
-    """What sizes of a long axis are multiples of: 64, as kernels like it, if eighths are."""
-    return gcd(_TILE, max(1, length // 8))
+    """What sizes of an axis are multiples of: 64, as kernels like it, of a short one less."""
+    if length >= 16 * _TILE and length % _TILE == 0:
+        return _TILE
+    return gcd(_TILE, max(1, length // (16 if length >= _SHORT else 8)))
 
 
 def shares_of(length: int, multiple: int, eighths: Iterable[float] = _EIGHTHS) -> list[int]:

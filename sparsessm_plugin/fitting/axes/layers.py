@@ -4,11 +4,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import ModelAdapter, get_model_adapter
 from sparsessm_plugin.fitting.axes import Axis, register_axis, shares_of
+
+_TOKENS = {"cuda": 2**14, "cpu": 2**12}  # that sets are compared on
 
 
 @register_axis
@@ -16,6 +19,7 @@ class Layers(Axis):
     """Residual blocks. First: what stays is then fitted as it will stand.
 
     Which ones go, the modifier decides by the data; :meth:`kept` stands in for that until then.
+    A recipe searches as shortly as a trial, so that it removes the layers that were tried.
     """
 
     name = "layers"
@@ -27,6 +31,9 @@ class Layers(Axis):
 
     def sizes(self, length: int) -> Sequence[int]:
         return shares_of(length, 1, (7.5, 7, 6.5, 6, 5, 4))
+
+    def quick_fields(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
+        return {"search_tokens": _TOKENS.get(device.type, 2**12), "search_width": 4}
 
     def config_fields(self, model: nn.Module, size: int) -> dict[str, Any]:
         return get_model_adapter(model).layer_fields(self.kept(model, size))

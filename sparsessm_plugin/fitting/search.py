@@ -1,0 +1,300 @@
+"""The search for a mix: losses of single axes, and trials of the mixes they make look best."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import yaml
+from loguru import logger
+
+from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.fitting.axes import AXES, in_order
+from sparsessm_plugin.fitting.choice import (
+    Array,
+    best_mixes,
+    corrected,
+    fit_overlap,
+    interpolated,
+    mixed_losses,
+)
+from sparsessm_plugin.fitting.losses import Copies, HeldBack, Trials, Tried
+from sparsessm_plugin.fitting.prepare import Prepared, sizes_of
+from sparsessm_plugin.progress import Stage
+
+_FOR_TABLES, _FOR_TRIALS = 0.35, 0.55  # shares of the time at which each is to be done
+_LEAST_TRIED, _MOST_TRIED = 3, 8
+_TIMED_AT_ONCE, _TIMINGS = 3, 3
+# What the fits of a recipe read at most: more says little more, and takes its time from
+# distillation. Trials are many, and read less.
+_TOKENS = {"cuda": 2**17, "cpu": 2**15}
+_TRIAL_TOKENS = {"cuda": 2**16, "cpu": 3 * 2**12}
+_LEAST_MINUTES = 0.05  # of a distillation
+# Of all minutes, those that a finalist is distilled for, and when all finalists are to be done.
+_FINALIST, _FOR_FINALISTS = 0.06, 0.75
+# Distillation takes more from what loses much: finalists are also the best by roots of the losses.
+_ROOTS = (0.5, 0.25)
+
+
+class Search:
+    """Measures what each axis loses, chooses, and tries the best mixes.
+
+    :param prepared: sizes and costs
+    :param model: dense; :meth:`Copies.give_back` of ``trials.copies`` puts it where it was
+    :param batches: to choose and fit by
+    :param held_back: to measure on
+    :param started: by :func:`time.monotonic`, when the minutes began
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        model: Any,
+        batches: Sequence[Mapping[str, Any]],
+        held_back: HeldBack,
+        started: float,
+    ) -> None:
+        self.prepared = prepared
+        self.space = prepared.space
+        self.started = started
+        self.dense_sizes = sizes_of(model)
+        kind = prepared.device.type
+        tokens = prepared.settings.search_tokens or _TRIAL_TOKENS.get(kind, 2**13)
+        self.trials = Trials(
+            Copies(model),
+            batches,
+            _first_tokens(batches, tokens),
+            held_back,
+            _first_tokens(batches, max(tokens, _TOKENS.get(kind, 2**15))),
+        )
+        self.measured: list[dict[int, Tried]] = [{} for _ in self.space.ladders]
+        self.tried: dict[tuple[int, ...], Tried] = {}
+        self.failed: dict[tuple[int, ...], SparseSSMError] = {}
+        self.predictions: dict[tuple[int, ...], float] = {}
+        self.distilled: dict[tuple[int, ...], float] = {}
+
+    @property
+    def minutes(self) -> float:
+        """That have passed."""
+        return (time.monotonic() - self.started) / 60
+
+    def is_late(self, share: float) -> bool:
+        """Whether more than a share of all the time has passed."""
+        return self.minutes > share * self.prepared.settings.minutes
+
+    # -- single axes -----------------------------------------------------------------
+
+    def measure_tables(self) -> None:
+        """Try sizes of each axis alone, the middle ones first, as long as there is time."""
+        orders = [_order(len(ladder.sizes) - 1) for ladder in self.space.ladders]
+        rounds = max(map(len, orders), default=0)
+        total = sum(map(len, orders))
+        with Stage("loss of single axes", total) as stage:
+            for turn in range(rounds):
+                for place, order in enumerate(orders):
+                    # one size of each axis at least, whatever the time
+                    needed = not self.measured[place] or not self.is_late(_FOR_TABLES)
+                    if turn < len(order) and needed:
+                        self._measure_one(place, order[turn], stage)
+                    elif turn < len(order):
+                        stage.advance()
+        if not any(self.measured):
+            raise next(iter(self.failed.values()))
+
+    def _measure_one(self, place: int, step: int, stage: Stage) -> None:
+        ladder = self.space.ladders[place]
+        size = ladder.sizes[step]
+        stage.at(f"{ladder.axis} {size} of {ladder.sizes[0]}")
+        mix = tuple(step if p == place else 0 for p in range(len(self.space.ladders)))
+        self._try(mix)
+        stage.advance()
+
+    def _try(self, mix: tuple[int, ...]) -> None:
+        if mix in self.tried or mix in self.failed:
+            return
+        try:
+            self.tried[mix] = self.trials.measure(self.space.sizes(mix))
+        except SparseSSMError as error:
+            self.failed[mix] = error
+            logger.info(f"{self.prepared.described(mix)} cannot be made: {error}")
+            return
+        shrunk = [place for place, step in enumerate(mix) if step]
+        if len(shrunk) == 1:
+            self.measured[shrunk[0]][mix[shrunk[0]]] = self.tried[mix]
+        size, kept = self.space.sizes(mix).get("layers"), self.tried[mix].kept
+        if size is not None and kept is not None and self.space.kept[size] != kept:
+            self.space.kept[size] = kept
+            self.prepared.forget_counts()
+
+    def tables(self) -> list[Array]:
+        """Loss at every size of each axis."""
+        return [
+            interpolated(
+                ladder.sizes, {ladder.sizes[i]: max(t.loss, 0.0) for i, t in found.items()}
+            )
+            for ladder, found in zip(self.space.ladders, self.measured, strict=True)
+        ]
+
+    # -- mixes -----------------------------------------------------------------------
+
+    def overlap(self) -> float:
+        """As the mixes tell it that were tried."""
+        tables = self.tables()
+        mixes = []
+        for mix, found in self.tried.items():
+            single = [table[i] for table, i in zip(tables, mix, strict=True) if i]
+            if len(single) > 1 and all(math.isfinite(loss) for loss in single):
+                mixes.append((single, found.loss))
+        return fit_overlap(mixes)
+
+    def losses(self) -> Array:
+        """Predicted of every mix, and measured where it was tried; infinite if it failed."""
+        tables = self.tables()
+        tried = {mix: found.loss for mix, found in self.tried.items()}
+        losses = corrected(mixed_losses(tables, self.overlap()), tables, tried)
+        for mix in self.failed:
+            losses[mix] = np.inf
+        return losses
+
+    def choose(self) -> tuple[int, ...]:
+        """The mix of least loss within the limits, the best ones by what they really lose."""
+        limits = self.prepared.limits()
+        with Stage("best mixes", _MOST_TRIED) as stage:
+            tries = 0
+            while True:
+                best = self._best(limits)
+                untried = [mix for mix in best if mix not in self.tried]
+                settled = bool(best) and best[0] in self.tried
+                if tries == 1:  # that a mix is better is not to be taken on trust
+                    untried = self._best_alone(limits) + untried
+                if not untried or tries >= _MOST_TRIED or (settled and tries >= _LEAST_TRIED):
+                    break
+                if tries and self.is_late(_FOR_TRIALS):
+                    break
+                self._try_mix(untried[0], stage)
+                tries += 1
+                stage.advance()
+        best = self._best(limits)
+        if not best:
+            raise SparseSSMError(
+                "none of the mixes that were to reach the targets could be made: "
+                + "; ".join(dict.fromkeys(map(str, self.failed.values())))
+            )
+        tried = [mix for mix in best if mix in self.tried]
+        chosen = min(tried, key=lambda mix: self.tried[mix].loss) if tried else best[0]
+        return self._after_distillation(chosen)
+
+    def _best_alone(self, limits: Sequence[float]) -> list[tuple[int, ...]]:
+        """The best mix in which one axis shrinks, where it is within the limits and not tried."""
+        losses, costs = self.losses(), self.prepared.costs()
+        best = best_mixes(np.where(self._alone(), losses, np.inf), costs, limits)
+        return [mix for mix in best if mix not in self.tried]
+
+    def _alone(self) -> Any:
+        """Of every mix, whether one axis alone shrinks."""
+        shrunk = np.zeros(self.space.shape, dtype=int)
+        for place, length in enumerate(self.space.shape):
+            view = [-1 if p == place else 1 for p in range(shrunk.ndim)]
+            shrunk += (np.arange(length) > 0).reshape(view)
+        return shrunk == 1
+
+    def _try_mix(self, mix: tuple[int, ...], stage: Stage) -> None:
+        stage.at(self.prepared.described(mix))
+        predicted = float(self.losses()[mix])
+        self.predictions.setdefault(mix, predicted)
+        self._try(mix)
+
+    def _after_distillation(self, chosen: tuple[int, ...]) -> tuple[int, ...]:
+        """The best of a few mixes once each was distilled for a while, where there is time."""
+        minutes = _FINALIST * self.prepared.settings.minutes
+        seconds = max((t.seconds for t in self.tried.values()), default=0.0)
+        needed = (1 + len(_ROOTS)) * (minutes + 2.5 * seconds / 60)
+        share = (self.minutes + needed) / self.prepared.settings.minutes
+        if minutes < _LEAST_MINUTES or share > _FOR_FINALISTS or not self._distils():
+            return chosen
+        with Stage("finalists, distilled", 1 + len(_ROOTS)) as stage:
+            finalists = [chosen]
+            for root in _ROOTS:
+                mix = self._best_by(root)
+                if mix is not None and mix not in finalists:
+                    self._try_mix(mix, stage)
+                    finalists += [mix] if mix in self.tried else []
+            if len(finalists) < 2:
+                return chosen
+            for mix in finalists:
+                stage.at(self.prepared.described(mix))
+                sizes = self.space.sizes(mix)
+                self.predictions.setdefault(mix, self.tried[mix].loss)
+                self.distilled[mix] = self.trials.measure(sizes, minutes).loss
+                stage.advance()
+        return min(finalists, key=lambda mix: self.distilled[mix])
+
+    def _distils(self) -> bool:
+        classes = (AXES[ladder.axis].modifier_class for ladder in self.space.ladders)
+        return all("distill_minutes" in cls.model_fields for cls in classes)
+
+    def _best_by(self, root: float) -> tuple[int, ...] | None:
+        """The mix of least loss if each axis lost a root of what it loses."""
+        losses = mixed_losses([table**root for table in self.tables()])
+        for mix in self.failed:
+            losses[mix] = np.inf
+        limits = self.prepared.limits()
+        for _ in range(_TIMINGS):
+            best = best_mixes(losses, self.prepared.costs(), limits)
+            if not best or self.prepared.is_timed(best[0]):
+                return best[0] if best else None
+            self.prepared.know_times(best)
+        return None
+
+    def _best(self, limits: Sequence[float]) -> list[tuple[int, ...]]:
+        """Mixes within the limits, best first; of the first few all costs are exact."""
+        for _ in range(_TIMINGS):
+            best = best_mixes(self.losses(), self.prepared.costs(), limits, 4 * _MOST_TRIED)
+            first = best[:_TIMED_AT_ONCE]
+            for mix in first:
+                self._count(mix)
+            if all(self.prepared.is_timed(mix) for mix in first[:1]):
+                break
+            self.prepared.know_times(first)
+        allowed = best_mixes(self.losses(), self.prepared.costs(), limits, 4 * _MOST_TRIED)
+        # one whose time was only predicted may still miss the limit
+        return [m for m in allowed if self.prepared.is_timed(m)] or allowed
+
+    def _count(self, mix: tuple[int, ...]) -> None:
+        try:
+            self.prepared.know_counts(mix)
+        except SparseSSMError as error:
+            self.failed.setdefault(mix, error)
+
+    # -- the recipe ------------------------------------------------------------------
+
+    def recipe(self, sizes: Mapping[str, int], minutes: float) -> tuple[str, float]:
+        """YAML, and the minutes of distillation in it."""
+        last = in_order(sizes)[-1].modifier_class
+        able = "distill_minutes" in last.model_fields and minutes >= _LEAST_MINUTES
+        distilled = round(minutes, 2) if able else 0.0
+        fields = self.trials.fields(sizes, distilled)
+        modifiers = {AXES[name].modifier_class.__name__: own for name, own in fields.items()}
+        asked = ", ".join(target.text for target in self.prepared.settings.targets)
+        content = {"removal_stage": {"removal_modifiers": modifiers}}
+        body = yaml.safe_dump(content, sort_keys=False)
+        return f"# Found by `sparsessm fit` for {asked}.\n{body}", distilled
+
+
+def _order(steps: int) -> list[int]:
+    """Steps 1 to so many: the middle, the last, the first, then what halves the gaps."""
+    if steps < 1:
+        return []
+    order = list(dict.fromkeys([(steps + 1) // 2, steps, 1]))
+    return order + [step for step in range(1, steps + 1) if step not in order]
+
+
+def _first_tokens(batches: Sequence[Mapping[str, Any]], tokens: int) -> int:
+    """How many batches hold so many tokens; at least one, at most all."""
+    used = 0
+    for number, batch in enumerate(batches, 1):
+        used += batch["input_ids"].numel()
+        if used >= tokens:
+            return number
+    return len(batches)
