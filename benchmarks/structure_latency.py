@@ -1,23 +1,24 @@
-"""What a mix of axes is worth in time, and whether a fit predicts it.
+"""What fewer layers and states are worth in time, and whether a cost model predicts it.
 
 python benchmarks/structure_latency.py                 # one CUDA GPU, mamba-ssm, causal-conv1d
 python benchmarks/structure_latency.py --device cpu    # shapes of small models
 
-For each shape a speed model is fitted as ``sparsessm fit --target speed=1.5`` does, to models of
-random weights; it chooses sizes by what single axes lost in mamba-25m. Then the dense model and the
-mix take turns at their full depth. Rows come in the order of their worth and are saved one by one:
-a second call goes on from the first with ``--resume``.
+``fast-1.5x`` removes layers and half of the states. For each shape a cost model is fitted, as
+``sparsessm fit`` does, to shallow models of random weights; it says how many layers have to go for
+the decode at batch 1 to be 1.5 times as fast. This choice is timed beside the dense model, and made
+once more by what that says. Then both take turns in all workloads. Every workload is saved as it is
+measured: a second call goes on from the first with ``--resume``.
 """
 
 import argparse
 import os
 import time
+import traceback
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import numpy as np
 import torch
 from common import begin, first_line, keep, save
 from transformers import (
@@ -28,22 +29,21 @@ from transformers import (
 )
 
 from sparsessm_plugin.evaluation.latency import describe_kernels
-from sparsessm_plugin.fitting.axes import AXES, in_order
-from sparsessm_plugin.fitting.choice import best_mixes, mixed_losses
-from sparsessm_plugin.fitting.costs import Ladder, Space
+from sparsessm_plugin.families import find_mixers
+from sparsessm_plugin.fitting.axes.layers import Layers
+from sparsessm_plugin.fitting.costs import Census, Ladder, Space
 from sparsessm_plugin.fitting.shapes import Shapes
 from sparsessm_plugin.fitting.timing import (
     SpeedModel,
+    Timed,
     Workload,
+    features_of,
     measure,
-    measured_speedups,
     phase_of,
-    speed_model,
 )
 
-# Loss of single axes after their fits is about a multiple of the square of the share that goes.
-LOST = {"states": 0.03, "channels": 1.8, "layers": 2.2, "hidden": 3.0, "mlp": 1.5, "kv_groups": 0.5}
-_OTHER = 2.0
+SHALLOW = {"cuda": (6, 12), "cpu": (4, 8)}  # layers of the models that the cost model is fitted to
+TINY = {"num_hidden_layers": 12, "hidden_size": 64, "vocab_size": 128}
 
 
 def granite(layers: int, hidden: int, **changes: Any) -> Any:
@@ -66,6 +66,20 @@ def granite(layers: int, hidden: int, **changes: Any) -> Any:
 
 def shapes_of(device: str) -> dict[str, Any]:
     """Name -> config."""
+    if device == "tiny":
+        return {
+            "Mamba, tiny": MambaConfig(**TINY),
+            "Mamba-2, broken": Mamba2Config(**TINY, num_heads=3, head_dim=7, n_groups=1),
+            "Granite-4-H, tiny": granite(
+                *(12, 64),
+                vocab_size=128,
+                shared_intermediate_size=64,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                mamba_n_heads=8,
+                mamba_d_head=16,
+            ),
+        }
     if device == "cpu":
         return {
             "Mamba, 25M": MambaConfig(hidden_size=512, num_hidden_layers=12, vocab_size=8192),
@@ -101,72 +115,106 @@ def shapes_of(device: str) -> dict[str, Any]:
 
 def workloads(device: str) -> list[Workload]:
     """In the order of their worth."""
-    if device == "cpu":
+    if device != "cuda":
         return [Workload(1, 64), Workload(8, 64), Workload(1, 64, "prefill")]
     return [Workload(1), Workload(128), Workload(1, 2048, "prefill"), Workload(32)]
 
 
 def space_of(config: Any, dtype: torch.dtype) -> Space:
-    """All sizes of all axes that the loader can make, modifiers aside."""
+    """All numbers of layers down to half, and half of the states."""
     with torch.device("meta"):
         shapes = Shapes(AutoModelForCausalLM.from_config(config, dtype=dtype), dtype)
-    ladders = []
-    for axis in in_order(AXES):
-        sizes = []
-        length = axis.length(shapes.dense)
-        for size in axis.sizes(length) if length else ():
-            try:
-                shapes.model({axis.name: size})
-            except ValueError:
-                continue
-            sizes.append(size)
-        if sizes:
-            ladders.append(Ladder(axis.name, (length, *sizes)))
-    return Space(shapes, ladders)
-
-
-def losses_of(space: Space) -> Any:
-    """What every mix is taken to lose."""
-    tables = []
-    for ladder in space.ladders:
-        gone = 1 - np.array(ladder.sizes) / ladder.sizes[0]
-        tables.append(LOST.get(ladder.axis, _OTHER) * gone**2)
-    return mixed_losses(tables)
+    layers = config.num_hidden_layers
+    fewer = []
+    for size in range(layers - 1, layers // 2 - 1, -1):
+        try:
+            Layers().kept(shapes.dense, size)
+        except ValueError:
+            continue
+        fewer.append(size)
+    states = find_mixers(shapes.dense)[0].sizes.state_size
+    return Space(
+        shapes, [Ladder("layers", (layers, *fewer)), Ladder("states", (states, states // 2))]
+    )
 
 
 def choose(space: Space, model: SpeedModel, speed: float) -> dict[str, int]:
-    """The sizes that are predicted to be so many times as fast, at the least loss."""
+    """Half of the states, and as many layers as let it be predicted to be so many times as fast."""
     cost = model.share(space.quantities(), space.dense.total())
-    mixes = best_mixes(losses_of(space), [cost], [1 / speed])
-    if not mixes:
-        raise SystemExit(f"no mix is {speed} times as fast")
-    return space.sizes(mixes[0])
+    fast = [i for i in range(space.shape[0]) if cost[i, 1] <= 1 / speed]
+    return space.sizes((fast[0] if fast else space.shape[0] - 1, 1))
 
 
-def row_of(
-    space: Space, workload: Workload, device: torch.device, speed: float, mix: dict[str, int] | None
-) -> dict[str, Any]:
-    """One shape and workload; the mix of an earlier one, if that is given."""
+class Pair:
+    """The dense model of a shape, a smaller one and shallow ones, all of random weights."""
+
+    def __init__(self, space: Space, device: torch.device) -> None:
+        self.space, self.device = space, device
+        self.models = {"dense": space.shapes.random({}, device)}
+        self.sizes: dict[str, int] = {}
+        self.shallow: dict[str, Any] = {}
+        self.counts: list[Any] = []  # of the shallow ones
+        low, high = SHALLOW[device.type]
+        for layers, rare in ((low, 1), (high, 2)):  # how time grows with layers, and rarer kinds
+            shapes = space.shapes.shallow(layers, rare)
+            for sizes in ({}, {"states": space.ladders[1].sizes[1]}):
+                self.shallow[f"{layers} {sizes}"] = shapes.random(sizes, device)
+                self.counts.append(Census.of(shapes.model(sizes)).total())
+
+    def cost_model(self, workload: Workload) -> SpeedModel:
+        """Fitted to the shallow models, with all states and with half of them."""
+        model = SpeedModel(workload, str(self.device))
+        model.add(self._timed(self.shallow, self.counts, workload, 7)[1])
+        return model
+
+    def make(self, sizes: dict[str, int]) -> None:
+        """Let the smaller one have these sizes."""
+        if sizes != self.sizes:
+            self.models.pop("fast", None)
+            kept = self.space.kept_of(sizes)
+            self.models["fast"] = self.space.shapes.random(sizes, self.device, kept)
+            self.sizes = sizes
+
+    def measure(self, workload: Workload, repeats: int) -> tuple[Any, list[Timed]]:
+        """Latency of dense and smaller model, and what a cost model learns from it."""
+        counts = [self.space.dense.total(), self.space.count(self.sizes)]
+        return self._timed(self.models, counts, workload, repeats)
+
+    def _timed(
+        self, models: dict[str, Any], counts: list[Any], workload: Workload, repeats: int
+    ) -> tuple[Any, list[Timed]]:
+        latency = measure(models, workload, self.device, repeats)
+        phase = phase_of(latency)
+        timed = []
+        for name, own in zip(models, counts, strict=True):
+            time_ = latency.timing(name, phase, workload.batch).milliseconds
+            timed.append(Timed({}, 0, time_, tuple(map(float, features_of(own, workload)))))
+        return latency, timed
+
+
+def row_of(pair: Pair, workload: Workload, speed: float, sizes: dict[str, int] | None) -> Any:
+    """One shape and workload; with the sizes that an earlier one chose, if they are given."""
     started = time.perf_counter()
-    model = speed_model(space, workload, device)
-    fitted, error = time.perf_counter() - started, model.error()
-    sizes = choose(space, model, speed) if mix is None else mix
-    dense, first = space.dense.total(), None
-    if mix is None:  # as a fit does: time what was chosen, and choose again by what that says
-        timed, (found,) = measured_speedups(space, [sizes], workload, device, repeats=5)
-        first = {"speedup": found, "predicted": 1 / float(model.share(space.count(sizes), dense))}
+    space, dense = pair.space, pair.space.dense.total()
+    model = pair.cost_model(workload)
+    fitted, first = time.perf_counter() - started, None
+    if sizes is None:  # as a fit does: time what was chosen, and choose again by what that says
+        pair.make(choose(space, model, speed))
+        latency, timed = pair.measure(workload, 5)
+        first = {
+            "sizes": pair.sizes,
+            "speedup": latency.speedup("fast", phase_of(latency), workload.batch),
+            "predicted": 1 / float(model.share(space.count(pair.sizes), dense)),
+        }
         model.learn(timed)
         sizes = choose(space, model, speed)
-    kept, small = space.kept_of(sizes), space.count(sizes)
+    pair.make(sizes)
+    small = space.count(sizes)
     predicted = [float(model.milliseconds(dense))]
     predicted.append(predicted[0] * float(model.share(small, dense)))
-    models = {
-        "dense": space.shapes.random({}, device),
-        "mix": space.shapes.random(sizes, device, kept),
-    }
-    latency = measure(models, workload, device, repeats=9)
+    latency, _ = pair.measure(workload, 9)
     phase = phase_of(latency)
-    timings = [latency.timing(name, phase, workload.batch) for name in models]
+    timings = [latency.timing(name, phase, workload.batch) for name in pair.models]
     return {
         "phase": phase,
         "sizes": {
@@ -178,10 +226,10 @@ def row_of(
         "milliseconds": [timing.milliseconds for timing in timings],
         "spread": [timing.spread for timing in timings],
         "predicted_milliseconds": predicted,
-        "speedup": latency.speedup("mix", phase, workload.batch),
+        "speedup": latency.speedup("fast", phase, workload.batch),
         "predicted_speedup": predicted[0] / predicted[1],
         "first_choice": first,
-        "largest_error_of_model": error,
+        "largest_error_of_model": model.error(),
         "kernels": describe_kernels(latency.kernels["dense"]),
         "seconds": [fitted, time.perf_counter() - started],
     }
@@ -191,32 +239,32 @@ def table(rows: list[dict[str, Any]], speed: float, device: str) -> str:
     """Markdown."""
     kernels = sorted({row["kernels"] for row in rows if "kernels" in row})
     lines = [
-        "# A mix of axes: time before and after, predicted and measured",
+        "# Fewer layers and half of the states: time before and after, predicted and measured",
         "",
-        f"Random weights; kernels: {', '.join(kernels) or 'unknown'}. The mix of each shape is the "
-        f"one that a speed model takes to be {speed:g} times as fast in decode at batch 1, once it "
-        "was corrected by timing its first choice, at the least loss by what single axes lost in "
-        "mamba-25m; the other workloads time the same mix, predicted without a correction. "
-        "Dense model and mix take turns; the speedup is the median over pairs of repeats. The "
-        "speed model is fitted to models of other sizes"
-        + (" and of 4 and 8 layers only." if device == "cuda" else "."),
+        f"Random weights; kernels: {', '.join(kernels) or 'unknown'}. As many layers went as a "
+        f"cost model, fitted to models of {' and '.join(map(str, SHALLOW[device]))} layers, takes "
+        f"for {speed:g} times as fast in decode at batch 1, once it was corrected by timing its "
+        "first choice; the other workloads time the same sizes, predicted without a correction. "
+        "Dense and smaller model take turns; the speedup is the median over pairs of repeats.",
         "",
-        "| shape | workload | sizes | parameters | dense ms | mix ms | predicted ms | speedup | "
-        "predicted | error |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| shape | workload | sizes | parameters | dense ms | fast ms | predicted ms | speedup | "
+        "predicted | error | first choice, predicted and measured |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if "speedup" not in row:
-            lines.append(f"| {row['shape']} | {row['workload']} | {row['failure']} |" + " |" * 7)
+            lines.append(f"| {row['shape']} | {row['workload']} | {row['failure']} |" + " |" * 8)
             continue
         sizes = ", ".join(f"{k} {a:,} → {b:,}" for k, (a, b) in row["sizes"].items())
         (before, after), wanted = row["parameters"], row["predicted_milliseconds"]
         error = row["predicted_speedup"] / row["speedup"] - 1
+        first = row["first_choice"]
+        told = f"{first['predicted']:.3f}, {first['speedup']:.3f}" if first else ""
         lines.append(
             f"| {row['shape']} | {row['workload']} ({row['phase']}) | {sizes} "
             f"| {after / before:.3f} | {row['milliseconds'][0]:.2f} "
             f"| {row['milliseconds'][1]:.2f} | {wanted[0]:.2f}, {wanted[1]:.2f} "
-            f"| **{row['speedup']:.3f}** | {row['predicted_speedup']:.3f} | {error:+.1%} |"
+            f"| **{row['speedup']:.3f}** | {row['predicted_speedup']:.3f} | {error:+.1%} | {told} |"
         )
     return "\n".join(lines)
 
@@ -224,8 +272,9 @@ def table(rows: list[dict[str, Any]], speed: float, device: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--tiny", action="store_true", help="the logic only, one shape broken")
     parser.add_argument("--speed", type=float, default=1.5)
-    parser.add_argument("--budget", type=float, default=150, help="seconds; no row begins later")
+    parser.add_argument("--budget", type=float, default=180, help="seconds; no row begins later")
     parser.add_argument("--shapes", nargs="+", help="beginnings of names; default all")
     parser.add_argument("--name", help="of the result files; default structure_latency_DEVICE")
     parser.add_argument("--resume", action="store_true", help="go on from this name's .json")
@@ -240,12 +289,12 @@ def main() -> None:
     wanted = options.shapes or [""]
     configs = {
         name: config
-        for name, config in shapes_of(options.device).items()
+        for name, config in shapes_of("tiny" if options.tiny else options.device).items()
         if any(name.startswith(prefix) for prefix in wanted)
     }
-    spaces: dict[str, Space] = {}
-    for workload in workloads(options.device):
-        for shape, config in configs.items():
+    for shape, config in configs.items():  # one after the other: its models are in memory
+        pair = None
+        for workload in workloads(options.device):
             key = {"shape": shape, "workload": str(workload)}
             if any(row | key == row for row in rows):
                 continue
@@ -253,17 +302,21 @@ def main() -> None:
                 print(f"no time for {shape}, {workload}", flush=True)
                 continue
             own = [r for r in rows if r["shape"] == shape and "sizes" in r]
-            mix = {k: after for k, (_, after) in own[0]["sizes"].items()} if own else None
+            sizes = {k: after for k, (_, after) in own[0]["sizes"].items()} if own else None
             try:
-                spaces.setdefault(shape, space_of(config, dtype))
-                found = row_of(spaces[shape], workload, device, options.speed, mix)
+                if pair is None:
+                    pair = Pair(space_of(config, dtype), device)
+                    print(f"{shape} made after {time.monotonic() - started:.0f} s", flush=True)
+                found = row_of(pair, workload, options.speed, sizes)
             except Exception as error:
+                traceback.print_exc()
                 found = {"failure": first_line(error)}
             rows.append({**key, **found})
-            print(rows[-1], flush=True)
+            print(rows[-1], f"after {time.monotonic() - started:.0f} s", flush=True)
             keep(options.name, {"rows": rows, "speed": options.speed})
             if options.device == "cuda":
                 torch.cuda.empty_cache()
+        del pair
     save(
         options.name,
         table(rows, options.speed, options.device),

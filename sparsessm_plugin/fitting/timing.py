@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from compressed_tensors.utils import patch_attr
+from loguru import logger
 from numpy.typing import NDArray
 
 from sparsessm_plugin.errors import SparseSSMError
@@ -18,7 +19,6 @@ from sparsessm_plugin.evaluation.latency import (
     PREFILL,
     measure_latency,
 )
-from sparsessm_plugin.families import find_mixers, get_model_adapter
 from sparsessm_plugin.fitting.costs import Array, Census, Space, state_bytes
 from sparsessm_plugin.fitting.shapes import Shapes
 
@@ -27,7 +27,7 @@ Phase = Literal["decode", "prefill"]
 # bytes of the head, bytes of all states, and layers with attention.
 FEATURES = ("constant", "layers", "weights", "head", "states", "attending")
 _WHOLE = {"cuda": 6e9, "cpu": 1e9}  # bytes of all timed models up to which none is made shallow
-_SHALLOW = (4, 8)  # layers of models that are too large to be timed as they are
+_SHALLOW = (6, 12)  # layers of models that are too large to be timed as they are
 _DECODE_STEPS = {"cuda": 16, "cpu": 8}
 _SHORT = 8  # tokens of a prompt before decoding; its length does not matter for the states
 
@@ -203,14 +203,10 @@ def measure(
     progress: Callable[[int], Any] | None = None,
 ) -> Any:
     """:func:`measure_latency` of what a workload says."""
-    first: Any = next(iter(models.values()))
-    attends = any(layer.has("attention") for layer in get_model_adapter(first).layers)
-    graphs = device.type == "cuda" and workload.phase == "decode" and not attends
-    if graphs:
-        graphs = len(find_mixers(first)) == first.config.num_hidden_layers
     prefill = workload.phase == "prefill"
     short = nullcontext() if prefill or device.type != "cpu" else _short_chunks(models.values())
-    with short:
+
+    def timed(graphs: bool) -> Any:
         return measure_latency(
             models,
             (workload.batch,),
@@ -222,6 +218,17 @@ def measure(
             context=0 if prefill else workload.length,
             plain_decode=not graphs,
         )
+
+    with short:
+        if prefill or device.type != "cuda":
+            return timed(graphs=False)
+        try:
+            return timed(graphs=True)
+        except SparseSSMError as error:
+            if not str(error).startswith("CUDA graphs"):
+                raise
+            logger.warning(f"{error}; timed without one")
+            return timed(graphs=False)
 
 
 @contextmanager

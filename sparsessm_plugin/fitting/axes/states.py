@@ -8,6 +8,9 @@ from torch import nn
 
 from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.fitting.axes import Axis, register_axis, shares_of
+from sparsessm_plugin.methods.state_settings import MOST_MIXED
+
+_SHORT = {"reconstruct_steps": 40}
 
 
 @register_axis
@@ -26,9 +29,14 @@ class States(Axis):
         return shares_of(length, 1, (6, 4, 3, 2, 1))
 
     def quick_fields(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
-        # without mixtures of rows and reconstruction, which a recipe has: a little too dark
-        selective = find_mixers(model)[0].recurrence == "selective"
-        return {"compensate": ["D", "out_proj"] if selective else ["out_proj"]}
+        # the longest of the fits is left out or cut short: a little too dark
+        mixer = find_mixers(model)[0]
+        if mixer.recurrence != "selective":
+            return _SHORT if device.type == "cuda" else {"compensate": ["out_proj"]}
+        if mixer.mixes_C and mixer.sizes.state_size <= MOST_MIXED:
+            return {"compensate": ["D", "C", "out_proj"]}
+        short = device.type == "cuda" and not (mixer.mixes_C or mixer.norms_state)
+        return _SHORT if short else {"compensate": ["D", "out_proj"]}
 
     def config_fields(self, model: nn.Module, size: int) -> dict[str, Any]:
         mixer = find_mixers(model)[0]
