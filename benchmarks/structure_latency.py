@@ -69,7 +69,8 @@ def shapes_of(device: str) -> dict[str, Any]:
     if device == "tiny":
         return {
             "Mamba, tiny": MambaConfig(**TINY),
-            "Mamba-2, broken": Mamba2Config(**TINY, num_heads=3, head_dim=7, n_groups=1),
+            # its groups do not divide its heads
+            "Mamba-2, broken": Mamba2Config(**TINY, num_heads=8, head_dim=16, n_groups=3),
             "Granite-4-H, tiny": granite(
                 *(12, 64),
                 vocab_size=128,

@@ -118,7 +118,7 @@ def test_the_overlap_is_found_in_what_mixes_lose():
     assert fit_overlap(mixes, strength=0) == pytest.approx(0.4)
     assert OVERLAP < fit_overlap(mixes[:1]) < 0.4  # a single one convinces less
     assert 0 < fit_overlap([((1.0, 1.0), 2.0)]) < OVERLAP / 2
-    assert fit_overlap([]) == OVERLAP
+    assert fit_overlap([]) == pytest.approx(OVERLAP)
 
 
 def test_a_mix_that_was_tried_tells_of_those_nearby():
