@@ -33,7 +33,7 @@ class States(Axis):
         mixer = find_mixers(model)[0]
         if mixer.recurrence != "selective":
             return _SHORT if device.type == "cuda" else {"compensate": ["out_proj"]}
-        if mixer.mixes_C and mixer.sizes.state_size <= MOST_MIXED:
+        if device.type == "cuda" and mixer.mixes_C and mixer.sizes.state_size <= MOST_MIXED:
             return {"compensate": ["D", "C", "out_proj"]}
         short = device.type == "cuda" and not (mixer.mixes_C or mixer.norms_state)
         return _SHORT if short else {"compensate": ["D", "out_proj"]}
