@@ -323,6 +323,113 @@ def matrix() -> str:
     return markdown(["family", *_MATRIX], lines)
 
 
+def runs_of(model: str, recipe: str) -> list[Row]:
+    """Runs of a recipe in the table of all methods."""
+    runs = load(f"results_table_{model}")["models"][model].values()
+    return [run for run in runs if run["recipe"] == recipe]
+
+
+def decode_step(states: int) -> float:
+    """Speed-up of Mamba-2's decode step: D 5120, batch 128, states in bfloat16."""
+    rows = load("state_removal_latency")["Mamba-2 decode step (selective_state_update)"]
+    wanted = ["5120", "bfloat16", "128"]
+    return next(r["speedup"] for r in rows if r["labels"] == wanted and r["states"] == states)
+
+
+def served() -> dict[tuple[str, str, int], dict[str, float]]:
+    """Speed-ups of whole models on a GPU: (shape, phase, batch or states) -> N -> speed-up."""
+    found: dict[tuple[str, str, int], dict[str, float]] = {}
+    for path in sorted(RESULTS.glob("serving*.json")):
+        content = load(path.stem)
+        if "NVIDIA" not in content["versions"]["device"]:
+            continue
+        for row in content["rows"]:
+            key = (row["shape"], row["what"], row.get("batch", 0))
+            for model in row.get("models", []):
+                value = model["speedup"] if "batch" in row else model["tokens_per_second"]
+                found.setdefault(key, {})[model["model"]] = value
+    return found
+
+
+def serving() -> str:
+    """Whole models of published shapes with fewer states, relative to dense."""
+    rows, names = served(), []
+    if not rows:
+        return "*Not measured yet.*"
+    for values in rows.values():
+        names += [name for name in values if name not in names]
+    lines = []
+    for (shape, phase, batch), values in rows.items():
+        dense = values.get(names[0], 1.0)
+        cells = [number(values[n] / dense, 2) if n in values else "" for n in names]
+        lines.append([shape, phase, str(batch) if batch else "", *cells])
+    return markdown(["shape", "phase", "batch", *names], lines)
+
+
+def front_rows(name: str, model: str, changes: list[tuple[str, str, str, str]]) -> list[list[str]]:
+    """Before and after of one model: parameters, state, decoding, perplexity.
+
+    :param changes: recipe, what it is called, share of the state, speed-up of decoding
+    """
+    (dense,) = runs_of(model, "dense")
+    base = mean_of([dense], "corpus, perplexity")
+    millions = dense["parameters"] / 1e6
+    lines = [[f"{name}, dense", f"{millions:.1f} M", "1", "1", f"{base:.1f}"]]
+    cases = by_criterion([f"state_removal_quality_{model}"])
+    for recipe, label, state, decode in changes:
+        own = runs_of(model, recipe)
+        value = mean_of(own, "corpus, perplexity")
+        parameters = f"{own[0]['parameters'] / 1e6:.1f} M"
+        lines.append([label, parameters, state, decode, f"{value:.1f} ({value / base:.3f})"])
+        half = next(iter(cases.values()))
+        if recipe == "state-50" and "distilled" in half:
+            ratio = half["distilled"]
+            after = f"{ratio * base:.1f} ({ratio:.3f})"
+            lines.append([f"{label}, distilled", parameters, state, decode, after])
+    return lines
+
+
+def front() -> str:
+    """README's table, with its notes."""
+    whole = whole_models()["2.8B-shaped"]
+    model = [f"{whole[recipe][512]:.2f} ²" for recipe in ("state-50", "channels-25")]
+    key = ("Mamba-2, 2.7B", "decode", 128)
+    if key in served():
+        half, quarter = (served()[key][f"N {n}"] for n in (64, 32))
+        note = "a whole model of the 2.7B shape, batch 128"
+    else:
+        half, quarter = (decode_step(n) for n in (64, 32))
+        note = "the decode step of a mixer alone, 5,120 channels, batch 128"
+    rows = [
+        *front_rows(
+            "Mamba-2",
+            "mamba2-25m",
+            [
+                ("state-50", "`state-50`", "1/2", f"{half:.2f} ¹"),
+                ("state-75", "`state-75`", "1/4", f"{quarter:.2f} ¹"),
+            ],
+        ),
+        *front_rows(
+            "Mamba",
+            "mamba-25m",
+            [
+                ("state-50", "`state-50`", "1/2", model[0]),
+                ("channels-25", "`channels-25`", "3/4", model[1]),
+            ],
+        ),
+    ]
+    return "\n".join(
+        [
+            markdown(["", "parameters", "state", "decode", "perplexity"], rows),
+            "",
+            "Perplexity on held-out text, in brackets relative to dense. Decode: how many times as "
+            "fast as",
+            f"dense on one GPU; ¹ {note};",
+            "² a whole model of the 2.8B shape, batch 512, from a CUDA graph.",
+        ]
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "states": lambda: criteria_table(
         ["state_removal_quality_mamba-25m", "state_removal_quality_mamba2-25m"]
@@ -338,9 +445,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "components": components,
     "transitions": transitions,
     "speed": speed,
+    "serving": serving,
     "step_kernel": step_kernel,
     "recipes": recipes,
     "matrix": matrix,
+    "front": front,
 }
 
 

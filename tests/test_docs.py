@@ -1,6 +1,7 @@
 """README and documentation: blocks parse and run, links lead somewhere, tables are up to date."""
 
 import ast
+import json
 import re
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from sparsessm_plugin.solvers.projections import SOLVERS
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
+import report_tables  # noqa: E402
 from sitegen import docstrings, fields, links  # noqa: E402
 
 PAGES = {
@@ -119,3 +121,39 @@ def test_links_lead_somewhere(page):
     for address in re.findall(r"\]\(([^()\s]+)\)", text):
         if not re.match(r"[a-z]+:|#", address):
             assert (ROOT / links.target(address.partition("#")[0], page)).exists(), address
+
+
+def test_readme_is_short_and_up_to_date():
+    """Two screens; its table is what `python benchmarks/readme.py` makes of the results."""
+    from readme import rendered
+
+    text = PAGES["README.md"]
+    assert len(text.splitlines()) <= 150
+    assert max(map(len, text.splitlines())) < 100
+    assert rendered(text) == text
+
+
+@pytest.mark.parametrize("name", report_tables.TABLES)
+def test_tables_of_results(name):
+    """Every table that a page may ask for is made, with as many cells in each row."""
+    lines = [line for line in report_tables.table(name).splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) <= 1
+    asked = {d for text in PAGES.values() for d in re.findall(r"<!-- results: (\w+) -->", text)}
+    assert asked <= set(report_tables.TABLES)
+
+
+def test_measured_serving_replaces_the_decode_step(monkeypatch, tmp_path):
+    """Once whole models have been measured, README's table speaks of these."""
+    models = [{"model": f"N {n}", "speedup": s} for n, s in ((128, 1.0), (64, 1.37), (32, 1.61))]
+    row = {"shape": "Mamba-2, 2.7B", "what": "decode", "batch": 128, "models": models}
+    content = {"rows": [row], "versions": {"device": "NVIDIA H200"}}
+    for path in report_tables.RESULTS.glob("[!s]*.json"):
+        (tmp_path / path.name).symlink_to(path)
+    for path in report_tables.RESULTS.glob("state*.json"):
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "serving_cuda.json").write_text(json.dumps(content))
+    monkeypatch.setattr(report_tables, "RESULTS", tmp_path)
+    table = report_tables.table("front")
+    assert "| 1.37 ¹ |" in table
+    assert "a whole model of the 2.7B shape" in table
+    assert "| Mamba-2, 2.7B | decode | 128 | 1.00 | 1.37 | 1.61 |" in report_tables.table("serving")
