@@ -78,13 +78,15 @@ SECTIONS = {
     "Removed": ["state-50", "state-75", "channels-25"],
 }
 ALL = [recipe for recipes in SECTIONS.values() for recipe in recipes]
+QUANTIZED = ["state-50-w8a8", "whole-50-w8a8", "whole-50-fp8", "whole-2of4-w4a16"]
+SECTIONS["Quantized"] = QUANTIZED  # only where asked for
 ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["mamba-25m"])
-    parser.add_argument("--recipes", nargs="+", default=ALL, choices=ALL)
+    parser.add_argument("--recipes", nargs="+", default=ALL, choices=ALL + QUANTIZED)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=32, help="calibration windows")
     parser.add_argument("--length", type=int, default=2048, help="tokens a window")

@@ -64,6 +64,11 @@ METHODS = {
 }
 CASES = {"50 %": "sparsity: 0.5", "2:4": 'sparsity: 0.5, mask_structure: "2:4"'}
 CASES["70 %"] = "sparsity: 0.7"
+# fields that name the layers of MLP and attention, too, by modifier
+EVERYWHERE = {
+    OURS: "targets: [Linear, conv1d], ignore: [lm_head]",
+    UPSTREAM: "targets: [Linear], ignore: [lm_head]",
+}
 
 
 def main() -> None:
@@ -71,6 +76,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["mamba-25m"])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument(
+        "--everywhere", action="store_true", help="prune the layers of MLP and attention, too"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=32, help="calibration windows")
     parser.add_argument("--length", type=int, default=2048, help="tokens a calibration window")
@@ -118,17 +126,21 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
         for case in options.cases:
             for method in options.methods:
                 modifier, fields = METHODS[method]
+                label = f"{case} everywhere" if options.everywhere else case
+                if options.everywhere:
+                    own = fields if modifier == OURS else ""
+                    fields = ", ".join(filter(None, [own, EVERYWHERE[modifier]]))
                 if (seed and method == "magnitude") or (case == "2:4" and "optimal" in method):
                     continue
                 if case == "2:4" and method.startswith("paper"):
                     continue
                 if not part.next():
                     continue
-                row = row_of(rows, {"model": name, "case": case, "method": method}, tests)
+                row = row_of(rows, {"model": name, "case": label, "method": method}, tests)
                 if seed in row["seeds"]:
                     continue
                 if time.monotonic() - started > options.budget:
-                    print(f"left out: {name} {case} {method} seed {seed}")
+                    print(f"left out: {name} {label} {method} seed {seed}")
                     continue
                 loader = calibration_loader(samples, options.windows, options.batch_size, seed)
                 text = ", ".join(part for part in (CASES[case], fields) if part)
@@ -144,7 +156,7 @@ def run_model(name: str, options: Any, rows: list[dict[str, Any]], started: floa
                 if not options.development:
                     keep(options.name, {"rows": rows})
                 print(
-                    name, case, method, f"seed {seed}",
+                    name, label, method, f"seed {seed}",
                     {kind: round(row[kind][-1], 3) for kind in tests},
                     f"{result.seconds:.1f} s", flush=True,
                 )  # fmt: skip
@@ -187,7 +199,8 @@ def table(rows: list[dict[str, Any]], options: Any) -> str:
         (row for row in rows if row["seeds"]),
         key=lambda r: (
             options.models.index(r["model"]),
-            order[r["case"]],
+            "everywhere" in r["case"],
+            order[r["case"].removesuffix(" everywhere")],
             methods.index(r["method"]),
         ),
     ):

@@ -71,9 +71,11 @@ def write_config_fields(content: dict[str, Any], fields: Mapping[str, Any], conf
     path = _deciding_level(config, fields)
     alone = _is_of_mixers_alone(config, path)
     levels = language_levels(content)
+    stated = [p for p, level in levels.items() if any(holds(level, f) for f in fields)]
     if path not in levels:  # a file that is flat, or nests under another name
-        stated = [p for p, level in levels.items() if any(holds(level, f) for f in fields)]
         path = (stated or list(levels))[-1]
+    elif path not in stated:  # or nests what is flat in memory, as of a language model alone
+        path = next((p for p in reversed(stated) if p[: len(path)] == path), path)
     fields = in_words_of(levels[path], fields)
     for level, name, value in _changes(content, fields, path, alone):
         _set(level, name, value)
