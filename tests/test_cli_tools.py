@@ -131,7 +131,71 @@ def test_bench_plot_without_matplotlib(refused, tmp_path, monkeypatch):
     assert "sparsessm-plugin[plot]" in message
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+LLAMA_BENCH = """#!{python}
+import json, sys
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert options["-m"].endswith("x.gguf"), options
+tests = [
+    {{"n_prompt": int(options["-p"]), "n_gen": 0, "samples_ns": [2_000_000, 1_000_000]}},
+    {{"n_prompt": 0, "n_gen": int(options["-n"]), "samples_ns": [4_000_000, 4_000_000]}},
+]
+json.dump(tests, sys.stdout, indent=2)
+"""
+VLLM = """
+import time
+SamplingParams = dict
+class LLM:
+    def __init__(self, **options):
+        assert options["max_model_len"] == 5 + 2 + 1, options
+        assert options["enable_prefix_caching"] is False
+    def generate(self, prompts, settings, use_tqdm):
+        assert all(len(prompt["prompt_token_ids"]) == 5 for prompt in prompts)
+        time.sleep(0.001 * settings["max_tokens"])
+"""
+
+
+def test_bench_in_llama_cpp(sparsessm, refused, tmp_path, monkeypatch):
+    options = ("--runtime", "llama.cpp", "--prompt-length", 5, "--decode-steps", 2, "--repeats", 2)
+    model = tmp_path / "model"
+    model.mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no llama-bench on the PATH" in refused("bench", model, *options, "--batch-sizes", 1)
+    tool = tmp_path / "llama-bench"
+    tool.write_text(LLAMA_BENCH.format(python=sys.executable))
+    tool.chmod(0o755)
+    assert "one sequence" in refused("bench", model, *options)
+    options = (*options, "--batch-sizes", 1)
+    assert "convert_hf_to_gguf.py makes it" in refused("bench", model, *options)
+    assert "are of transformers" in refused("bench", model, *options, "--cuda-graphs")
+    (model / "x.gguf").write_bytes(b"GGUF")
+    code, stdout, _ = sparsessm("bench", model, *options, "--output", tmp_path / "x.json")
+    assert code == 0
+    assert "bytes of cache" not in stdout
+    prefill, decode = json.loads((tmp_path / "x.json").read_text())["timings"]
+    assert prefill["tokens_per_second"] == pytest.approx(5 / 0.0015)
+    assert decode["milliseconds"] == pytest.approx(2)
+    tool.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('no such model')\n")
+    message = refused("bench", model, *options)
+    assert "llama-bench ended with code 1: no such model" in message
+
+
+def test_bench_in_vllm(sparsessm, refused, small, tmp_path, monkeypatch):
+    options = ("--runtime", "vllm", *SHORT)
+    assert "vLLM is not installed in" in refused("bench", small, *options)
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "vllm.py").write_text(VLLM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    code, _, _ = sparsessm("bench", small, *options, "--output", tmp_path / "x.json")
+    assert code == 0
+    timings = json.loads((tmp_path / "x.json").read_text())["timings"]
+    assert [(t["phase"], t["batch_size"], len(t["seconds"])) for t in timings] == [
+        (phase, size, 2) for size in (1, 2) for phase in ("prefill", "decode")
+    ]
+    message = refused("bench", small, *options, "--runtime-python", tmp_path / "none")
+    assert "cannot run" in message
+    assert "got 'tgi'" in refused("bench", small, "--runtime", "tgi")
+
+
 def test_bench_bad_memory(refused):
     assert "memory must be" in refused("bench", DEMO, "--memory", "80 apples")
     much = ("--memory", "2000000GB", "--at-capacity")
@@ -139,6 +203,7 @@ def test_bench_bad_memory(refused):
     assert "--context must be" in refused("bench", DEMO, "--context", "-1")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_bench_without_cuda(refused):
     assert "no CUDA device" in refused("bench", DEMO, "--device", "cuda")
     assert "CUDA graphs" in refused("bench", DEMO, "--cuda-graphs", *SHORT)

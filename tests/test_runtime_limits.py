@@ -144,6 +144,8 @@ def test_what_a_config_must_say():
     assert "a dense MLP of 48 units" in told("mlx-lm", facts, **stated)[1]
     assert told("mlx-lm", facts, intermediate_size=48)[0] == "yes"
     facts = ModelFacts.from_model(skeleton("nemotron_h"))
+    assert "with num_experts_per_tok" in told("llama.cpp", facts, hybrid_override_pattern="M*M-")[1]
+    del facts.config["num_experts_per_tok"]  # as published configs without experts
     assert told("llama.cpp", facts, hybrid_override_pattern="M*M-")[0] == "yes"
 
 

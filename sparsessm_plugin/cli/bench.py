@@ -1,5 +1,6 @@
 """``sparsessm bench``."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,7 +8,7 @@ import typer
 
 from sparsessm_plugin.cli import tables
 from sparsessm_plugin.cli.console import progress, quiet, say_replaced
-from sparsessm_plugin.cli.inputs import source_of
+from sparsessm_plugin.cli.inputs import source_of, vocab_size_of
 from sparsessm_plugin.cli.options import (
     MOST,
     REPORT,
@@ -17,6 +18,7 @@ from sparsessm_plugin.cli.options import (
     Trust,
     Unused,
     Verbose,
+    choice,
     new_file,
     numbers_of,
 )
@@ -48,6 +50,12 @@ def bench(
     at_capacity: Annotated[
         bool, typer.Option("--at-capacity", help="Also decode as many sequences as fit.")
     ] = False,
+    runtime: Annotated[
+        str, typer.Option(help="transformers, vllm or llama.cpp, where it is installed.")
+    ] = "transformers",
+    runtime_python: Annotated[
+        str, typer.Option(help="The Python that has vLLM, if it is another one.")
+    ] = sys.executable,
     plot: Annotated[
         Path | None, typer.Option(help="Draw tokens/s into this new .png file.")
     ] = None,
@@ -58,13 +66,33 @@ def bench(
     allow_unused_tensors: Unused = False,
     verbose: Verbose = False,
 ) -> None:
-    """Time prefill and decode in transformers, and weigh the state cache."""
+    """Time prefill and decode, and weigh the state cache."""
     quiet(verbose)
     sizes = numbers_of("--batch-sizes", batch_sizes, least=1)
     contexts = numbers_of("--context", context)
     new_file("--plot", plot, ".png")
     new_file("--output", output, ".json")
     names = [model] if against is None else [against, model]
+    choice("--runtime", runtime, ("transformers", "vllm", "llama.cpp"))
+    if runtime != "transformers":
+        if cuda_graphs or at_capacity or memory is not None or contexts != [0]:
+            raise SparseSSMError(
+                f"--runtime {runtime} times prefill and decode; --cuda-graphs, --context, --memory "
+                "and --at-capacity are of transformers"
+            )
+        _other_runtime(
+            runtime,
+            names,
+            sizes,
+            prompt_length,
+            decode_steps,
+            repeats,
+            dtype,
+            runtime_python,
+            output,
+            plot,
+        )
+        return
     sources = [
         source_of(name, trust_remote_code, dtype, device, allow_unused_tensors) for name in names
     ]
@@ -144,3 +172,42 @@ def bench(
         plot_latency(latency, plot)
     tables.print_latency(latency)
     tables.print_capacity(capacities, full)
+
+
+def _other_runtime(
+    runtime: str,
+    names: list[str],
+    sizes: list[int],
+    prompt_length: int,
+    decode_steps: int,
+    repeats: int,
+    dtype: str,
+    python: str,
+    output: Path | None,
+    plot: Path | None,
+) -> None:
+    from sparsessm_plugin.evaluation.latency import check_matplotlib, plot_latency
+    from sparsessm_plugin.evaluation.runtime_latency import check_runtime, measure_runtime
+    from sparsessm_plugin.files import write_json
+    from sparsessm_plugin.recipes.pruning import versions
+
+    if plot is not None:
+        check_matplotlib()
+    check_runtime(runtime, names, sizes)
+    vocab = 0
+    if runtime == "vllm":
+        source = source_of(names[-1], False, "auto", "cpu", False)
+        vocab = vocab_size_of(source.load_skeleton())
+    with progress(f"latency in {runtime}", len(names)) as advance:
+        latency = measure_runtime(
+            *(runtime, names, vocab, sizes, prompt_length, decode_steps, repeats, dtype, python),
+            progress=advance,
+        )
+    if output is not None:
+        say_replaced(output)
+        report = {"runtime": runtime, "dtype": dtype, **latency.to_dict(), "versions": versions()}
+        write_json(output, report)
+    if plot is not None:
+        say_replaced(plot)
+        plot_latency(latency, plot)
+    tables.print_latency(latency)

@@ -269,6 +269,21 @@ def print_latency(latency: "Latency") -> None:
                     *([f"{latency.speedup(name, phase, size, length):.3f}"] if compared else []),
                 )
     out.print(table)
+    if latency.caches:
+        _print_caches(latency, compared)
+    repeats = len(latency.timing(latency.models[0], PREFILL, latency.batch_sizes[0]).seconds)
+    kernels = "; ".join(dict.fromkeys(describe_kernels(k) for k in latency.kernels.values()))
+    out.print(
+        f"medians of {repeats} repeats; prefill reads {latency.prompt_length} tokens a sequence, "
+        f"decode produces {latency.decode_steps}, one a pass"
+        + (f"; speedup is against {escape(latency.models[0])}" if compared else "")
+        + (f"; kernels: {kernels}" if kernels else ""),
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _print_caches(latency: "Latency", compared: bool) -> None:
     first = latency.caches[latency.models[0]]
     relative = ["share"] if compared else []
     table = Table("", "recurrent", "convolution", "attention", "total", *relative, box=None)
@@ -279,16 +294,6 @@ def print_latency(latency: "Latency") -> None:
         share = [f"{cache.total / first.total:.3f}"] if compared else []
         table.add_row(escape(name), *(f"{number:,}" for number in numbers), *share)
     out.print(table)
-    repeats = len(latency.timing(latency.models[0], PREFILL, latency.batch_sizes[0]).seconds)
-    out.print(
-        f"medians of {repeats} repeats; prefill reads {latency.prompt_length} tokens a sequence, "
-        f"decode produces {latency.decode_steps}, one a pass; "
-        + (f"speedup is against {escape(latency.models[0])}; " if compared else "")
-        + "kernels: "
-        + "; ".join(dict.fromkeys(describe_kernels(k) for k in latency.kernels.values())),
-        soft_wrap=True,
-        highlight=False,
-    )
 
 
 def print_capacity(
