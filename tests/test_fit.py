@@ -523,6 +523,25 @@ def _settings(target, runtime="transformers", *axes):
     return FitSettings(parse_targets(target), runtime, Workload(), 1.0, axes or None)
 
 
+def test_sizes_that_the_runtime_takes_one_by_one_are_judged_together(monkeypatch):
+    dense = small_mamba()
+    channels, states = dense.config.intermediate_size, dense.config.state_size
+
+    def problems(runtime, model):
+        mixer = find_mixers(model)[0].sizes
+        both = mixer.intermediate_size < channels and mixer.state_size < states
+        return ["not both of them"] if both else []
+
+    monkeypatch.setattr("sparsessm_plugin.fitting.prepare.runtime_problems", problems)
+    axes = ("channels", "states")
+    result = fit(dense, batches(8), "parameters=0.9", minutes=0.01, runtime="vllm", axes=axes)
+    assert len(result.plan.sizes) == 1
+    # before a weight is read, where nothing else reaches the target
+    wanted = _settings("state=0.3", "vllm", *axes)
+    with pytest.raises(SparseSSMError, match=r"vllm takes each of these sizes, but not .*not both"):
+        Prepared(Shapes(small_mamba()), wanted, torch.device("cpu"))
+
+
 def test_too_little_text_is_said_before_the_work():
     with pytest.raises(SparseSSMError, match=r"gives 2 windows in 1 batches, .* at least 8 in 2"):
         fit(small_mamba(), batches(1), "state=0.5")

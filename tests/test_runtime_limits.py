@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsessm_plugin.checkpoints.runtimes import (
     RUNTIMES,
+    Limit,
     ModelFacts,
     judge,
     planned_limits,
@@ -23,7 +24,12 @@ from sparsessm_plugin.dependency_graph import MixerDependencyGraph
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import find_mixers, get_model_adapter
 from sparsessm_plugin.methods import remove_channels, remove_states
-from sparsessm_plugin.methods.runtime_sizes import PlannedMixers, new_limits, planned_model
+from sparsessm_plugin.methods.runtime_sizes import (
+    PlannedMixers,
+    new_limits,
+    planned_model,
+    smaller_mixers,
+)
 from sparsessm_plugin.recipes import parse_recipe
 
 # Mamba-2 of 128 channels in 8 heads of 16, one group: 128 + 2 N channels pass the convolution
@@ -222,6 +228,9 @@ def test_what_is_planned_is_what_comes_out(family):
         assert reckoned.tensors == made.tensors, axis
         assert fields.items() <= reckoned.config.items()
         assert reckoned.state_sizes == made.state_sizes
+        whole = ModelFacts.from_model(smaller_mixers(skeleton(family), axis, size))
+        assert whole.tensors == made.tensors, axis
+        assert fields.items() <= whole.config.items()
 
 
 def test_axes_of_the_whole_model_are_planned_too():
@@ -295,6 +304,33 @@ def test_sizes_that_a_runtime_does_not_take_are_refused(family, settings, words)
 def test_channels_that_llama_cpp_does_not_load():
     with pytest.raises(SparseSSMError, match="wants twice as many, 64; no smaller size fits"):
         remove_channels(tiny_model("mamba"), keep=32, runtime="llama.cpp", **NO_DATA)
+
+
+def test_several_removals_are_judged_by_what_they_make_together(monkeypatch):
+    """Each alone is taken; the second is refused, or another size found, before the work."""
+
+    def not_both(runtime, facts):
+        both = facts.config["state_size"] < 40 and facts.config["head_dim"] < 16
+        return [Limit("no", "not both of them", "some.c", about="sizes")] if both else []
+
+    monkeypatch.setattr("sparsessm_plugin.methods.runtime_sizes.planned_limits", not_both)
+    channels = "    ChannelRemovalModifier: {keep: 8, axis: head_dim%s}\n"
+    states = "    StateRemovalModifier: {%s, saliency: magnitude, compensate: none%s}\n"
+    runtime, head = ", runtime: vllm", "a_stage:\n  a_modifiers:\n"
+    model = skeleton("mamba2", **HEADS, state_size=64)
+    for text in (channels % runtime, states % ("keep: 32", runtime), channels % ""):
+        parse_recipe(head + text).check_model(model)
+    for first, second in ((runtime, runtime), ("", runtime)):
+        recipe = parse_recipe(head + channels % first + states % ("keep: 32", second))
+        with pytest.raises(SparseSSMError, match=r"StateRemovalModifier: .*keep 40$"):
+            recipe.check_model(model)
+    recipe = parse_recipe(head + channels % runtime + states % ("keep: 32", ""))
+    with pytest.raises(SparseSSMError, match="the removals before it make together: not both"):
+        recipe.check_model(model)
+    parse_recipe(head + channels % runtime + states % ("sparsity: 0.5", runtime)).check_model(model)
+    assert find_mixers(model)[0].sizes.state_size == 64  # the model itself is what it was
+    narrow = head + "    WidthRemovalModifier: {keep: 32, channels: along}\n"
+    parse_recipe(narrow + states % ("keep: 32", runtime)).check_model(model)
 
 
 RECIPE = """

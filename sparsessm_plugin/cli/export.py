@@ -15,9 +15,8 @@ from sparsessm_plugin.cli.options import (
     Unused,
     Verbose,
     choice,
-    not_the_model,
 )
-from sparsessm_plugin.cli.stopping import will_write
+from sparsessm_plugin.cli.results import check_output
 
 
 def export(
@@ -36,7 +35,6 @@ def export(
     from sparsessm_plugin.checkpoints.export import FORMATS, check_mamba_ssm, export_mamba_ssm
     from sparsessm_plugin.files import (
         REPORT_NAME,
-        check_output_directory,
         list_files,
         output_directory,
         write_json,
@@ -45,9 +43,7 @@ def export(
 
     choice("--format", format_, FORMATS)
     source = source_of(model, trust_remote_code, dtype, "cpu", allow_unused_tensors)
-    check_output_directory(output)
-    will_write(output)
-    not_the_model(output, model)
+    check_output(output, model)
     check_mamba_ssm(source.load_skeleton())
     with output_directory(output) as folder:
         export_mamba_ssm(source.load(), folder)

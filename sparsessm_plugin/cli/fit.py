@@ -27,10 +27,10 @@ from sparsessm_plugin.cli.options import (
     Verbose,
     choice,
     new_file,
-    not_the_model,
     split_names,
 )
-from sparsessm_plugin.cli.stopping import check_signals, will_write
+from sparsessm_plugin.cli.results import check_output, write_result
+from sparsessm_plugin.cli.stopping import check_signals
 from sparsessm_plugin.errors import SparseSSMError
 
 _WINDOWS = {"cuda": 4096, "cpu": 128}  # distillation is worth its time on a GPU, and wants text
@@ -106,14 +106,7 @@ def fit(
     from sparsessm_plugin.evaluation.components import take_inventory
     from sparsessm_plugin.evaluation.data import calibration_loader
     from sparsessm_plugin.evaluation.latency import check_matplotlib
-    from sparsessm_plugin.files import (
-        REPORT_NAME,
-        check_output_directory,
-        list_files,
-        output_directory,
-        reports_held,
-        write_json,
-    )
+    from sparsessm_plugin.files import output_directory, reports_held
     from sparsessm_plugin.fitting import FitSettings, Prepared, make_plan, outcome, split
     from sparsessm_plugin.fitting.losses import HeldBack
     from sparsessm_plugin.fitting.picture import plot_fit
@@ -122,12 +115,10 @@ def fit(
     from sparsessm_plugin.fitting.timing import Workload
     from sparsessm_plugin.progress import shown as bars_shown
     from sparsessm_plugin.recipes import parse_recipe
-    from sparsessm_plugin.recipes.pruning import check_saving, prune, save, versions
+    from sparsessm_plugin.recipes.pruning import check_saving, prune
 
     # everything that can be wrong is looked at before the weights are
-    check_output_directory(output)
-    will_write(output)
-    not_the_model(output, model)
+    check_output(output, model)
     if plot is not None:
         check_matplotlib()
     place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -171,10 +162,7 @@ def fit(
                 dense, recipe, loader, tokenizer, "independent", source.load, trust_remote_code
             )
             result = outcome(prepared, plan, pruned.model, held_back, started)
-        inventory = take_inventory(pruned.model)
-        check_signals()
-        save(pruned.model, tokenizer, folder)
-        report = {
+        fields = {
             "model": model,
             "target": list(plan.targets),
             "runtime": runtime,
@@ -188,16 +176,10 @@ def fit(
                 "max_seq_length": max_seq_length,
                 "seed": seed,
             },
-            "before": before,
-            "after": inventory.to_dict(),
             **result.to_dict(),
-            "modifiers": pruned.reports,
-            "seconds": round(result.seconds, 3),
-            "peak_memory_bytes": pruned.peak_memory_bytes,
-            "versions": versions(),
-            "files": list_files(folder),
+            "seconds": {"fit": round(result.seconds, 3)},
         }
-        write_json(folder / REPORT_NAME, report)
+        write_result(folder, pruned, tokenizer, before, fields)
     if plot is not None:
         say_replaced(plot)
         plot_fit(result, plot)

@@ -35,10 +35,9 @@ from sparsessm_plugin.cli.options import (
     Unused,
     Verbose,
     choice,
-    not_the_model,
     split_names,
 )
-from sparsessm_plugin.cli.stopping import check_signals, will_write
+from sparsessm_plugin.cli.results import check_output, write_result
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,24 +106,15 @@ def prune(
     from sparsessm_plugin import distributed
     from sparsessm_plugin.evaluation.components import take_inventory
     from sparsessm_plugin.evaluation.data import calibration_loader
-    from sparsessm_plugin.files import (
-        REPORT_NAME,
-        check_output_directory,
-        list_files,
-        output_directory,
-        reports_held,
-        write_json,
-    )
+    from sparsessm_plugin.files import output_directory, reports_held
     from sparsessm_plugin.progress import shown as bars_shown
     from sparsessm_plugin.recipes import load_recipe
-    from sparsessm_plugin.recipes.pruning import check_saving, save, versions
+    from sparsessm_plugin.recipes.pruning import check_saving
     from sparsessm_plugin.recipes.pruning import prune as run_recipe
 
     rank, ranks = distributed.rank(), distributed.world_size()
     # everything that can be wrong is looked at before the weights are
-    check_output_directory(output)
-    will_write(output)
-    not_the_model(output, model)
+    check_output(output, model)
     checked = load_recipe(recipe)
     if runtime:
         checked = checked.for_runtimes(split_names("--runtime", runtime))
@@ -165,33 +155,19 @@ def prune(
             pruned = run_recipe(
                 dense, checked, loader, tokenizer, pipeline, source.load, trust_remote_code
             )
-        inventory = take_inventory(pruned.model)
         if text_samples is not None:
             result = measure_perplexity(pruned.model, text_samples, batch_size, "pruned")
             perplexity["after"] = result.to_dict()
             perplexity["ratio"] = result.perplexity / perplexity["before"]["perplexity"]
         distributed.gather("saving", None)  # patient, unlike the backends
-        started = time.perf_counter()
-        check_signals()
-        save(pruned.model, tokenizer, folder)
-        report = {
+        fields = {
             "model": model,
             "recipe": {"name": recipe, "yaml": checked.text},
             "calibration": calibration_report,
-            "before": before,
-            "after": inventory.to_dict(),
             "perplexity": perplexity or None,
-            "modifiers": pruned.reports,
-            "seconds": {
-                "load": round(loading, 3),
-                "oneshot": round(pruned.seconds, 3),
-                "save": round(time.perf_counter() - started, 3),
-            },
+            "seconds": {"load": round(loading, 3), "oneshot": round(pruned.seconds, 3)},
             "tokens_per_second": round(pruned.tokens / pruned.seconds, 1),
-            "peak_memory_bytes": pruned.peak_memory_bytes,
             "ranks": ranks,
-            "versions": versions(),
-            "files": list_files(folder),
         }
-        write_json(folder / REPORT_NAME, report)
+        report = write_result(folder, pruned, tokenizer, before, fields)
     tables.print_pruned(report, output)

@@ -14,12 +14,14 @@ from sparsessm_plugin.checkpoints.runtimes import RUNTIMES, runtime_problems
 from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.fitting.axes import AXES, Axis, in_order
-from sparsessm_plugin.fitting.choice import MOST_MIXES, nearest_mix
+from sparsessm_plugin.fitting.choice import MOST_MIXES, best_mixes, nearest_mix
 from sparsessm_plugin.fitting.costs import Array, Ladder, Space, counted
 from sparsessm_plugin.fitting.shapes import Shapes
 from sparsessm_plugin.fitting.targets import Target
 from sparsessm_plugin.fitting.timing import SpeedModel, Timed, Workload, measured_speedups
 from sparsessm_plugin.fitting.timing import speed_model as fit_speed_model
+
+_LOOKED_AT = 24  # mixes, for one that the runtime takes
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Prepared:
         find_mixers(shapes.dense)  # raises, and says which are known, where there are none
         # what keeps the runtime from the model as it is; a smaller one may be free of it
         self._problems = runtime_problems(settings.runtime, shapes.dense)
+        self._taken: set[nn.Module] = set()  # by the runtime
         self._cured: dict[str, int] = {}  # by axis: the largest size that is
         ladders = self._ladders(shapes)
         if self._problems and not self._cured:
@@ -101,6 +104,7 @@ class Prepared:
             self.speed = fit_speed_model(self.space, settings.workload, device)
             self._check_reached(settings.targets)
         self._drop_needless()
+        self._check_together()
 
     # -- costs of all mixes ----------------------------------------------------------
 
@@ -147,8 +151,13 @@ class Prepared:
         return found
 
     def know_counts(self, mix: tuple[int, ...]) -> None:
-        """Count one mix by itself, as its loader makes it."""
-        quantities, dense = self.space.count(self.space.sizes(mix)), self.space.dense.total()
+        """Count one mix by itself, as its loader makes it.
+
+        :raises SparseSSMError: no loader makes it, or the runtime does not take it
+        """
+        sizes = self.space.sizes(mix)
+        quantities, dense = self.space.count(sizes), self.space.dense.total()
+        self._check_runtime(self.space.shapes.model(sizes, self.space.kept_of(sizes)), mix)
         for target in self.settings.targets:
             if target.kind != "speed":
                 length = self.settings.workload.length
@@ -156,6 +165,18 @@ class Prepared:
                     target.kind, dense, length
                 )
                 self._known.setdefault(target.kind, {})[mix] = float(share)
+
+    def _check_runtime(self, model: nn.Module, mix: tuple[int, ...]) -> None:
+        if model in self._taken:
+            return
+        problems = runtime_problems(self.settings.runtime, model)
+        new = [problem for problem in problems if problem not in self._problems]
+        if new and len(problems) > len(self._problems):
+            raise SparseSSMError(
+                f"{self.settings.runtime} takes each of these sizes, but not all of them together "
+                f"({self.described(mix)}): {new[0]}"
+            )
+        self._taken.add(model)
 
     def forget_counts(self) -> None:
         """Count mixes anew: other layers stay than was thought."""
@@ -247,6 +268,25 @@ class Prepared:
             f"no mix of sizes reaches {target.text}: the nearest is {self.said(target, share)}, "
             f"with {self.described(near)}"
         )
+
+    def _check_together(self) -> None:
+        """Refuse targets that only mixes reach that the runtime does not take.
+
+        Looked at are those that take about as much of each axis.
+        """
+        costs, limits = self.costs(), self.limits()
+        taken = np.zeros(self.space.shape)
+        for place, ladder in enumerate(self.space.ladders):
+            gone = 1 - np.array(ladder.sizes) / ladder.sizes[0]
+            taken = taken + (gone**2).reshape([-1 if p == place else 1 for p in range(taken.ndim)])
+        refusal: SparseSSMError | None = None
+        for mix in best_mixes(taken, costs, limits, _LOOKED_AT):
+            try:
+                return self.know_counts(mix)
+            except SparseSSMError as error:
+                refusal = refusal or error
+        if refusal is not None:
+            raise refusal
 
     def said(self, target: Target, share: float) -> str:
         """A cost in the words of its target."""

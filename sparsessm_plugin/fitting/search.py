@@ -12,6 +12,7 @@ from loguru import logger
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.fitting.axes import AXES, in_order
 from sparsessm_plugin.fitting.choice import (
+    OVERLAP,
     Array,
     best_mixes,
     corrected,
@@ -26,15 +27,17 @@ from sparsessm_plugin.progress import Stage
 _FOR_TABLES, _FOR_TRIALS = 0.35, 0.55  # shares of the time at which each is to be done
 _LEAST_TRIED, _MOST_TRIED = 3, 8
 _TIMED_AT_ONCE, _TIMINGS = 3, 3
+_MOST_FAILED = 99  # mixes, after which no better ones are looked for
 # What the fits of a recipe read at most: more says little more, and takes its time from
 # distillation. Trials are many, and read less.
 _TOKENS = {"cuda": 2**17, "cpu": 2**15}
 _TRIAL_TOKENS = {"cuda": 2**16, "cpu": 3 * 2**12}
 _LEAST_MINUTES = 0.05  # of a distillation
 # Of all minutes, those that a finalist is distilled for, and when all finalists are to be done.
-_FINALIST, _FOR_FINALISTS = 0.06, 0.75
-# Distillation takes more from what loses much: finalists are also the best by roots of the losses.
-_ROOTS = (0.5, 0.25)
+_FINALIST, _FOR_FINALISTS = 0.06, 0.8
+# Distillation evens out what axes lose. Finalists are also the best mixes with the loss of each
+# axis, per square of the cost that it saves, raised to these powers.
+_EVEN = (0.5, 0.25)
 
 
 class Search:
@@ -209,14 +212,16 @@ class Search:
         """The best of a few mixes once each was distilled for a while, where there is time."""
         minutes = _FINALIST * self.prepared.settings.minutes
         seconds = max((t.seconds for t in self.tried.values()), default=0.0)
-        needed = (1 + len(_ROOTS)) * (minutes + 2.5 * seconds / 60)
+        most = 2 + len(_EVEN)
+        needed = most * (minutes + 2 * seconds / 60)
         share = (self.minutes + needed) / self.prepared.settings.minutes
         if minutes < _LEAST_MINUTES or share > _FOR_FINALISTS or not self._distils():
             return chosen
-        with Stage("finalists, distilled", 1 + len(_ROOTS)) as stage:
+        with Stage("finalists, distilled", most) as stage:
             finalists = [chosen]
-            for root in _ROOTS:
-                mix = self._best_by(root)
+            limits, costs = self.prepared.limits(), self.prepared.costs()
+            alone = best_mixes(np.where(self._alone(), self.losses(), np.inf), costs, limits)
+            for mix in (*alone, *map(self._best_by, _EVEN)):
                 if mix is not None and mix not in finalists:
                     self._try_mix(mix, stage)
                     finalists += [mix] if mix in self.tried else []
@@ -234,9 +239,17 @@ class Search:
         classes = (AXES[ladder.axis].modifier_class for ladder in self.space.ladders)
         return all("distill_minutes" in cls.model_fields for cls in classes)
 
-    def _best_by(self, root: float) -> tuple[int, ...] | None:
-        """The mix of least loss if each axis lost a root of what it loses."""
-        losses = mixed_losses([table**root for table in self.tables()])
+    def _best_by(self, power: float) -> tuple[int, ...] | None:
+        """The mix of least loss if what axes lose were evened out by a power below 1."""
+        tables, cost = self.tables(), self.prepared.costs()[0]
+        for place, table in enumerate(tables):
+            own = (0,) * place + (slice(None),) + (0,) * (cost.ndim - place - 1)
+            saved = 1 - cost[own]
+            known = [i for i in self.measured[place] if saved[i] > 0 and 0 < table[i] < np.inf]
+            if known:
+                rate = np.exp(np.mean(np.log(table[known] / saved[known] ** 2)))
+                table *= rate ** (power - 1)
+        losses = mixed_losses(tables, OVERLAP)
         for mix in self.failed:
             losses[mix] = np.inf
         limits = self.prepared.limits()
@@ -249,14 +262,19 @@ class Search:
 
     def _best(self, limits: Sequence[float]) -> list[tuple[int, ...]]:
         """Mixes within the limits, best first; of the first few all costs are exact."""
-        for _ in range(_TIMINGS):
+        timings = 0
+        while True:
             best = best_mixes(self.losses(), self.prepared.costs(), limits, 4 * _MOST_TRIED)
             first = best[:_TIMED_AT_ONCE]
+            failed = len(self.failed)
             for mix in first:
                 self._count(mix)
-            if all(self.prepared.is_timed(mix) for mix in first[:1]):
+            if failed < len(self.failed) < _MOST_FAILED:
+                continue
+            if timings == _TIMINGS or all(self.prepared.is_timed(mix) for mix in first[:1]):
                 break
             self.prepared.know_times(first)
+            timings += 1
         allowed = best_mixes(self.losses(), self.prepared.costs(), limits, 4 * _MOST_TRIED)
         # one whose time was only predicted may still miss the limit
         return [m for m in allowed if self.prepared.is_timed(m)] or allowed

@@ -39,6 +39,7 @@ from sparsessm_plugin.methods.runtime_sizes import (
     new_limits,
     planned_model,
     refusal,
+    smaller_model,
 )
 from sparsessm_plugin.training.distillation import Distillation, Distilled, Weights
 from sparsessm_plugin.training.gradients import on_compute_device, single_device
@@ -182,6 +183,16 @@ class ModelRemoval(MixerMethod[S]):
             self._fit_runtimes(adapter)
         self.check_sizes(adapter)
         return find_mixers(model)
+
+    def planned(self, model: nn.Module) -> nn.Module:
+        """What becomes of a model, on the meta device.
+
+        :raises SparseSSMError: see :meth:`matching_mixers`
+        """
+        self.matching_mixers(model)
+        kept = self.kept_sizes(get_model_adapter(model))
+        # which layers go is not known yet, and no runtime asks for a number of them
+        return model if "layers" in kept else smaller_model(model, kept)
 
     def _fit_runtimes(self, adapter: ModelAdapter) -> None:
         """Let the settings keep a number that all runtimes take: the next one to a sparsity.

@@ -29,6 +29,7 @@ from sparsessm_plugin.methods.runtime_sizes import (
     nearest_fit,
     new_limits,
     refusal,
+    smaller_mixers,
 )
 from sparsessm_plugin.selection.masks import check_sparsity
 from sparsessm_plugin.training.distillation import Distillation, Distilled
@@ -229,6 +230,14 @@ class MixerRemoval(MixerMethod[S]):
                 )
         self._check_config(model, first)
         return adapters
+
+    def planned(self, model: nn.Module) -> nn.Module:
+        """What becomes of a model, on the meta device.
+
+        :raises SparseSSMError: see :meth:`matching_mixers`
+        """
+        mixer = self.matching_mixers(model)[0]
+        return smaller_mixers(model, self.axis_to_shrink(mixer), self.size_wanted(mixer))
 
     def _fit_runtimes(self, model: nn.Module) -> None:
         """Let the settings keep a number that all runtimes take: the next one to a sparsity.

@@ -9,9 +9,13 @@ from compressed_tensors.offload import disable_onloading
 from loguru import logger
 
 from sparsessm_plugin.checkpoints.runtimes import RUNTIMES, Limit, ModelFacts, planned_limits
-from sparsessm_plugin.dependency_graph import MixerDependencyGraph, ModelDependencyGraph
+from sparsessm_plugin.dependency_graph import (
+    MixerDependencyGraph,
+    ModelDependencyGraph,
+    apply_config_fields,
+)
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families import MixerAdapter, get_model_adapter
+from sparsessm_plugin.families import MixerAdapter, find_mixers, get_model_adapter
 
 _UNITS = {"state": "states", "key_dims": "key dims", "head_dim": "channels a head"}
 
@@ -72,15 +76,19 @@ class PlannedMixers:
 
 
 def planned_model(model: Any, kept: Mapping[str, int]) -> ModelFacts:
-    """A model that keeps fewer indices of axes of the whole model, by shapes alone.
+    """:func:`smaller_model`, by shapes alone."""
+    return ModelFacts.from_model(smaller_model(model, kept))
+
+
+def smaller_model(model: Any, kept: Mapping[str, int]) -> Any:
+    """A model, on the meta device, that keeps fewer indices of axes of the whole model.
 
     :param model: of transformers
     :param kept: indices that stay of each axis, of the mixers' axis also that goes along with the
         hidden size
     :raises SparseSSMError: the family's loader could not make it
     """
-    with torch.device("meta"):
-        small = type(model)(deepcopy(model.config))
+    small = _on_meta(model)
     adapter, graph = get_model_adapter(small), ModelDependencyGraph(small)
     for axis in (axis for axis in adapter.axis_names if axis in kept):
         gone = range(kept[axis], adapter.axis_length(axis))
@@ -97,7 +105,33 @@ def planned_model(model: Any, kept: Mapping[str, int]) -> ModelFacts:
         elif axis != "layers":
             removed = {block.name: gone for block in adapter.blocks(axis)}
         graph.get_axis_group(axis, removed, channels).prune()
-    return ModelFacts.from_model(small)
+    return small
+
+
+def smaller_mixers(model: Any, axis: str, size: int) -> Any:
+    """A model, on the meta device, whose mixers keep fewer indices of one of their axes.
+
+    :param model: of transformers
+    :param axis: of the mixers' dependency graph
+    :param size: as ``size_fields`` of the adapter counts
+    """
+    small = _on_meta(model)
+    fields: dict[str, Any] = {}
+    for mixer in find_mixers(small):
+        groups, length = mixer.groups_of(axis), mixer.axis_length(axis)
+        each = length // groups
+        left = each * size // mixer.size_of(axis, length)
+        gone = [group * each + i for group in range(groups) for i in range(left, each)]
+        found = MixerDependencyGraph(mixer).get_axis_group(axis, gone)
+        found.prune()
+        fields |= found.config_fields
+    apply_config_fields(small.config, fields)
+    return small
+
+
+def _on_meta(model: Any) -> Any:
+    with torch.device("meta"):
+        return type(model)(deepcopy(model.config))
 
 
 def new_limits(
@@ -117,6 +151,29 @@ def new_limits(
             if limit.answer == "no" or limit.source not in before
         ]
     return found
+
+
+def check_together(methods: Sequence[Any], model: Any) -> None:
+    """Refuse sizes that each runtime takes one by one, and not together.
+
+    :param methods: removals in their order, with their ``runtime``; not used afterwards
+    :param model: on the meta device
+    :raises SparseSSMError: naming the runtime and the method, see ``MixerMethod.matching_mixers``
+    """
+    names = list(dict.fromkeys(n for method in methods for n in method.settings.runtime))
+    if len(methods) < 2 or not names:
+        return
+    dense, small = ModelFacts.from_model(model), model
+    for method in methods:
+        small = method.planned(small)
+        found = new_limits(names, dense, ModelFacts.from_model(small))
+        if found:
+            title, limit = found[0]
+            verb = "does not load" if limit.answer == "no" else "is slow with"
+            raise SparseSSMError(
+                f"{method.who}: {title} {verb} what this and the removals before it make together: "
+                f"{limit.reason}"
+            )
 
 
 def check_dense(who: str, runtimes: Iterable[str], facts: ModelFacts) -> None:

@@ -91,6 +91,8 @@ class CheckedRecipe:
             one has pruned, or a pattern that takes too long on the names of the modules
         """
         from sparsessm_plugin.families import find_mixers
+        from sparsessm_plugin.methods.removal import RemovalSettings
+        from sparsessm_plugin.methods.runtime_sizes import check_together
         from sparsessm_plugin.modifiers.conflicts import check_modifiers
 
         find_mixers(model)
@@ -99,6 +101,8 @@ class CheckedRecipe:
             for check in ("matching_mixers", "check_model"):
                 if hasattr(modifier, check):
                     getattr(modifier, check)(model)
+        removals: list[Any] = [m for m in self.modifiers if isinstance(m, RemovalSettings)]
+        check_together([modifier.new_method() for modifier in removals], model)
         check_modifiers(self.modifiers, model)
 
 

@@ -1,0 +1,54 @@
+"""The folder that a command leaves."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from sparsessm_plugin.cli.options import not_the_model
+from sparsessm_plugin.cli.stopping import check_signals, will_write
+
+
+def check_output(output: Path, model: str) -> None:
+    """Refuse a folder that cannot be written to, before the work.
+
+    :raises SparseSSMError: saying why
+    """
+    from sparsessm_plugin.files import check_output_directory
+
+    check_output_directory(output)
+    will_write(output)
+    not_the_model(output, model)
+
+
+def write_result(
+    folder: Path, pruned: Any, tokenizer: Any, before: dict[str, Any], fields: dict[str, Any]
+) -> dict[str, Any]:
+    """Save a model and its report.
+
+    :param folder: that exists
+    :param pruned: the result of :func:`sparsessm_plugin.recipes.pruning.prune`
+    :param tokenizer: the model's tokenizer
+    :param before: inventory of the dense model
+    :param fields: of the report, beside what all have; ``seconds`` among them, by what took them
+    :return: the report
+    """
+    from sparsessm_plugin.evaluation.components import take_inventory
+    from sparsessm_plugin.files import REPORT_NAME, list_files, write_json
+    from sparsessm_plugin.recipes.pruning import save, versions
+
+    inventory = take_inventory(pruned.model)
+    started = time.perf_counter()
+    check_signals()
+    save(pruned.model, tokenizer, folder)
+    report = {
+        **fields,
+        "seconds": {**fields["seconds"], "save": round(time.perf_counter() - started, 3)},
+        "before": before,
+        "after": inventory.to_dict(),
+        "modifiers": pruned.reports,
+        "peak_memory_bytes": pruned.peak_memory_bytes,
+        "versions": versions(),
+        "files": list_files(folder),
+    }
+    write_json(folder / REPORT_NAME, report)
+    return report
