@@ -329,7 +329,7 @@ class Run:
         settings = FitSettings(targets, minutes=minutes, search_tokens=options.search_tokens)
         prepared = Prepared(self.shapes, settings, device)
         plan = make_plan(prepared, self.model, batches, HeldBack(self.model, held), started)
-        reached = [one for one in plan.candidates if one.costs["parameters"] <= share]
+        reached = [one for one in plan.candidates if one.costs["parameters"] < share + 1e-6]
         least = min(reached, key=lambda one: one.loss)
         found = {
             "sizes": least.sizes,

@@ -175,6 +175,10 @@ class Search:
                     break
                 if tries and self.is_late(_FOR_TRIALS):
                     break
+                layers = self._layers_alone(untried[0])
+                if layers is not None:  # which ones stay decides what the mix costs
+                    self._try(layers)
+                    continue
                 self._try_mix(untried[0], stage)
                 tries += 1
                 stage.advance()
@@ -187,6 +191,14 @@ class Search:
         tried = [mix for mix in best if mix in self.tried]
         chosen = min(tried, key=lambda mix: self.tried[mix].loss) if tried else best[0]
         return self._after_distillation(chosen)
+
+    def _layers_alone(self, mix: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The layers that a mix removes, which it begins with, if that has not been tried yet."""
+        names = [ladder.axis for ladder in self.space.ladders]
+        alone = tuple(
+            step if name == "layers" else 0 for name, step in zip(names, mix, strict=True)
+        )
+        return None if not any(alone) or alone in {**self.tried, **self.failed} else alone
 
     def _best_alone(self, limits: Sequence[float]) -> list[tuple[int, ...]]:
         """The best mix in which one axis shrinks, where it is within the limits and not tried."""

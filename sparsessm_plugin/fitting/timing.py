@@ -56,7 +56,7 @@ class Timed:
 
     :param sizes: by axis
     :param layers: that the model had
-    :param milliseconds: of a forward pass, the median
+    :param milliseconds: of a forward pass, the median over repeats beside the first of the models
     :param features: see :data:`FEATURES`
     """
 
@@ -184,11 +184,12 @@ def time_models(
         censuses[str(number)] = Census.of(skeleton)
     latency = measure(models, workload, device, repeats, progress)
     phase = phase_of(latency)
+    first = latency.timing("0", phase, workload.batch).milliseconds
     return [
         Timed(
             dict(sizes),
             len(censuses[name].layers),
-            latency.timing(name, phase, workload.batch).milliseconds,
+            first / latency.speedup(name, phase, workload.batch),  # by pairs: a drift hits both
             tuple(map(float, features_of(censuses[name].total(), workload))),
         )
         for name, sizes in zip(models, mixes, strict=True)
