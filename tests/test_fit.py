@@ -388,6 +388,7 @@ def test_the_chosen_mix_is_the_least_of_what_was_tried():
 def test_what_is_left_of_the_time_is_for_distillation(monkeypatch):
     monkeypatch.setattr("sparsessm_plugin.fitting.search._LEAST_MINUTES", 0.001)
     monkeypatch.setattr("sparsessm_plugin.fitting.search.Search.minutes", 0.0)
+    monkeypatch.setattr("sparsessm_plugin.fitting.losses.Trials.removal_seconds", lambda *_: 0.1)
     result = fit(small_mamba(), batches(8), "parameters=0.8", minutes=0.03, axes=("channels",))
     assert 0 < result.plan.distill_minutes <= 0.03
     assert {entry.distilled for entry in result.plan.candidates} <= {None}  # no other to compare
