@@ -11,10 +11,11 @@ the same in one CUDA graph. What fails is printed, and the rest goes on.
 
 import argparse
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -23,11 +24,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from common import assets
+from loguru import logger
 from transformers import AutoModelForCausalLM
 
+from sparsessm_plugin.backends import choice
+from sparsessm_plugin.backends.precision import tf32
 from sparsessm_plugin.families.kernels import bound_kernels
-from sparsessm_plugin.recurrence import differentiable, kernels
-from sparsessm_plugin.recurrence.quantities import MixerQuantities
+from sparsessm_plugin.methods import state_fits
+from sparsessm_plugin.recurrence import differentiable, kernels, ssd
+from sparsessm_plugin.recurrence.quantities import HeadQuantities, MixerQuantities
 from sparsessm_plugin.training import tuner as tuner_module
 from sparsessm_plugin.training.budget import Plan
 from sparsessm_plugin.training.distillation import Distillation, fitted_parameters
@@ -64,7 +69,8 @@ def main() -> None:
             torch.cuda.empty_cache()
 
     print(torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name())
-    part("scan", lambda: scans(options))
+    part("scan of Mamba-1", lambda: scans(options))
+    part("scan of Mamba-2", lambda: scans_of_heads(options))
     for name in options.models:
         for way in options.ways:
             part(f"{name} {way}", lambda name=name, way=way: steps(name, way, options))
@@ -103,6 +109,64 @@ def scans(options: Any) -> None:
                 print(f"{name} N {N}: forward {forward:.3f} ms, with gradients {both:.3f} ms")
         except Exception:
             print(f"-- {name} FAILED\n{traceback.format_exc()}", flush=True)
+
+
+def scans_of_heads(options: Any) -> None:
+    """The same for the Mamba-2 layout, 16 heads of 64 channels."""
+    device = torch.device(options.device)
+    ways: dict[str, Callable[[HeadQuantities], torch.Tensor]] = {}
+    if device.type == "cuda":
+        from sparsessm_plugin.recurrence import ssd_gpu
+
+        ways["triton"] = ssd_gpu.scan
+    ways["torch"] = ssd.scan
+    exact = _heads(2, 150, 4, 64, 96, device, torch.float64)
+    expected = _gradients(ssd.scan, exact)
+    for products in ("ieee", "tf32"):
+        for name, scan in ways.items():
+            try:
+                with tf32() if products == "tf32" else nullcontext():
+                    found = _gradients(scan, _heads(2, 150, 4, 64, 96, device))
+                    apart = {
+                        key: float((found[key].double() - value).norm() / value.norm())
+                        for key, value in expected.items()
+                    }
+                    errors = {k: f"{v:.1e}" for k, v in apart.items()}
+                    print(name, products, "relative errors", errors, flush=True)
+                    for N in (128, 32):
+                        own = _heads(options.batch, options.length, 16, 64, N, device)
+                        both = _milliseconds(
+                            lambda own=own, scan=scan: _gradients(scan, own), device
+                        )
+                        with torch.no_grad():
+                            forward = _milliseconds(lambda own=own, scan=scan: scan(own), device)
+                        print(f"{name} {products} N {N}: forward {forward:.3f} ms, ", end="")
+                        print(f"with gradients {both:.3f} ms", flush=True)
+            except Exception:
+                print(f"-- {name} FAILED\n{traceback.format_exc()}", flush=True)
+
+
+def _heads(
+    batch: int, length: int, H: int, P: int, N: int, device: torch.device, dtype: Any = None
+) -> HeadQuantities:
+    dtype = dtype or torch.float32
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_(True)
+
+    with torch.no_grad():
+        dt = torch.nn.functional.softplus(normal(batch, length, H) - 3)
+        A = -torch.exp(0.5 * normal(H) + 1)
+    return HeadQuantities(
+        u=normal(batch, length, H * P),
+        dt=dt.requires_grad_(True),
+        A=A.requires_grad_(True),
+        B=normal(batch, length, 1, N),
+        C=normal(batch, length, 1, N),
+        D=normal(H),
+        z=torch.zeros(1, device=device),
+    )
 
 
 def _quantities(
@@ -173,20 +237,14 @@ def steps(name: str, way: str, options: Any) -> None:
             parameter += 0.02 * parameter.std() * added if parameter.numel() > 1 else 0
     with ExitStack() as stack:
         if way == "torch":
-            stack.enter_context(mock.patch.object(differentiable, "scan", _in_torch))
+            for name_of in ("_triton", "_triton_of_heads"):
+                stack.enter_context(mock.patch.object(differentiable, name_of, return_value=None))
+            stack.enter_context(mock.patch.object(kernels, "available", return_value=False))
+            stack.enter_context(mock.patch.object(choice, "_WITH_GRADIENTS", {}))
         if way != "captured":
             none = mock.patch.object(tuner_module, "capture", return_value=None)
             stack.enter_context(none)
         _rate(distillation, model, name, way, options, device)
-
-
-def _in_torch(quantities: Any) -> torch.Tensor:
-    if type(quantities) is MixerQuantities:
-        return differentiable.in_chunks(quantities)
-    return _own_scan(quantities)
-
-
-_own_scan = differentiable.scan
 
 
 def _rate(
@@ -204,9 +262,15 @@ def _rate(
     )
     ended: list[float] = []
 
+    begun = time.perf_counter()
+    first: list[float] = []
+
     def reached(seconds: float, part: int = 1, parts: int = 1) -> bool:
         """After the warm-up so many seconds of steps."""
         done = tuner.budget.done
+        if done == 1:
+            _wait(device)
+            first.append(time.perf_counter() - begun)
         if done == 6:
             _wait(device)
             ended.append(time.perf_counter())
@@ -229,7 +293,7 @@ def _rate(
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
         print(
             f"| {name} | {way} | {rate:.2f} steps/s | {1e3 / rate:.1f} ms | mean loss {loss:.5g} "
-            f"| {peak:.1f} GiB |",
+            f"| {peak:.1f} GiB | first step {first[0]:.1f} s |",
             flush=True,
         )
         if options.profile and way != "torch":
@@ -276,20 +340,41 @@ def _profile(tuner: Any, name: str, way: str, device: torch.device) -> None:
 
 
 def reconstruction(options: Any) -> None:
-    """Removal of states of Mamba-2 with steps a layer."""
+    """Removal of states of Mamba-2 with steps a layer, which run one by one and in a graph."""
     from sparsessm_plugin.methods import remove_states
+    from sparsessm_plugin.refit import reconstruction as module
 
+    logger.remove()
+    logger.add(sys.stdout, level="INFO")
     device = torch.device(options.device)
     path = assets() / "models" / "mamba2-25m"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
-    vocabulary = model.config.vocab_size
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (32, 512), generator=generator)
-    data = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(8)]
-    begun = time.perf_counter()
-    remove_states(model, data, keep=32)
-    _wait(device)
-    print(f"| mamba2-25m | remove_states keep 32 | {time.perf_counter() - begun:.1f} s |")
+    for way in ("captured", "kernels"):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+        ids = torch.randint(model.config.vocab_size, (32, 512), generator=generator)
+        data = [{"input_ids": p, "attention_mask": torch.ones_like(p)} for p in ids.split(8)]
+        spent: list[float] = []
+        own = module.reconstruct
+
+        def timed(*args: Any, spent: list[float] = spent, own: Any = own) -> None:
+            _wait(device)
+            begun = time.perf_counter()
+            own(*args)
+            _wait(device)
+            spent.append(time.perf_counter() - begun)
+
+        with ExitStack() as stack:
+            if way == "kernels":
+                stack.enter_context(mock.patch.object(module, "capture", return_value=None))
+            stack.enter_context(mock.patch.object(state_fits, "reconstruct", timed))
+            begun = time.perf_counter()
+            remove_states(model, data, keep=32)
+            _wait(device)
+        print(
+            f"| mamba2-25m | remove_states keep 32 | {way} | {time.perf_counter() - begun:.1f} s, "
+            f"steps of layers {' '.join(f'{s:.2f}' for s in spent)} s |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -84,6 +84,119 @@ def test_states_that_forget_at_once():
     check(q)
 
 
+def channel_kernels():
+    return import_module("sparsessm_plugin.backends.gpu_gradient")
+
+
+def apart(found, expected):
+    scale = expected.abs().max()
+    return float((found.cpu().double() - expected).abs().max() / scale) if scale else 0.0
+
+
+def leaf(x, dtype=None):
+    return x.detach().to(DEVICE if dtype is None else "cpu", dtype, copy=True).requires_grad_(True)
+
+
+@kernels_run
+@pytest.mark.parametrize(("length", "channels", "K"), [(1, 1, 4), (35, 3, 4), (40, 130, 2)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_convolution(length, channels, K, masked):
+    g = torch.Generator().manual_seed(0)
+    both = torch.randn(2, length, 2 * channels, generator=g)
+    weight, bias = torch.randn(channels, 1, K, generator=g), torch.randn(channels, generator=g)
+    mask = (torch.rand(2, length, generator=g) > 0.3) if masked else None
+    back = torch.randn(2, length, channels, generator=g)
+
+    def run(convolve, dtype=None):
+        leaves = [leaf(x, dtype) for x in (both, weight, bias)]
+        x = leaves[0].chunk(2, dim=-1)[1]  # rows of a wider tensor
+        y = convolve(x, *leaves[1:], None if mask is None else mask.to(x.device))
+        (y * back.to(y)).sum().backward()
+        return [y.detach(), *(x.grad for x in leaves)]
+
+    def plain(x, weight, bias, mask):
+        x = torch.nn.functional.conv1d(
+            x.transpose(1, 2), weight, bias, padding=K - 1, groups=channels
+        )[..., :length]
+        x = torch.nn.functional.silu(x).transpose(1, 2)
+        return x if mask is None else x * mask[..., None]
+
+    expected = run(plain, torch.float64)
+    for one, other in zip(run(channel_kernels().convolve), expected, strict=True):
+        assert apart(one, other) < 2e-6
+
+
+@kernels_run
+@pytest.mark.parametrize(("length", "channels", "groups"), [(1, 1, 1), (19, 12, 2), (3, 300, 1)])
+def test_gated_norm(length, channels, groups):
+    g = torch.Generator().manual_seed(0)
+    y, weight = torch.randn(2, length, channels, generator=g), torch.rand(channels, generator=g)
+    both = torch.randn(2, length, 2 * channels, generator=g)
+    back = torch.randn(2, length, channels, generator=g)
+
+    def run(norm, dtype=None):
+        leaves = [leaf(x, dtype) for x in (y, both, weight)]
+        z = leaves[1].chunk(2, dim=-1)[1]  # rows of a wider tensor
+        out = norm(leaves[0], z, leaves[2], groups, 1e-3, leaves[0].dtype)
+        (out * back.to(out)).sum().backward()
+        return [out.detach(), *(x.grad for x in leaves)]
+
+    def plain(y, z, weight, groups, epsilon, dtype):
+        x = (y * torch.nn.functional.silu(z)).unflatten(-1, (groups, -1))
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+        return x.flatten(-2) * weight
+
+    expected = run(plain, torch.float64)
+    for one, other in zip(run(channel_kernels().gated_norm), expected, strict=True):
+        assert apart(one, other) < 2e-6
+
+
+@kernels_run
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_softplus(with_bias):
+    g = torch.Generator().manual_seed(0)
+    x = 4 * torch.randn(2, 35, 5, generator=g)
+    x[0, :9] = torch.linspace(-30, 30, 9)[:, None]
+    bias = torch.randn(5, generator=g) if with_bias else None
+
+    def run(softplus, dtype=None):
+        leaves = [leaf(t, dtype) for t in (x, bias) if t is not None]
+        y = softplus(leaves[0], leaves[1] if with_bias else None)
+        y.log().sum().backward()  # small outputs count as much as large ones
+        return [y.detach().log(), *(x.grad for x in leaves)]
+
+    def plain(x, bias):
+        return torch.nn.functional.softplus(x if bias is None else x + bias)
+
+    for one, other in zip(run(channel_kernels().softplus), run(plain, torch.float64), strict=True):
+        assert apart(one, other) < 5e-6
+
+
+@kernels_run
+@pytest.mark.parametrize(("length", "channels"), [(1, 3), (20, 33)])
+def test_the_gate_in_the_same_kernels(length, channels):
+    q = random_quantities(1, length, channels, 2)
+    wide = torch.randn(1, length, 2 * channels, generator=torch.Generator().manual_seed(3))
+    back = torch.randn(q.u.shape, generator=torch.Generator().manual_seed(9))
+
+    def run(scan, dtype=None):
+        leaves = {name: leaf(getattr(q, name), dtype) for name in SCAN_LEAVES}
+        both = leaf(wide, dtype)
+        z = both.chunk(2, dim=-1)[1]
+        y = scan(MixerQuantities(**leaves, z=z))
+        (y * back.to(y)).sum().backward()
+        return [y.detach(), both.grad, *(x.grad for x in leaves.values())]
+
+    def plain(q):
+        return reference.scan(q) * torch.nn.functional.silu(q.z)
+
+    def ours(q):
+        return kernels().gated_scan(q, torch.float32)
+
+    for one, other in zip(run(ours), run(plain, torch.float64), strict=True):
+        assert apart(one, other) < 2e-5
+
+
 @kernels_run
 def test_half_precision_comes_in_and_its_gradients_leave():
     q = random_quantities(1, 20, 5, 3)

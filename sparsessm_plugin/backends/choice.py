@@ -13,6 +13,8 @@ from sparsessm_plugin.errors import SparseSSMWarning
 # One module a device type, with kernels for single channels and, where there are devices of the
 # type that it cannot use, ``check``. Devices that are not named here use plain torch.
 BACKENDS = {"cpu": "sparsessm_plugin.backends.cpu", "cuda": "sparsessm_plugin.backends.gpu"}
+# The same functions with gradients, where a device type has them.
+_WITH_GRADIENTS = {"cuda": "sparsessm_plugin.backends.gpu_gradient"}
 REFERENCE = "reference"
 
 _warned: set[str] = set()
@@ -38,15 +40,17 @@ def backend_for(device: torch.device) -> str:
 
 
 def kernels_for(x: Tensor) -> Any:
-    """The module with kernels for single channels of such a tensor; they have no gradients.
+    """The module with kernels for single channels of such a tensor.
 
-    :return: Triton's on a GPU, numba's for float32 on the CPU, None where neither runs
+    :return: Triton's on a GPU, which have gradients where these are recorded; numba's for float32
+        on the CPU without gradients; None where neither runs
     """
-    on_cpu = x.device.type == "cpu"
-    if torch.is_grad_enabled() or (on_cpu and x.dtype != torch.float32):
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    if x.dtype != torch.float32 and (x.device.type == "cpu" or not half):
         return None
-    name = BACKENDS.get(backend_for(x.device))
-    return None if name is None else import_module(name)
+    name = backend_for(x.device)
+    modules = _WITH_GRADIENTS if torch.is_grad_enabled() else BACKENDS
+    return import_module(modules[name]) if name in modules else None
 
 
 def _warn_once(device_type: str, reason: str) -> None:

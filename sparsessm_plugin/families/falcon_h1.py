@@ -32,6 +32,9 @@ class FalconH1Adapter(BambaAdapter):
             return quantities.gate * self.rms_scale(y)
         return super().out_gain(quantities, y)
 
+    def _norms_after_gate(self) -> bool:
+        return self.mixer.mamba_rms_norm and not self.mixer.norm.norm_before_gate
+
     def channel_fields(self, num_heads: int, head_dim: int) -> dict[str, Any]:
         return {
             self.num_heads_field: num_heads,

@@ -31,7 +31,9 @@ def fast_forward(model: nn.Module, gradients: bool = False) -> Iterator[None]:
     whatever happened inside.
 
     :param model: any model
-    :param gradients: also run calls with gradients through this package's scan, on any device
+    :param gradients: also run calls with gradients through this package's scan, on any device; and
+        on a GPU the Mamba-2 layout without them, too, as mamba-ssm's kernels are tuned first for
+        every shape, which takes longer than some passes
     """
     replaced: list[_Forward] = []
     try:
@@ -86,10 +88,17 @@ class _Forward:
         return runs
 
     def _takes_over(self, device: torch.device, dtype: torch.dtype) -> bool:
-        return self.gradients if torch.is_grad_enabled() else self._is_fast_on(device, dtype)
+        if torch.is_grad_enabled():
+            return self.gradients
+        return self._scans_heads(device) or self._is_fast_on(device, dtype)
+
+    def _scans_heads(self, device: torch.device) -> bool:
+        """Whether the scan with gradients of the Mamba-2 layout runs without them, too."""
+        of_heads = self.adapter.recurrence == "selective" and self.adapter.A_log.ndim == 1
+        return self.gradients and of_heads and device.type == "cuda"
 
     def _read_out(self, quantities: Any) -> Tensor:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not self._scans_heads(self.adapter.A_log.device):
             return read_out(self.adapter, quantities)
         # a recurrence adds up what its products are rounded by; projections need not be as exact
         with torch.autocast(self.adapter.A_log.device.type, enabled=False):
@@ -97,6 +106,10 @@ class _Forward:
                 return self.adapter.out_input(quantities, scan(quantities))
             from sparsessm_plugin.recurrence import differentiable  # brings numba along
 
+            if self.adapter.has_state_transitions:
+                x = differentiable.gated_scan(quantities)
+                if x is not None:
+                    return x
             return self.adapter.out_input(quantities, differentiable.scan(quantities))
 
     def attach(self) -> None:
@@ -138,4 +151,6 @@ class _Forward:
             )
         quantities = self.adapter.quantities(hidden_states, attention_mask)
         x = self._read_out(quantities)
-        return self.adapter.project_out(x.to(hidden_states.dtype))
+        if not (x.dtype.itemsize == 2 and torch.is_autocast_enabled(x.device.type)):
+            x = x.to(hidden_states.dtype)
+        return self.adapter.project_out(x)

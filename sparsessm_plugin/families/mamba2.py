@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsessm_plugin.backends.choice import kernels_for
 from sparsessm_plugin.backends.products import project
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families.base import (
@@ -68,14 +69,16 @@ class Mamba2Adapter(MixerAdapter):
         u, B, C = self.convolved(conv_input, mask).split([D, G * N, G * N], dim=-1)
         low, high = mixer.time_step_limit
         dt = F.softplus(dt.float() + mixer.dt_bias.float()).clamp(low, high)
+        if not (torch.is_grad_enabled() and kernels_for(u) is not None):
+            u, B, C, z = (x.float() for x in (u, B, C, z))
         return HeadQuantities(
-            u=u.float(),
+            u=u,
             dt=dt,
             A=-torch.exp(mixer.A_log.float()),
-            B=B.reshape(batch, length, G, N).float(),
-            C=C.reshape(batch, length, G, N).float(),
+            B=B.reshape(batch, length, G, N),
+            C=C.reshape(batch, length, G, N),
             D=mixer.D.float(),
-            z=z.float(),
+            z=z,
             mask=mask,
             inputs={"in_proj": in_input, "conv1d": conv_input},
         )
@@ -87,6 +90,20 @@ class Mamba2Adapter(MixerAdapter):
     def out_gain(self, quantities: MixerQuantities, y: Tensor) -> Tensor:
         gate = quantities.gate
         return gate * self.rms_scale(y * gate)
+
+    def out_input(self, quantities: Any, y: Tensor) -> Tensor:
+        kernels = kernels_for(y) if torch.is_grad_enabled() else None
+        if kernels is None or not self._norms_after_gate():
+            return super().out_input(quantities, y)
+        norm, dtype = self.mixer.norm, quantities.z.dtype
+        result: Tensor = kernels.gated_norm(
+            y, quantities.z, norm.weight, self.norm_groups(), norm.variance_epsilon, dtype
+        )
+        return result
+
+    def _norms_after_gate(self) -> bool:
+        """Whether the norm's input is y times the gate."""
+        return True
 
     def rms_scale(self, x: Tensor) -> Tensor:
         """(b, L, D) weight / rms of the family's norm for its input x (b, L, D)."""

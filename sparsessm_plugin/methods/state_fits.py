@@ -4,6 +4,7 @@ Each step works on a smaller float32 copy of a mixer, in place.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,17 +121,19 @@ def fit_state_rows(
     energy = sum(float(t.square().sum()) for t in targets)
     energy = distributed.total("energy to fit to", energy)[0] / len(batches)
 
-    def rows(owner: int, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def rows(number: int) -> dict[str, Tensor | None]:
+        owner, i = batches[number]
+
         def batch() -> list[Tensor]:
             hidden_states, mask = inputs.get(i, device)
             return [hidden_states, targets[i].to(device), *([] if mask is None else [mask])]
 
         whole = distributed.share("batch to fit to", batch, owner, device)
         x, target, *mask = (t[distributed.rank() :: distributed.world_size()] for t in whole)
-        return x, target, mask[0] if mask else None
+        return {"x": x, "target": target, "mask": mask[0] if mask else None}
 
-    def loss(step: int) -> Tensor:
-        x, target, mask = rows(*batches[step])
+    def loss(batch: dict[str, Any]) -> Tensor:
+        x, target, mask = batch["x"], batch["target"], batch["mask"]
         if len(x) == 0:  # fewer rows than ranks
             return 0.0 * torch.stack([p.sum() for p, _ in parameters]).sum()
         q = small.quantities(x, mask)
@@ -146,7 +149,8 @@ def fit_state_rows(
     before = relative_error(small, inputs, targets)
     weights = [parameter.detach().clone() for parameter, _ in parameters]
     with tf32():  # steps are far coarser than what it rounds away
-        reconstruct(parameters, loss, len(batches), steps, _LEARNING_RATE, add_gradients)
+        combine = add_gradients if distributed.is_distributed() else None
+        reconstruct(parameters, loss, len(batches), steps, _LEARNING_RATE, combine, rows)
     # Adam's first steps move away from a fit that is good already; too few of them stay there
     lower = relative_error(small, inputs, targets) < before
     if not lower:

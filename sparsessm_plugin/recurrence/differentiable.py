@@ -9,6 +9,7 @@ of the loss for h_t,
 States are not kept but computed again, a few steps at a time, from the few that are.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,19 +44,55 @@ def scan(quantities: MixerQuantities | DeltaQuantities) -> Tensor:
     if isinstance(q, DeltaQuantities):
         return delta_rule.scan(q)
     if isinstance(q, HeadQuantities):
-        return ssd.scan(q)
+        triton = _triton_of_heads(q)
+        return ssd.scan(_in_float32(q)) if triton is None else triton.scan(q)
     if isinstance(q, GroupedQuantities):
         return torch.cat([scan(group) for _, group in q.groups()], dim=-1)
     if q.u.device.type == "cpu":
         return _CPUScan.apply(q.u, q.dt, q.A, q.B, q.C, q.D)
     if kernels.available(q):
         return kernels.scan(q)
-    if backend_for(q.u.device) == "cuda":
-        from sparsessm_plugin.recurrence import gpu_gradient  # Triton is not everywhere
+    triton = _triton(q)
+    return in_chunks(q) if triton is None else triton.scan(q)
 
-        if gpu_gradient.takes(q):
-            return gpu_gradient.scan(q)
-    return in_chunks(q)
+
+def gated_scan(quantities: MixerQuantities) -> Tensor | None:
+    """:func:`scan` times the gate, in the dtype of u, where one kernel does both; else None.
+
+    :param quantities: the recurrence's inputs
+    """
+    q = quantities
+    if isinstance(q, GroupedQuantities):
+        parts = [gated_scan(group) for _, group in q.groups()]
+        whole = [part for part in parts if part is not None]
+        return torch.cat(whole, dim=-1) if len(whole) == len(parts) else None
+    triton = _triton(q)
+    return None if triton is None else triton.gated_scan(q, q.u.dtype)
+
+
+def _in_float32(q: HeadQuantities) -> HeadQuantities:
+    """What plain torch multiplies has one dtype."""
+    if all(x.dtype == q.dt.dtype for x in (q.u, q.B, q.C)):
+        return q
+    return replace(q, u=q.u.float(), B=q.B.float(), C=q.C.float())
+
+
+def _triton(q: MixerQuantities) -> Any:
+    """The module of Triton's kernels with gradients if it takes these quantities."""
+    if backend_for(q.u.device) != "cuda":
+        return None
+    from sparsessm_plugin.recurrence import gpu_gradient  # Triton is not everywhere
+
+    return gpu_gradient if gpu_gradient.takes(q) else None
+
+
+def _triton_of_heads(q: HeadQuantities) -> Any:
+    """The same for the Mamba-2 layout."""
+    if backend_for(q.u.device) != "cuda":
+        return None
+    from sparsessm_plugin.recurrence import ssd_gpu
+
+    return ssd_gpu if ssd_gpu.takes(q) and ssd_gpu.usable(q) else None
 
 
 def in_chunks(quantities: MixerQuantities, chunk: int = _CHUNK) -> Tensor:
@@ -68,7 +105,7 @@ def in_chunks(quantities: MixerQuantities, chunk: int = _CHUNK) -> Tensor:
     :param chunk: steps a chunk
     """
     q = quantities
-    h = q.u.new_zeros(q.u.shape[0], *q.A.shape)  # (b, D, N)
+    h = q.dt.new_zeros(q.u.shape[0], *q.A.shape)  # (b, D, N)
     outputs = []
     for start in range(0, q.u.shape[1], chunk):
         u, dt, B, C = (x[:, start : start + chunk] for x in (q.u, q.dt, q.B, q.C))

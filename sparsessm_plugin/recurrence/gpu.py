@@ -60,9 +60,14 @@ def scan_states(quantities: MixerQuantities, every: int) -> tuple[Tensor, Tensor
     return y, states.transpose(2, 3)
 
 
-def scan_kept(quantities: MixerQuantities, every: int) -> tuple[Tensor, Tensor]:
-    """:func:`scan_states` with states (b, L // every, N, D), as they lie in memory."""
-    return _run(quantities, None, every)
+def scan_kept(
+    quantities: MixerQuantities, every: int, gated: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`scan_states` with states (b, L // every, N, D), as they lie in memory.
+
+    :param gated: give y times the gate instead, in this dtype
+    """
+    return _run(quantities, None, every, gated)
 
 
 def _row(q: MixerQuantities, i: int) -> MixerQuantities:

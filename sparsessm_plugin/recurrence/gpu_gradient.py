@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sparsessm_plugin.backends.gpu import by_rows
 from sparsessm_plugin.recurrence import gpu
 from sparsessm_plugin.recurrence.gpu import BLOCK, MOST_WARPS, STATES_A_WARP
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
@@ -32,7 +33,7 @@ MOST_STATES = 1024  # of a channel, what a program of the first kernel has regis
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Never 1 and never a multiple of 16 to the compiler: see ``gpu``.
-_SIZES = ["length", "chunks", "slots", "channels", "states"]
+_SIZES = ["length", "chunks", "slots", "channels", "states", "z_width"]
 
 
 def takes(quantities: MixerQuantities) -> bool:
@@ -50,33 +51,54 @@ def scan(quantities: MixerQuantities) -> Tensor:
     :param quantities: as :func:`takes` allows
     """
     q = quantities
-    return _Scan.apply(q.u, q.dt, q.A, q.B, q.C, q.D)
+    return _Scan.apply(q.u, q.dt, q.A, q.B, q.C, q.D, None, None)
+
+
+def gated_scan(quantities: MixerQuantities, dtype: torch.dtype) -> Tensor:
+    """:func:`scan` times the gate, in a dtype; less is kept and moved than by the two apart.
+
+    :param quantities: as :func:`takes` allows
+    """
+    q = quantities
+    return _Scan.apply(q.u, q.dt, q.A, q.B, q.C, q.D, q.z, dtype)
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
+        ctx: Any,
+        u: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        z: Tensor | None,
+        gated: torch.dtype | None,
     ) -> Tensor:
-        quantities = MixerQuantities(u=u, dt=dt, A=A, B=B, C=C, D=D, z=u)
-        y, states = gpu.scan_kept(quantities, STEPS)
-        ctx.save_for_backward(u, dt, A, B, C, D, states)
+        quantities = MixerQuantities(u=u, dt=dt, A=A, B=B, C=C, D=D, z=u if z is None else z)
+        y, states = gpu.scan_kept(quantities, STEPS, gated)
+        ctx.save_for_backward(u, dt, A, B, C, D, z, states)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-        *inputs, states = ctx.saved_tensors
-        found = _backward(inputs, states, dy)
-        return tuple(g.to(x.dtype) for g, x in zip(found, inputs, strict=True))
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, z, states = ctx.saved_tensors
+        *found, dz = _backward(inputs, z, states, grad)
+        whole = (g.to(x.dtype) for g, x in zip(found, inputs, strict=True))
+        return (*whole, None if z is None else dz, None)
 
 
-def _backward(inputs: list[Tensor], kept: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of the inputs.
+def _backward(
+    inputs: list[Tensor], z: Tensor | None, kept: Tensor, grad: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of the inputs, and of the gate if there is one.
 
     :param inputs: u, dt, A, B, C and D
+    :param z: (b, L, D) or None
     :param kept: (b, L // STEPS, N, D) states
-    :param dy: (b, L, D)
+    :param grad: (b, L, D) of the output
     """
     u, dt, A, B, C, D = (x.detach() for x in inputs)
     batch, length, channels = u.shape
@@ -86,44 +108,47 @@ def _backward(inputs: list[Tensor], kept: Tensor, dy: Tensor) -> tuple[Tensor, .
     warps = min(MOST_WARPS, max(1, block_n // STATES_A_WARP))
     B, C = (F.pad(x, (0, block_n - N)).contiguous() for x in (B, C))
     A_by_state = A.float().t().contiguous()  # (N, D): channels are the lanes
-    u, dt, dy, D = (x.contiguous() for x in (u, dt, dy, D))
+    u, dt, grad, D = (x.contiguous() for x in (u, dt, grad, D))
+    gate = grad if z is None else by_rows(z.detach())
 
-    def room(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=u.device)
+    def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=u.device)
 
     # what comes from behind into each chunk; later, what each adds to the gradient of A
     carry = room(batch, chunks, N, channels)
     elapsed = room(batch, max(1, chunks - 1), channels)
-    du, ddt = (room(batch, length, channels) for _ in range(2))
+    du, ddt = (room(*u.shape, dtype=x.dtype) for x in (u, dt))
+    dz = grad if z is None else room(*u.shape, dtype=z.dtype)
     dB, dC = (room(blocks, batch, N, length) for _ in range(2))
     dD = room(batch * chunks, channels)
-    sizes = (length, chunks, kept.shape[1], channels, N)
+    sizes = (length, chunks, kept.shape[1], channels, N, gate.stride(1))
+    gated = {"GATED": z is not None, "STEPS": STEPS}
     with torch.cuda.device_of(u):
         if chunks > 1:
             whole = {"BLOCK_N": block_n, "BLOCK_D": BLOCK, "num_warps": warps}
             _hand_over[(blocks, chunks - 1, batch)](
-                dt, A_by_state, C, dy, carry, elapsed, *sizes, STEPS=STEPS, **whole
+                dt, A_by_state, C, grad, gate, carry, elapsed, *sizes, **gated, **whole
             )
             _hand_back[(blocks, batch)](A_by_state, carry, elapsed, *sizes, **whole)
         _gradients[(blocks, chunks, batch)](
-            *(u, dt, A_by_state, B, C, D, dy, kept, carry),
-            *(du, ddt, dB, dC, dD),
+            *(u, dt, A_by_state, B, C, D, grad, gate, kept, carry),
+            *(du, ddt, dz, dB, dC, dD),
             *sizes,
-            STEPS=STEPS,
+            **gated,
             BLOCK_N=block_n,
             BLOCK_D=BLOCK,
             num_warps=1,
         )
     dA = carry.sum((0, 1), dtype=torch.float64).t()
     dB, dC = (x.sum(0).transpose(1, 2) for x in (dB, dC))
-    return du, ddt, dA, dB, dC, dD.sum(0, dtype=torch.float64)
+    return du, ddt, dA, dB, dC, dD.sum(0, dtype=torch.float64), dz
 
 
 # -- kernels -----------------------------------------------------------------------------
 #
-# Shapes in memory: u, dt, dy, du, ddt (b, L, D); A (N, D); B, C (b, L, BLOCK_N); kept
-# (b, slots, N, D); carry (b, chunks, N, D); elapsed (b, chunks - 1, D); dB, dC
-# (blocks, b, N, L); dD (b, chunks, D).
+# Shapes in memory: u, dt, grad, du, ddt, dz (b, L, D), and z, whose rows are z_width apart;
+# A (N, D); B, C (b, L, BLOCK_N); kept (b, slots, N, D); carry (b, chunks, N, D); elapsed
+# (b, chunks - 1, D); dB, dC (blocks, b, N, L); dD (b, chunks, D).
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -131,7 +156,8 @@ def _hand_over(
     dt,
     A,
     C,
-    dy,
+    grad,
+    z,
     carry,
     elapsed,
     length,
@@ -139,6 +165,8 @@ def _hand_over(
     slots,
     channels,
     states,
+    z_width,
+    GATED: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -161,7 +189,10 @@ def _hand_over(
     for step in range(0, steps):
         row = first + (steps - 1 - step)
         delta = tl.load(dt + row * channels + d, mask=d_in, other=0.0).to(tl.float32)
-        out = tl.load(dy + row * channels + d, mask=d_in, other=0.0).to(tl.float32)
+        out = tl.load(grad + row * channels + d, mask=d_in, other=0.0).to(tl.float32)
+        if GATED:
+            gate = tl.load(z + row * z_width + d, mask=d_in, other=0.0).to(tl.float32)
+            out *= gate * tl.sigmoid(gate)
         c = tl.load(C + row * BLOCK_N + n).to(tl.float32)
         r = tl.exp2(delta[None, :] * a) * (r + c[:, None] * out[None, :])
         total += delta
@@ -181,6 +212,7 @@ def _hand_back(
     slots,
     channels,
     states,
+    z_width,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -210,9 +242,9 @@ def _follow(kept, value, next_kept, next_value):
 
 
 @triton.jit
-def _tile(x, rows, channels, d, inside):
-    """(STEPS, BLOCK_D) float32 of some rows of a (b L, D) tensor."""
-    at = rows[:, None] * channels + d[None, :]
+def _tile(x, rows, width, d, inside):
+    """(STEPS, BLOCK_D) float32 of some rows, so far apart, of a tensor."""
+    at = rows[:, None] * width + d[None, :]
     return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
 
 
@@ -224,11 +256,13 @@ def _gradients(
     B,
     C,
     D,
-    dy,
+    grad,
+    z,
     kept,
     carry,
     du,
     ddt,
+    dz,
     dB,
     dC,
     dD,
@@ -237,6 +271,8 @@ def _gradients(
     slots,
     channels,
     states,
+    z_width,
+    GATED: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -258,7 +294,10 @@ def _gradients(
 
     x = _tile(u, row, channels, d, inside)
     delta = _tile(dt, row, channels, d, inside)
-    out = _tile(dy, row, channels, d, inside)
+    out = _tile(grad, row, channels, d, inside)
+    if GATED:
+        gate = _tile(z, row, z_width, d, inside)
+        out *= gate * tl.sigmoid(gate)
     earlier = earlier_in[:, None] & d_in[None, :]
     drive_before = _tile(u, row - 1, channels, d, earlier) * _tile(
         dt, row - 1, channels, d, earlier
@@ -267,6 +306,7 @@ def _gradients(
     drive = delta * x
     to_drive = tl.zeros((STEPS, BLOCK_D), tl.float32)
     to_step = tl.zeros((STEPS, BLOCK_D), tl.float32)
+    y = skip[None, :] * x
     # the first chunk starts from zero, and nothing comes from behind the last
     start_in = d < tl.where(chunk > 0, channels, 0)
     end_in = d < tl.where(chunk < chunks - 1, channels, 0)
@@ -299,9 +339,16 @@ def _gradients(
         tl.store(dB + sum_at + n * length, tl.sum(g * drive, axis=1), mask=t_in)
         state = p + drive * b[:, None]
         tl.store(dC + sum_at + n * length, tl.sum(out * state, axis=1), mask=t_in)
+        if GATED:
+            y += c[:, None] * state
 
     at = row[:, None] * channels + d[None, :]
     tl.store(du + at, to_drive * delta + skip[None, :] * out, mask=inside)
     tl.store(ddt + at, to_step + to_drive * x, mask=inside)
+    if GATED:
+        gate = _tile(z, row, z_width, d, inside)
+        share = tl.sigmoid(gate)
+        slope = share * (1.0 + gate * (1.0 - share))
+        tl.store(dz + at, _tile(grad, row, channels, d, inside) * y * slope, mask=inside)
     place = (sequence * chunks + chunk) * channels + d
     tl.store(dD + place, tl.sum(out * x, axis=0), mask=d_in)

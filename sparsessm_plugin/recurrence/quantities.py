@@ -40,8 +40,8 @@ class MixerQuantities(Quantities):
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, elementwise over (D, N)
     y_t = sum_n C_{t,n} h_{t,:,n} + D u_t
 
-    All tensors but ``inputs`` are float32; where kernels read any type, as on a GPU without
-    gradients, u, B, C and z have the model's dtype. Padded positions have u = 0.
+    All tensors but ``inputs`` are float32; where kernels read any type, as on a GPU, u, B, C and z
+    may have the dtype of what projections make. Padded positions have u = 0.
 
     :param u: (b, L, D) scan input, after conv1d and activation
     :param dt: (b, L, D) step size, after bias and softplus, > 0

@@ -104,7 +104,7 @@ class Distillation:
         states: DenseStates | None = None
         with (
             _in_place(who, model) as device,
-            fast_forward(model),
+            fast_forward(model, gradients=True),
             Stage(f"{who}, dense model", len(data)) as stage,
         ):
             for number, batch in enumerate(data):
@@ -190,7 +190,7 @@ class Distillation:
         total = count = 0.0
         device = next(model.parameters()).device
         self._head = self._head.to(device)
-        with fast_forward(model), torch.no_grad():
+        with fast_forward(model, gradients=True), torch.no_grad():
             for batch in self.batches[:_MEASURED]:
                 batch = to_device(batch, device)
                 tokens = len(batch[_DENSE])
@@ -223,6 +223,9 @@ class _WithDense(Sequence[Any]):
     ) -> None:
         self.states = states
         self._data = data
+        device = states.rows.device
+        if device.type == "cuda":  # where these have room, tokens have it, too
+            self._data = [to_device(batch, device) for batch in data]
         self._real = real
 
     def __len__(self) -> int:

@@ -11,11 +11,12 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
+from sparsessm_plugin.backends.capture import CapturedStep, capture
 from sparsessm_plugin.backends.precision import tf32
+from sparsessm_plugin.cost import has_room
 from sparsessm_plugin.distributed import average, is_distributed, rank, total, world_size
 from sparsessm_plugin.progress import Stage, clock
 from sparsessm_plugin.training.budget import Budget, Plan, batch_of_step
-from sparsessm_plugin.training.capture import CapturedStep, capture
 from sparsessm_plugin.training.flat import FlatWeights
 from sparsessm_plugin.training.gradients import (
     LossFunction,
@@ -33,6 +34,7 @@ from sparsessm_plugin.training.resume import ResumeFile
 
 _CLIP = 1.0  # norm of the gradient of all parameters that a tuning step goes along
 _MEASURED = 8  # batches whose loss is looked at before and after the steps
+_COMPARED = 24  # bytes a weight that are held while a captured step is compared
 _WORTHWHILE = 16  # steps from which on a CUDA graph, which costs a few, is made of one
 _MANY = 12  # times that text is read again, from which on it is learnt by heart
 
@@ -244,10 +246,13 @@ class Tuner:
         """Loss, norm of the gradients, how much the batch counts, and the seconds so far."""
         weights = self._weights
         if self._is_captured(batch):
-            step = partial(self._whole_step, masks)
             self._whole = False
             if self._captured is None:
-                self._captured = capture(self.who, step, weights, batch, rate)
+                update = partial(weights.step, clip=_CLIP, masks=masks)
+                if has_room(weights.device, _COMPARED * weights.numbers):
+                    self._captured = capture(
+                        self.who, self._new_gradients, update, weights, batch, rate
+                    )
                 self._may_capture = self._captured is not None
                 if self._captured is not None:  # which has taken the step
                     return *self._captured.numbers(), 1, self.budget.elapsed()
@@ -278,15 +283,13 @@ class Tuner:
             and self._capturable(batch)
         )
 
-    def _whole_step(
-        self, masks: "list[Tensor | None]", batch: Any, rate: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """A step that a graph holds, with its gradients cleared before it and not behind it."""
+    def _new_gradients(self, batch: Any) -> Tensor:
+        """The loss of a batch, and its gradients in the place of those that there are."""
         self._weights.clear_gradients()
         with self._precision():
             loss, _ = loss_of(self.model, batch, self.loss_fn)
         loss.backward()
-        return loss.detach(), self._weights.step(rate, _CLIP, masks)
+        return loss.detach()
 
     def _batch(self, step: int) -> Any:
         return to_device(self.batches[batch_of_step(step, len(self.batches))], self._weights.device)

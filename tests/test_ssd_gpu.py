@@ -1,0 +1,149 @@
+"""Triton's scan of the Mamba-2 layout and its gradient: on a GPU, or in Triton's interpreter.
+
+As in ``test_scan_gpu``, the interpreter needs a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+import warnings
+from importlib import import_module
+
+import pytest
+import torch
+from conftest import SCAN_LEAVES, random_heads, scan_gradients
+
+from sparsessm_plugin.errors import SparseSSMWarning
+from sparsessm_plugin.recurrence import differentiable, ssd
+
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available() and not INTERPRETER
+DEVICE = "cuda" if CUDA else "cpu"
+
+kernels_run = pytest.mark.skipif(
+    not (CUDA or INTERPRETER), reason="no CUDA device; run in the interpreter by another test"
+)
+
+
+def test_in_tritons_interpreter():
+    if CUDA or INTERPRETER:
+        pytest.skip("the tests run here")
+    triton = pytest.importorskip("triton")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        pytest.skip("the interpreter of Triton before 3.7 has no loops with NumPy 2.4")
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        check=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=os.path.dirname(__file__),
+    )
+
+
+def kernels():
+    return import_module("sparsessm_plugin.recurrence.ssd_gpu")
+
+
+def on_device(q):
+    moved = {k: v.to(DEVICE) for k, v in vars(q).items() if isinstance(v, torch.Tensor)}
+    return kernels().scan(type(q)(**moved)).cpu()
+
+
+def check(q, tolerance=2e-5):
+    expected = scan_gradients(lambda q: ssd.scan(q, chunk=1), q, torch.float64)
+    for name, value in scan_gradients(on_device, q).items():
+        assert value.dtype == torch.float32
+        error = (value.double() - expected[name]).abs().max()
+        assert error <= tolerance * expected[name].abs().max(), name  # both 0 after one step
+
+
+# one step; a chunk, less and more; groups; several tiles of states; sides longer than 16
+@kernels_run
+@pytest.mark.parametrize(
+    ("batch", "length", "shape"),
+    [
+        (1, 1, {"groups": 1, "per_group": 1, "P": 1, "N": 1}),
+        (2, 64, {"groups": 1, "per_group": 2}),
+        (1, 130, {"groups": 2, "per_group": 3, "P": 17, "N": 70}),
+        (2, 150, {"groups": 3, "per_group": 1, "P": 32, "N": 16}),
+    ],
+)
+def test_gradients(batch, length, shape):
+    check(random_heads(batch, length, **shape))
+
+
+@kernels_run
+def test_slow_states_hand_on_and_back_over_many_chunks():
+    q = random_heads(1, 300, groups=1)
+    q.A = q.A * 0.01
+    check(q)
+
+
+@kernels_run
+def test_steps_that_forget_everything():
+    """Logarithms of which float32 would hold no small steps."""
+    q = random_heads(1, 100)
+    q.dt[:, 20] = 1e9
+    check(q)
+
+
+@kernels_run
+def test_half_precision_comes_in_and_its_gradients_leave():
+    q = random_heads(1, 70)
+    half = {name: getattr(q, name).bfloat16().float() for name in ("u", "B", "C")}
+    exact = type(q)(**{**vars(q), **half})
+    expected = scan_gradients(on_device, exact)
+    leaves = {
+        name: getattr(exact, name)
+        .to(DEVICE, torch.bfloat16 if name in half else torch.float32)
+        .requires_grad_(True)
+        for name in SCAN_LEAVES
+    }
+    y = kernels().scan(type(q)(**leaves, z=exact.z))
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
+    (y * weights.to(DEVICE)).sum().backward()
+    for name, leaf in leaves.items():
+        rounded = 2**-7 if name in half else 1e-6
+        error = (leaf.grad.cpu().float() - expected[name]).abs().max()
+        assert leaf.grad.dtype == leaf.dtype
+        assert error <= rounded * expected[name].abs().max(), name
+
+
+@kernels_run
+def test_the_same_bits_every_time():
+    q = random_heads(1, 70)
+    once, again = scan_gradients(on_device, q), scan_gradients(on_device, q)
+    assert all(torch.equal(again[name], value) for name, value in once.items())
+
+
+@kernels_run
+def test_what_they_have_no_code_for():
+    q = random_heads(1, 3)
+    assert kernels().takes(q)
+    assert not kernels().takes(type(q)(**{**vars(q), "u": q.u.double()}))
+    assert not kernels().takes(random_heads(1, 2, 1, 1, P=kernels().MOST_CHANNELS + 1))
+
+
+@kernels_run
+def test_kernels_that_compute_something_else_are_not_used(monkeypatch):
+    q = random_heads(1, 3)
+    kernels()._usable.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        moved = {k: v.to(DEVICE) for k, v in vars(q).items() if isinstance(v, torch.Tensor)}
+        assert kernels().usable(type(q)(**moved))
+    kernels()._usable.cache_clear()
+    monkeypatch.setattr(kernels(), "scan", lambda q: 1.1 * ssd.scan(q))
+    with pytest.warns(SparseSSMWarning, match="from plain torch, relative"):
+        assert not kernels().usable(type(q)(**moved))
+    kernels()._usable.cache_clear()
+
+
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+def test_the_differentiable_scan_takes_them(monkeypatch):
+    calls = []
+    own = kernels().scan
+    monkeypatch.setattr(kernels(), "scan", lambda q: calls.append(1) or own(q))
+    q = random_heads(1, 20)
+    moved = {k: v.cuda() for k, v in vars(q).items() if isinstance(v, torch.Tensor)}
+    differentiable.scan(type(q)(**moved))
+    assert calls
