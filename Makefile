@@ -20,7 +20,7 @@ $(BASE): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable ".[plot]"
 	touch $@
 
 $(STAMP): $(BASE)
@@ -28,7 +28,8 @@ $(STAMP): $(BASE)
 	touch $@
 
 demo: $(BASE)
-	$(BIN)/sparsessm demo
+	mkdir -p demo-output && rm -f demo-output/demo.png demo-output/demo.json
+	$(BIN)/sparsessm demo --plot demo-output/demo.png --output demo-output/demo.json
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile

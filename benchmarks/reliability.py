@@ -39,7 +39,7 @@ from typing import Any
 
 SECTIONS = ("kills", "recipes", "checkpoints")
 COMMAND = [sys.executable, "-m", "sparsessm_plugin.cli"]
-DEMO = "mamba-demo-0.7m"
+DEMO = str(Path(__file__).parents[1] / "tests" / "assets" / "mamba-demo-0.7m")
 OUTPUT = "out"
 SIZES = ["--num-samples", "2", "--max-seq-length", "32", "--batch-size", "2", "--device", "cpu"]
 PRUNE = ["--calibration", "text.jsonl", *SIZES, "--output", OUTPUT]

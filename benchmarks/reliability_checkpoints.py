@@ -19,9 +19,7 @@ import torch
 from reliability import PRUNE, Case
 from safetensors.torch import load_file, save_file
 
-import sparsessm_plugin
-
-DEMO_FOLDER = Path(sparsessm_plugin.__file__).parent / "assets" / "mamba-demo-0.7m"
+DEMO_FOLDER = Path(__file__).parents[1] / "tests" / "assets" / "mamba-demo-0.7m"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Who drops this file beside the case's folder has run code that nobody allowed.
 PAYLOAD = "open('../payload', 'w').close()"

@@ -27,14 +27,16 @@ _RENAME_EXCHANGE = 2
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write JSON beside the target and rename it into place.
-
-    JSON knows no NaN and no infinity: where a number is not finite, null is written.
+    """Write :func:`to_json` beside the target and rename it into place.
 
     :raises SparseSSMError: the file cannot be written
     """
-    text = json.dumps(_finite_or_null(content), indent=2, allow_nan=False) + "\n"
-    write_bytes(path, text.encode())
+    write_bytes(path, to_json(content).encode())
+
+
+def to_json(content: Any) -> str:
+    """JSON knows no NaN and no infinity: where a number is not finite, null is written."""
+    return json.dumps(_finite_or_null(content), indent=2, allow_nan=False) + "\n"
 
 
 def write_config(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

@@ -41,7 +41,6 @@ from transformers import (
     ZambaConfig,
 )
 
-import sparsessm_plugin
 from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.recurrence import scan
 from sparsessm_plugin.recurrence.quantities import (
@@ -60,7 +59,7 @@ FAMILIES = MAMBA1 + MAMBA2  # of the selective recurrence
 MOE = ("qwen3_5_moe", "qwen3_next")
 MOE_ROUNDING = 1e-6
 DELTA = ("qwen3_5", "qwen3_5_moe", "qwen3_next", "olmo_hybrid")  # gated delta nets
-DEMO = Path(sparsessm_plugin.__file__).parent / "assets" / "mamba-demo-0.7m"
+DEMO = Path(__file__).parent / "assets" / "mamba-demo-0.7m"
 
 
 def _takes(kernel, x):

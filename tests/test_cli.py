@@ -165,13 +165,6 @@ def test_recipes_are_listed_and_printed(sparsessm):
     assert 'mask_structure: "2:4"' in stdout
 
 
-def test_demo_by_name_from_any_folder(sparsessm, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    code, stdout, _ = sparsessm("inspect", "mamba-demo-0.7m")
-    assert code == 0
-    assert "4 state-space mixers (mamba), 728,704 parameters" in stdout
-
-
 def cells(stdout, first):
     """The words of the row that begins with a word."""
     rows = [line.split() for line in stdout.splitlines()]
@@ -207,31 +200,6 @@ def test_inspect_shows_what_the_layout_has(sparsessm, tmp_path, family, mixer, c
     assert cells(stdout, mixer)[: len(expected)] == expected
     assert cells(stdout, "component")[4:] == states
     assert cells(stdout, "A_log")[3:] == [f"{zeros / 2:.2%}", *("0.00%" for _ in states)]
-
-
-def test_demo_table(topics, capsys):
-    from sparsessm_plugin.recipes.demo import run_demo, split_topics
-
-    training, held_out = split_topics(topics)
-    assert len(training) + len(held_out) == len(topics)
-    assert held_out
-    result = run_demo(num_samples=4, max_seq_length=256)
-    rows = result.rows
-    tables.print_demo(result)
-    shown = capsys.readouterr().out
-    for row in rows[1:]:
-        (line,) = (line for line in shown.splitlines() if row["criterion"] in line)
-        assert f"{row['zero']['docstrings']:.2f}" in line
-    assert [row["criterion"] for row in rows] == [
-        "dense",
-        "magnitude",
-        "paper",
-        "published code",
-        "output_error",
-    ]
-    for pruned_value in ("zero", "memoryless"):
-        measured = {row["criterion"]: row[pruned_value]["docstrings"] for row in rows[1:]}
-        assert min(measured, key=measured.get) == "output_error"
 
 
 # -- bad input: one line, non-zero exit, nothing written -----------------------------------

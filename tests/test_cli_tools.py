@@ -40,7 +40,7 @@ def small(tmp_path):
 
 
 def test_bench_one_model(sparsessm):
-    code, stdout, _ = sparsessm("bench", "mamba-demo-0.7m", *SHORT)
+    code, stdout, _ = sparsessm("bench", DEMO, *SHORT)
     assert code == 0
     assert stdout.count("prefill ") >= 2
     assert stdout.count("decode ") >= 2

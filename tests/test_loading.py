@@ -301,3 +301,18 @@ def test_only_quantized_weights_may_be_whole_numbers(saved, tmp_path):
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(SparseSSMError, match=f"stores {name} as I8"):
         ModelSource(str(tmp_path / "model"), device="cpu").load()
+
+
+def test_float8_without_scales_is_loaded_only_where_it_is_stated(tmp_path):
+    """Without the statement it is a quantized checkpoint that has lost its config."""
+    tiny_model("mamba").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "backbone.layers.0.mixer.in_proj.weight"
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    stated = {"format": "pt", "unscaled_float8": "true"}
+    save_file(weights, tmp_path / "model.safetensors", stated)
+    loaded = ModelSource(str(tmp_path), device="cpu").load()
+    assert loaded.get_parameter(name).equal(weights[name].float())
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SparseSSMError, match=f"stores {name} as F8_E4M3"):
+        ModelSource(str(tmp_path), device="cpu").load()

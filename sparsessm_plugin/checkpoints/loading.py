@@ -241,8 +241,12 @@ def read_header(path: Path) -> dict[str, Mapping[str, Any]]:
             if length > _MAX_HEADER:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(file.read(length))
-        return {name: entry for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, AttributeError, struct.error, RecursionError) as error:
+        metadata = header.pop("__metadata__", None)
+        # float8 without scales, which loads by conversion alone, is stated and never guessed
+        if isinstance(metadata, dict) and metadata.get("unscaled_float8") == "true":
+            header = {name: {**entry, "unscaled": True} for name, entry in header.items()}
+        return dict(header.items())
+    except (OSError, ValueError, TypeError, AttributeError, struct.error, RecursionError) as error:
         raise SparseSSMError(f"{path} is no safetensors file: {error}") from error
 
 
@@ -290,7 +294,9 @@ def check_stored(
         if dtype in _FLOATS:
             if dtype in ("F16", "BF16"):
                 halves.setdefault(dtype, key)
-        elif not _may_be_whole(key, there, tensors, quantized):
+        elif not (dtype == "F8_E4M3" and stored.get("unscaled")) and not _may_be_whole(
+            key, there, tensors, quantized
+        ):
             raise SparseSSMError(
                 f"the checkpoint {name} stores {key} as {dtype}; weights are stored as "
                 f"{', '.join(_FLOATS)}"

@@ -21,14 +21,13 @@ from sparsessm_plugin.cli import (
     stopping,
 )
 from sparsessm_plugin.cli.console import out, show
-from sparsessm_plugin.cli.options import repeated
+from sparsessm_plugin.cli.options import group_options, repeated
 from sparsessm_plugin.errors import SparseSSMError, cut
 from sparsessm_plugin.processes import end_with_parent
 
 app = typer.Typer(
     help="Prune state-space language models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 # in the order of the help
@@ -44,6 +43,7 @@ for _command in (
     export.export,
     demo.demo,
 ):
+    group_options(_command)
     app.command()(_command)
 
 

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 import typer
 
 from sparsessm_plugin.cli import tables
-from sparsessm_plugin.cli.console import progress, quiet, say_replaced
+from sparsessm_plugin.cli.console import print_json, progress, quiet, say_replaced
 from sparsessm_plugin.cli.inputs import source_of, vocab_size_of
 from sparsessm_plugin.cli.options import (
     MOST,
     REPORT,
+    AsJson,
     Device,
     Dtype,
     ModelArgument,
@@ -64,6 +65,7 @@ def bench(
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
     allow_unused_tensors: Unused = False,
+    as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Time prefill and decode, and weigh the state cache."""
@@ -91,6 +93,7 @@ def bench(
             runtime_python,
             output,
             plot,
+            as_json,
         )
         return
     sources = [
@@ -153,23 +156,26 @@ def bench(
         first = {name: found[0] for name, found in capacities.items()}
         with progress("as many as fit", len(models)) as advance:
             full = decode_at_capacity(models, first, decode_steps, repeats, cuda_graphs, advance)
+    report = {
+        "model": model,
+        "against": against,
+        "dtype": {name: str(m.dtype).removeprefix("torch.") for name, m in models.items()},
+        "device": str(models[model].device),
+        "repeats": repeats,
+        **latency.to_dict(),
+        "capacity": {k: [c.to_dict() for c in found] for k, found in capacities.items()},
+        "at_capacity": [timing.to_dict() for timing in full],
+        "versions": versions(),
+    }
     if output is not None:
-        report = {
-            "model": model,
-            "against": against,
-            "dtype": {name: str(m.dtype).removeprefix("torch.") for name, m in models.items()},
-            "device": str(models[model].device),
-            "repeats": repeats,
-            **latency.to_dict(),
-            "capacity": {k: [c.to_dict() for c in found] for k, found in capacities.items()},
-            "at_capacity": [timing.to_dict() for timing in full],
-            "versions": versions(),
-        }
         say_replaced(output)
         write_json(output, report)
     if plot is not None:
         say_replaced(plot)
         plot_latency(latency, plot)
+    if as_json:
+        print_json(report)
+        return
     tables.print_latency(latency)
     tables.print_capacity(capacities, full)
 
@@ -185,6 +191,7 @@ def _other_runtime(
     python: str,
     output: Path | None,
     plot: Path | None,
+    as_json: bool,
 ) -> None:
     from sparsessm_plugin.evaluation.latency import check_matplotlib, plot_latency
     from sparsessm_plugin.evaluation.runtime_latency import check_runtime, measure_runtime
@@ -203,11 +210,14 @@ def _other_runtime(
             *(runtime, names, vocab, sizes, prompt_length, decode_steps, repeats, dtype, python),
             progress=advance,
         )
+    report = {"runtime": runtime, "dtype": dtype, **latency.to_dict(), "versions": versions()}
     if output is not None:
         say_replaced(output)
-        report = {"runtime": runtime, "dtype": dtype, **latency.to_dict(), "versions": versions()}
         write_json(output, report)
     if plot is not None:
         say_replaced(plot)
         plot_latency(latency, plot)
-    tables.print_latency(latency)
+    if as_json:
+        print_json(report)
+    else:
+        tables.print_latency(latency)

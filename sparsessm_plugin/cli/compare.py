@@ -7,12 +7,13 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from sparsessm_plugin.cli.console import err, out, quiet
+from sparsessm_plugin.cli.console import err, out, print_json, quiet
 from sparsessm_plugin.cli.inputs import load_tasks, source_of, vocab_size_of, windows_of
 from sparsessm_plugin.cli.options import (
     CALIBRATION,
     MOST,
     PIPELINES,
+    AsJson,
     BatchSize,
     Device,
     Dtype,
@@ -30,8 +31,10 @@ from sparsessm_plugin.cli.options import (
     Verbose,
     choice,
     command_line,
+    complete_recipe,
     named,
     numbers_of,
+    of_option,
     split_names,
 )
 from sparsessm_plugin.cli.stopping import EXIT_CODES, Stopped, Terminated, check_signals
@@ -40,7 +43,7 @@ from sparsessm_plugin.errors import SparseSSMError, shown
 # options on which the numbers of a run do not depend, or which stand elsewhere in the folder
 _WITHOUT_EFFECT = frozenset(
     {
-        *("model", "recipes", "output", "seeds", "keep", "verbose"),
+        *("model", "recipes", "output", "seeds", "keep", "as_json", "verbose"),
         *("batch_size", "tasks_batch_size", "trust_remote_code", "allow_unused_tensors"),
     }
 )
@@ -51,7 +54,10 @@ def compare(
     model: ModelArgument,
     recipes: Annotated[
         list[str],
-        typer.Option(help="YAML files (NAME=FILE) or built-in names; one or more."),
+        typer.Option(
+            help="YAML files (NAME=FILE) or built-in names; one or more.",
+            autocompletion=complete_recipe,
+        ),
     ],
     output: Annotated[
         Path, typer.Option(help="Folder of the comparison; one that was begun goes on.")
@@ -81,6 +87,7 @@ def compare(
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
     allow_unused_tensors: Unused = False,
+    as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Run recipes on one model, each in its own process; a table, JSON and a plot."""
@@ -106,7 +113,8 @@ def compare(
             raise SparseSSMError(f"{shown(label)} is the model as it was; give NAME={where}")
         if label in chosen:
             raise SparseSSMError(f"two recipes are called {shown(label)}; give NAME=FILE")
-        recipe = load_recipe(where)
+        with of_option("--recipes"):
+            recipe = load_recipe(where)
         recipe.check_data(calibration)
         recipe.check_model(skeleton)
         chosen[label] = (where, recipe.text)
@@ -116,15 +124,18 @@ def compare(
     vocab_size, tokenizer = vocab_size_of(skeleton), source.load_tokenizer()
     if suite is not None:
         suite.requests_of(skeleton, tokenizer)
-    for where in (*texts.values(), *([] if calibration is None else [calibration])):
-        windows_of(where, tokenizer, max_seq_length, vocab_size, text_field)
+    wanted = [("--text", where) for where in texts.values()]
+    if calibration is not None:
+        wanted.append(("--calibration", calibration))
+    for option, source_text in wanted:
+        windows_of(source_text, tokenizer, max_seq_length, vocab_size, text_field, option)
 
     def identify(where: str) -> str:
         return comparison.fingerprint(where) if Path(where).exists() else where
 
     # the commands take what is called alike here, but for what differs between them
     group: Any = context.find_root().command
-    given = {**context.params, "verbose": False}
+    given = {**context.params, "as_json": False, "verbose": False}
     of_prune = {**given, "text": None, "output": None}
     of_evaluate = {**given, "tasks": names, "num_samples": eval_samples, "output": None}
     # what a folder that goes on must agree in
@@ -164,7 +175,11 @@ def compare(
         ) from end
     rows = comparison_table.summarize(state[comparison_table.DENSE], state["runs"].values())
     comparison_table.plot(rows, output / comparison.PLOT)
-    out.print(comparison_table.markdown(rows), markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        print_json({"output": str(output), **state})
+    else:
+        table = comparison_table.markdown(rows)
+        out.print(table, markup=False, highlight=False, soft_wrap=True)
     failed = [key for key, run in state["runs"].items() if "error" in run]
     if failed:
         raise SparseSSMError(

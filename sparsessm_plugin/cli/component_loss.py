@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from sparsessm_plugin.cli import tables
-from sparsessm_plugin.cli.console import progress, quiet, say_replaced
+from sparsessm_plugin.cli.console import print_json, progress, quiet, say_replaced
 from sparsessm_plugin.cli.inputs import source_of, vocab_size_of, windows_of
 from sparsessm_plugin.cli.options import (
     CALIBRATION,
     MOST,
     REPORT,
+    AsJson,
     BatchSize,
     Device,
     Dtype,
@@ -61,6 +62,7 @@ def component_loss(
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
     allow_unused_tensors: Unused = False,
+    as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Prune each part of a model alone and measure what it costs in perplexity."""
@@ -91,7 +93,7 @@ def component_loss(
     if text is None:
         samples, held_back = hold_back(samples, eval_samples)
     else:
-        held_back = windows_of(text, tokenizer, max_seq_length, vocab_size, text_field)[
+        held_back = windows_of(text, tokenizer, max_seq_length, vocab_size, text_field, "--text")[
             :eval_samples
         ]
     loader = calibration_loader(samples, num_samples, batch_size, seed)
@@ -117,4 +119,7 @@ def component_loss(
     if plot is not None:
         say_replaced(plot)
         plot_component_loss(result, plot)
-    tables.print_component_loss(result)
+    if as_json:
+        print_json(report)
+    else:
+        tables.print_component_loss(result)

@@ -4,7 +4,7 @@ import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,6 +27,13 @@ def show(level: str, message: str) -> None:
     text = text.encode("utf-8", "backslashreplace").decode()  # names of files may be any bytes
     color = {"error": "bold red", "critical": "bold red", "warning": "yellow"}.get(level, "dim")
     err.print(f"[{color}]{level}:[/] {escape(text)}", soft_wrap=True, highlight=False)
+
+
+def print_json(content: Any) -> None:
+    """The one result of a command that was asked for ``--json``."""
+    from sparsessm_plugin.files import to_json
+
+    sys.stdout.write(to_json(content))
 
 
 def say_replaced(path: Path) -> None:

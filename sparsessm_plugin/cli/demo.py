@@ -1,21 +1,50 @@
 """``sparsessm demo``."""
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from sparsessm_plugin.cli import tables
-from sparsessm_plugin.cli.console import err, quiet
-from sparsessm_plugin.cli.options import NumSamples, SeqLength
+from sparsessm_plugin.cli.console import err, print_json, quiet, say_replaced
+from sparsessm_plugin.cli.options import REPORT, AsJson, Verbose, new_file
 
 
 def demo(
-    num_samples: NumSamples = 64,
-    max_seq_length: SeqLength = 512,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Less text and fewer repeats; the numbers are rougher.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw costs and gains into this new .png file.")
+    ] = None,
+    output: Annotated[Path | None, REPORT] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Compare the pruning criteria on the packaged demo checkpoint; needs no download."""
-    quiet(False)
-    from rich.progress import Progress
+    """Show in one table what pays, on the packaged checkpoint; needs no download."""
+    quiet(verbose)
+    new_file("--plot", plot, ".png")
+    new_file("--output", output, ".json")
+    from sparsessm_plugin.evaluation.latency import check_matplotlib
+    from sparsessm_plugin.files import write_json
+    from sparsessm_plugin.progress import Stage
+    from sparsessm_plugin.progress import shown as bars_shown
+    from sparsessm_plugin.recipes.demo import QUICK, Sizes, count_models, run_demo
+    from sparsessm_plugin.recipes.demo_picture import plot_demo
+    from sparsessm_plugin.recipes.pruning import versions
 
-    from sparsessm_plugin.recipes.demo import count_models, run_demo
-
-    with Progress(console=err, transient=True) as bar:
-        task = bar.add_task("pruning", total=count_models())
-        result = run_demo(num_samples, max_seq_length, lambda: bar.advance(task))
-    tables.print_demo(result)
+    if plot is not None:
+        check_matplotlib()
+    with bars_shown(err), Stage("demo", count_models() + 1) as stage:
+        result = run_demo(QUICK if quick else Sizes(), stage.at, stage.advance)
+    report = {**result.to_dict(), "versions": versions()}
+    if output is not None:
+        say_replaced(output)
+        write_json(output, report)
+    if plot is not None:
+        say_replaced(plot)
+        plot_demo(result, plot)
+    if as_json:
+        print_json(report)
+    else:
+        tables.print_demo(result)

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from sparsessm_plugin.cli import tables
-from sparsessm_plugin.cli.console import out, progress, quiet, say_replaced
+from sparsessm_plugin.cli.console import out, print_json, progress, quiet, say_replaced
 from sparsessm_plugin.cli.inputs import (
     has_mixers,
     load_tasks,
@@ -21,6 +21,7 @@ from sparsessm_plugin.cli.inputs import (
 from sparsessm_plugin.cli.options import (
     MOST,
     REPORT,
+    AsJson,
     BatchSize,
     Device,
     Dtype,
@@ -64,6 +65,7 @@ def evaluate(
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
     allow_unused_tensors: Unused = False,
+    as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Perplexity over non-overlapping windows of texts, recall, and lm-eval's tasks."""
@@ -82,7 +84,9 @@ def evaluate(
     vocab_size = vocab_size_of(skeleton)
     tokenizer = source.load_tokenizer()
     samples = {
-        name: windows_of(where, tokenizer, max_seq_length, vocab_size, text_field)[:num_samples]
+        name: windows_of(where, tokenizer, max_seq_length, vocab_size, text_field, "--text")[
+            :num_samples
+        ]
         for name, where in texts.items()
     }
     suite = load_tasks(names, tasks_data, limit, next(iter(texts.values()), None), text_field)
@@ -101,6 +105,8 @@ def evaluate(
         result = measure_perplexity(loaded, windows, batch_size, name)
         report["perplexity"][name] = {"text": texts[name], **result.to_dict()}
         report["seconds"][name] = round(time.perf_counter() - started, 3)
+        if as_json:
+            continue
         out.print(
             (f"{escape(name)}: " if len(samples) > 1 or name != texts[name] else "")
             + f"perplexity {result.perplexity:.4f}  (nll {result.nll:.6f} over {result.tokens} "
@@ -117,8 +123,14 @@ def evaluate(
         report["tasks_asked_for"] = list(suite.names)
         report["limit"] = limit
         report["seconds"]["tasks"] = round(time.perf_counter() - started, 3)
-        tables.print_tasks(report)
+        if not as_json:
+            tables.print_tasks(report)
+    if output is None and not as_json:
+        return
+    report["inventory"] = take_inventory(loaded).to_dict() if has_mixers(loaded) else None
+    report["versions"] = versions()
     if output is not None:
         say_replaced(output)
-        inventory = take_inventory(loaded).to_dict() if has_mixers(loaded) else None
-        write_json(output, {**report, "inventory": inventory, "versions": versions()})
+        write_json(output, report)
+    if as_json:
+        print_json(report)

@@ -5,9 +5,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from sparsessm_plugin.cli.console import out, quiet
+from sparsessm_plugin.cli.console import out, print_json, quiet
 from sparsessm_plugin.cli.inputs import source_of
 from sparsessm_plugin.cli.options import (
+    AsJson,
     Dtype,
     ModelArgument,
     Result,
@@ -28,6 +29,7 @@ def export(
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
     allow_unused_tensors: Unused = False,
+    as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Write a Mamba or Mamba-2 model, without tokenizer, in another runtime's layout."""
@@ -54,6 +56,9 @@ def export(
             "files": list_files(folder),
         }
         write_json(folder / REPORT_NAME, report)
+    if as_json:
+        print_json({"output": str(output), **report})
+        return
     out.print(
         f"saved to {escape(str(output))}; load it with sparsessm_plugin.load_mamba_ssm, "
         f"the tokenizer is still that of {escape(model)}",

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from sparsessm_plugin.cli import tables
-from sparsessm_plugin.cli.console import err, quiet, say_replaced
+from sparsessm_plugin.cli.console import err, print_json, quiet, say_replaced
 from sparsessm_plugin.cli.inputs import source_of, vocab_size_of, warn_of_few, windows_of
 from sparsessm_plugin.cli.options import (
     CALIBRATION,
     MOST,
+    AsJson,
     BatchSize,
     Device,
     Dtype,
@@ -90,6 +91,7 @@ def fit(
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
     allow_unused_tensors: Unused = False,
+    as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Make a model reach a target by the mix of axes that loses least, and save it."""
@@ -179,8 +181,11 @@ def fit(
             **result.to_dict(),
             "seconds": {"fit": round(result.seconds, 3)},
         }
-        write_result(folder, pruned, tokenizer, before, fields)
+        report = write_result(folder, pruned, tokenizer, before, fields)
     if plot is not None:
         say_replaced(plot)
         plot_fit(result, plot)
-    tables.print_fit(result, output)
+    if as_json:
+        print_json({"output": str(output), **report})
+    else:
+        tables.print_fit(result, output)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsessm_plugin.cli.console import progress, show
-from sparsessm_plugin.cli.options import choice
+from sparsessm_plugin.cli.options import DEVICES, DTYPES, choice, of_option
 from sparsessm_plugin.errors import SparseSSMError
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def source_of(
     name: str, trust_remote_code: bool, dtype: str, device: str, allow_unused_tensors: bool
 ) -> Any:
-    choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
-    choice("--device", device, ("auto", "cpu", "cuda"))
+    choice("--dtype", dtype, DTYPES)
+    choice("--device", device, DEVICES)
     _regular_files(name)
     from sparsessm_plugin.recipes.pruning import ModelSource
 
@@ -43,14 +43,20 @@ def vocab_size_of(skeleton: Any) -> int:
 
 
 def windows_of(
-    source: str, tokenizer: Any, length: int, vocab_size: int, text_field: str
+    source: str,
+    tokenizer: Any,
+    length: int,
+    vocab_size: int,
+    text_field: str,
+    option: str = "--calibration",
 ) -> "Tensor":
     from sparsessm_plugin.calibration.vocabulary import check_token_ids
     from sparsessm_plugin.evaluation.data import read_texts, tokenize, windows
 
-    tokens = tokenize(read_texts(source, text_field), tokenizer)
-    samples = windows(tokens, length, source)
-    check_token_ids(samples, vocab_size, source)
+    with of_option(option):
+        tokens = tokenize(read_texts(source, text_field), tokenizer)
+        samples = windows(tokens, length, source)
+        check_token_ids(samples, vocab_size, source)
     return samples
 
 

@@ -1,11 +1,12 @@
 """``sparsessm inspect``."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from sparsessm_plugin.cli import tables
-from sparsessm_plugin.cli.console import quiet
+from sparsessm_plugin.cli.console import print_json, quiet
 from sparsessm_plugin.cli.inputs import source_of
-from sparsessm_plugin.cli.options import Dtype, ModelArgument, Trust, Unused, Verbose
+from sparsessm_plugin.cli.options import AsJson, Dtype, ModelArgument, Trust, Unused, Verbose
 
 
 def inspect(
@@ -13,6 +14,7 @@ def inspect(
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
     allow_unused_tensors: Unused = False,
+    as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Show a model's mixers, what its parameters are spent on, how sparse they are, and,
@@ -23,8 +25,16 @@ def inspect(
     from sparsessm_plugin.families import find_mixers
 
     find_mixers(source.load_skeleton())  # an unknown model is refused before its weights load
-    tables.print_inventory(model, take_inventory(source.load()))
+    inventory = take_inventory(source.load())
+    runtimes = None
     if Path(source.path).is_dir():
         from sparsessm_plugin.checkpoints.runtimes import runtime_support
 
-        tables.print_runtimes(runtime_support(source.path))
+        runtimes = list(runtime_support(source.path))
+    if as_json:
+        support = None if runtimes is None else [asdict(runtime) for runtime in runtimes]
+        print_json({"model": model, "inventory": inventory.to_dict(), "runtimes": support})
+        return
+    tables.print_inventory(model, inventory)
+    if runtimes is not None:
+        tables.print_runtimes(runtimes)

@@ -1,29 +1,56 @@
 """Options that several commands have, and how their values are read."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from sparsessm_plugin.errors import SparseSSMError, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 
 MOST = 2**31 - 1  # of what is counted
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Built-in recipes, for the shell."""
+    from sparsessm_plugin.recipes import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def completes(*values: str) -> Any:
+    """Offer these values to the shell."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PIPELINES = ("independent", "sequential", "basic", "datafree")
 ModelArgument = Annotated[
-    str, typer.Argument(help="Folder, hub name, or mamba-demo-0.7m (comes with the package).")
+    str, typer.Argument(help="Folder, hub name, or mamba-demo-4m (comes with the package).")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", autocompletion=completes(*DEVICES))]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (as saved), float32, bfloat16 or float16.", autocompletion=completes(*DTYPES)
+    ),
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's code run.")]
 Unused = Annotated[
     bool,
     typer.Option(
         "--allow-unused-tensors", help="Load checkpoints with tensors that the model lacks."
     ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON on stdout, and no tables.")
 ]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Show libraries' logs and warnings, and tracebacks.")
@@ -35,8 +62,12 @@ REPORT = typer.Option(help="Write a report to this new .json file.")
 CALIBRATION = typer.Option(help="Text file, JSON lines with `text`, or name[:config[:split]].")
 NumSamples = Annotated[int, typer.Option(min=1, max=MOST, help="Calibration windows.")]
 Seed = Annotated[int, typer.Option(max=2**63 - 1, help="Of the draw of calibration windows.")]
-PIPELINES = ("independent", "sequential", "basic", "datafree")
-Pipeline = Annotated[str, typer.Option(help="independent, sequential, basic or datafree.")]
+Pipeline = Annotated[
+    str,
+    typer.Option(
+        help="independent, sequential, basic or datafree.", autocompletion=completes(*PIPELINES)
+    ),
+]
 TextField = Annotated[str, typer.Option(help="Key of the text in JSON lines.")]
 SeqLength = Annotated[int, typer.Option(min=2, max=MOST, help="Tokens a window.")]
 BatchSize = Annotated[int, typer.Option(min=1, max=MOST, help="Windows a forward pass.")]
@@ -56,9 +87,45 @@ TasksBatchSize = Annotated[
 ]
 
 
+# Panels of the help, and the parameters whose options stand in each; others are the command's own.
+PANELS = {
+    "Text": (
+        *("calibration", "text", "text_field", "num_samples", "eval_samples", "max_seq_length"),
+        *("batch_size", "seed", "seeds"),
+    ),
+    "Tasks": ("tasks", "tasks_data", "limit", "tasks_batch_size"),
+    "Model": ("device", "dtype", "trust_remote_code", "allow_unused_tensors"),
+    "Result": ("output", "plot", "keep", "as_json", "verbose"),
+}
+OWN_PANEL = "Options"
+
+
+def group_options(command: Any) -> None:
+    """Let the help of a command show its options in panels.
+
+    :param command: a function whose parameters are annotated with typer's options
+    """
+    panels = {name: panel for panel, names in PANELS.items() for name in names}
+    for name, hint in get_type_hints(command, include_extras=True).items():
+        for option in getattr(hint, "__metadata__", ()):
+            if isinstance(option, OptionInfo):
+                option.rich_help_panel = panels.get(name, OWN_PANEL)
+
+
 def choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise SparseSSMError(f"{option} must be one of {', '.join(allowed)}, got {shown(value)}")
+
+
+@contextmanager
+def of_option(option: str) -> "Iterator[None]":
+    """Let an error say which option's value it is about."""
+    try:
+        yield
+    except SparseSSMError as error:
+        if str(error).startswith(option):
+            raise
+        raise SparseSSMError(f"{option}: {error}") from error
 
 
 def shares_of(text: str) -> list[float]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsessm_plugin.cli import tables
-from sparsessm_plugin.cli.console import err, quiet
+from sparsessm_plugin.cli.console import err, print_json, quiet
 from sparsessm_plugin.cli.inputs import (
     measure_perplexity,
     source_of,
@@ -21,6 +21,7 @@ from sparsessm_plugin.cli.inputs import (
 from sparsessm_plugin.cli.options import (
     CALIBRATION,
     PIPELINES,
+    AsJson,
     BatchSize,
     Device,
     Dtype,
@@ -35,6 +36,8 @@ from sparsessm_plugin.cli.options import (
     Unused,
     Verbose,
     choice,
+    complete_recipe,
+    of_option,
     split_names,
 )
 from sparsessm_plugin.cli.results import check_output, write_result
@@ -73,7 +76,12 @@ def _on_ranks(command: "Callable[..., None]") -> "Callable[..., None]":
 @_on_ranks
 def prune(
     model: ModelArgument,
-    recipe: Annotated[str, typer.Option(help="YAML file, or a name from `sparsessm recipes`.")],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="YAML file, or a name from `sparsessm recipes`.", autocompletion=complete_recipe
+        ),
+    ],
     output: Result,
     calibration: Annotated[str | None, CALIBRATION] = None,
     num_samples: NumSamples = 64,
@@ -96,6 +104,7 @@ def prune(
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
     allow_unused_tensors: Unused = False,
+    as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Prune a model with a recipe and save it; under torchrun, on several ranks together."""
@@ -115,7 +124,8 @@ def prune(
     rank, ranks = distributed.rank(), distributed.world_size()
     # everything that can be wrong is looked at before the weights are
     check_output(output, model)
-    checked = load_recipe(recipe)
+    with of_option("--recipe"):
+        checked = load_recipe(recipe)
     if runtime:
         checked = checked.for_runtimes(split_names("--runtime", runtime))
     checked.check_data(calibration)
@@ -136,7 +146,7 @@ def prune(
         }
     text_samples = None
     if text is not None and rank == 0:
-        text_samples = windows_of(text, tokenizer, max_seq_length, vocab_size, text_field)
+        text_samples = windows_of(text, tokenizer, max_seq_length, vocab_size, text_field, "--text")
 
     # LLM Compressor's save wants every rank, and writes on rank 0
     with reports_held(), output_directory(output) if rank == 0 else TemporaryDirectory() as place:
@@ -170,4 +180,7 @@ def prune(
             "ranks": ranks,
         }
         report = write_result(folder, pruned, tokenizer, before, fields)
-    tables.print_pruned(report, output)
+    if as_json:
+        print_json({"output": str(output), **report})
+    else:
+        tables.print_pruned(report, output)

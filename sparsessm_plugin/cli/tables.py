@@ -322,24 +322,32 @@ def print_capacity(
 
 
 def print_demo(result: "DemoResult") -> None:
-    table = Table("criterion")
-    for pruned_value in result.pruned_values:
-        for column in (f"{pruned_value}:\ntopics", "\ndocstrings", "\nseconds"):
-            table.add_column(column, justify="right")
+    from sparsessm_plugin.recipes.demo_picture import label
+
+    table = Table(box=None)
+    table.add_column("model")
+    for column in ("parameters", "zeros", "weights", "state", "tokens/s", "perplexity", "seconds"):
+        table.add_column(column, justify="right")
     for row in result.rows:
-        cells = [row["criterion"]]
-        for pruned_value in result.pruned_values:
-            measured = row.get(pruned_value, row)
-            seconds = f"{measured['seconds']:.1f}" if "seconds" in measured else ""
-            cells += [f"{measured['topics']:.1f}", f"{measured['docstrings']:.2f}", seconds]
-        table.add_row(*cells)
+        table.add_row(
+            label(row),
+            f"{row.parameters:,}",
+            f"{row.zeros:.1%}",
+            f"{row.weight_bytes / 1e6:.2f} MB",
+            f"{row.state_bytes / 1e3:.1f} kB",
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.perplexity:.2f}",
+            f"{row.seconds:.1f}",
+        )
     out.print(table)
-    tokens = f"x {result.max_seq_length}"
-    sizes = ", ".join(f"{count} {tokens} of {name}" for name, count in result.windows.items())
+    sizes = result.sizes
     out.print(
-        f"{result.model}, half of A_log pruned; {result.calibration_windows} {tokens} calibration "
-        f"tokens; perplexity on {sizes}.\n"
-        "topics: held out of training. The checkpoint knows the other topics by heart and recites "
-        "them\nhere, so losing memory can even help. docstrings: plain prose of the standard "
-        "library."
+        f"{result.model}; calibrated on {result.calibration_tokens:,} tokens, perplexity on "
+        f"{result.evaluation_tokens:,} others, all docstrings of Python's standard library.\n"
+        "weights: as float32, or 8 bits. state: of one sequence. "
+        f"tokens/s: decode, {sizes.sequences} sequences at once, stock transformers on this CPU,\n"
+        "which computes W8A8 in floating point and reads zeros as any other number: runtimes with "
+        "kernels for them gain.\n"
+        "A_log is a small part of the parameters; its zeros save nothing and are for insight.",
+        highlight=False,
     )

@@ -1,93 +1,97 @@
-"""What ``sparsessm demo`` computes: every criterion on the packaged checkpoint, no download.
+"""What ``sparsessm demo`` computes: what pays, on the packaged checkpoint, without a download.
 
-The checkpoint was trained on the documentation topics that come with Python
-(``pydoc_data.topics``) and on prose. Calibration text is taken from the topics of the running
-interpreter, evaluation text from those that were kept from training, and, since the checkpoint
-knows the other topics by heart and recites when it meets their style, from docstrings of the
-standard library as well.
+One table of what each method leaves of parameters, state, speed and perplexity. The text is
+documentation that comes with the running interpreter; see :mod:`.demo_texts`.
 """
 
-import hashlib
-import inspect
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from sparsessm_plugin.criteria.values import PRUNED_VALUES
+from sparsessm_plugin.evaluation.components import take_inventory
 from sparsessm_plugin.evaluation.data import calibration_loader, tokenize, windows
+from sparsessm_plugin.evaluation.latency import DECODE, measure_latency
 from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
-from sparsessm_plugin.recipes import parse_recipe
+from sparsessm_plugin.recipes import load_recipe, parse_recipe
+from sparsessm_plugin.recipes.demo_texts import CALIBRATED, EVALUATED, docstrings
 from sparsessm_plugin.recipes.pruning import DEMO_MODEL, ModelSource, prune
 
-DOCUMENTED = (
-    "argparse",
-    "collections",
-    "configparser",
-    "difflib",
-    "fractions",
-    "ipaddress",
-    "logging",
-    "optparse",
-    "statistics",
-    "string",
-    "subprocess",
-    "tarfile",
-    "textwrap",
-    "threading",
-    "unittest",
-    "uuid",
-    "zipfile",
-)
-
-RECIPE = """\
+W8A8 = """\
+quantization_stage:
+  quantization_modifiers:
+    QuantizationModifier:
+      targets: [Linear]
+      scheme: W8A8
+      ignore: [lm_head, "re:.*dt_proj$"]
+"""
+A_LOG = """\
 prune_stage:
   prune_modifiers:
     SparseSSMModifier:
       sparsity: 0.5
       saliency: {saliency}
-      pruned_value: {pruned_value}
 """
+DENSE = "dense"
+_OF_SCALES = ("_scale", "_zero_point")
+# built-in recipes, which are also quantized, and criteria for A_log by the names they go by
+RECIPES = ("state-50", "layers-25", "whole-50")
+CRITERIA = {
+    "magnitude": "magnitude",
+    "SparseSSM, Algorithm 1": "hessian",
+    "output_error": "output_error",
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is calibrated on and measured.
+
+    :param samples: calibration windows
+    :param windows: windows of the evaluation text
+    :param length: tokens a window
+    :param sequences: that decode at once
+    :param steps: tokens that each of them decodes
+    :param repeats: of the timing, whose median counts
+    """
+
+    samples: int = 16
+    windows: int = 20
+    length: int = 512
+    sequences: int = 8
+    steps: int = 16
+    repeats: int = 5
+
+
+QUICK = Sizes(samples=8, windows=12, length=128, steps=4, repeats=3)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: a criterion by the name it goes by."""
+    """One model of the table.
+
+    :param name: recipe, criterion or ``dense``
+    :param quantized: 8-bit weights and activations on top; transformers computes these in floating
+        point, so that only a runtime with kernels for them gets faster
+    :param parameters: entries of all tensors
+    :param zeros: share of them that are zero
+    :param weight_bytes: with a byte for an entry of 8 bits and four for any other
+    :param state_bytes: cache of a sequence between two decode steps
+    :param tokens_per_second: decoded here by stock transformers, all sequences together
+    :param perplexity: on text that nothing was fitted to
+    :param seconds: of pruning, quantizing included
+    """
 
     name: str
-    saliency: str
-
-
-ROWS = (
-    Row("magnitude", "magnitude"),
-    Row("paper", "hessian"),
-    Row("published code", "transition"),
-    Row("output_error", "output_error"),
-)
-
-
-def split_topics(topics: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Topics that the checkpoint was trained on, and those that it never saw.
-
-    A topic is held out if the SHA-1 of its key begins with 0 or 1, one in eight.
-    """
-    held_out = {k for k in topics if hashlib.sha1(k.encode()).hexdigest()[0] in "01"}
-    training = [topics[k] for k in sorted(topics) if k not in held_out]
-    return training, [topics[k] for k in sorted(held_out)]
-
-
-def standard_library_docstrings() -> list[str]:
-    """Documentation of some modules of the running interpreter, a document each."""
-    documents = []
-    for name in DOCUMENTED:
-        module = import_module(name)
-        parts = [module.__doc__]
-        for _, member in sorted(vars(module).items()):
-            if getattr(member, "__module__", None) == name:
-                parts.append(inspect.getdoc(member))
-        documents.append("\n\n".join(part for part in parts if part))
-    return documents
+    quantized: bool
+    parameters: int
+    zeros: float
+    weight_bytes: int
+    state_bytes: int
+    tokens_per_second: float
+    perplexity: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -95,92 +99,126 @@ class DemoResult:
     """Result of :func:`run_demo`.
 
     :param model: name of the checkpoint
-    :param max_seq_length: tokens a window
-    :param rows: a dictionary a row: criterion, then perplexities for the dense model, and for each
-        meaning of "pruned" the perplexities and seconds for the others
-    :param pruned_values: the meanings of "pruned"
-    :param windows: windows of each evaluation text
-    :param calibration_windows: how many were calibrated on
+    :param rows: the dense model first
+    :param sizes: how much was calibrated on and measured
+    :param calibration_tokens: that pruning saw
+    :param evaluation_tokens: that perplexity is measured on
     """
 
     model: str
-    max_seq_length: int
-    rows: tuple[dict[str, Any], ...]
-    pruned_values: tuple[str, ...]
-    windows: dict[str, int]
-    calibration_windows: int
+    rows: tuple[Row, ...]
+    sizes: Sizes
+    calibration_tokens: int
+    evaluation_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for a report."""
+        return asdict(self)
 
 
 def count_models() -> int:
-    """How often :func:`run_demo` calls its ``progress``."""
-    return len(ROWS) * len(PRUNED_VALUES) + 1
+    """Rows of the table; :func:`run_demo` reports its progress by them."""
+    return 2 + 2 * len(RECIPES) + len(CRITERIA)
 
 
 def run_demo(
-    num_samples: int = 64,
-    max_seq_length: int = 512,
-    progress: Callable[[], Any] = lambda: None,
+    sizes: Sizes | None = None,
+    at: Callable[[str], Any] = lambda name: None,
+    done: Callable[[], Any] = lambda: None,
 ) -> DemoResult:
-    """Prune half of A_log by each criterion, for both meanings of "pruned", and measure.
+    """Prune the packaged checkpoint by several recipes and measure what each one changes.
 
-    :param num_samples: calibration windows
-    :param max_seq_length: tokens a window, for calibration and evaluation
-    :param progress: called after each model
+    :param sizes: how much to calibrate on and measure; by default what takes some minutes
+    :param at: called with the name of what is worked on
+    :param done: called once for each model, and once more after the timing
     """
-    from pydoc_data.topics import topics
-
+    sizes = sizes or Sizes()
     source = ModelSource(DEMO_MODEL, device="cpu")
     tokenizer = source.load_tokenizer()
-    training, held_out = split_topics(topics)
-    samples = windows(tokenize(training, tokenizer), max_seq_length, "pydoc_data.topics")
-    texts = {
-        "topics": windows(tokenize(held_out, tokenizer), max_seq_length, "held-out topics"),
-        "docstrings": windows(
-            tokenize(standard_library_docstrings(), tokenizer), max_seq_length, "docstrings"
-        ),
-    }
+    samples = _windows(CALIBRATED, tokenizer, sizes.length)
+    text = _windows(EVALUATED, tokenizer, sizes.length)[: sizes.windows]
+    models: dict[tuple[str, bool], Any] = {}
+    measured: dict[tuple[str, bool], dict[str, Any]] = {}
 
-    def measure(model: Any) -> dict[str, float]:
-        return {
-            name: evaluate_perplexity(model, text, batch_size=8).perplexity
-            for name, text in texts.items()
+    def keep(key: tuple[str, bool], model: Any, seconds: float) -> None:
+        models[key] = model
+        measured[key] = {
+            **_measure(model),
+            "perplexity": evaluate_perplexity(model, text, batch_size=4).perplexity,
+            "seconds": round(seconds, 3),
         }
+        done()
 
-    dense = measure(source.load())
-    # loads or compiles the scan, so that the first criterion does not pay for it
-    _prune(source, "output_error", "zero", samples[:1], 1, tokenizer)
-    progress()
-    rows: list[dict[str, Any]] = [{"criterion": "dense", **dense}]
-    for row in ROWS:
-        cells: dict[str, Any] = {"criterion": row.name}
-        for pruned_value in PRUNED_VALUES:
-            model, seconds = _prune(
-                source, row.saliency, pruned_value, samples, num_samples, tokenizer
-            )
-            cells[pruned_value] = {**measure(model), "seconds": seconds}
-            progress()
-        rows.append(cells)
+    def run(model: Any, recipe: Any, reads_data: bool) -> tuple[Any, float]:
+        loader = calibration_loader(samples, sizes.samples, batch_size=4) if reads_data else None
+        started = time.perf_counter()
+        pruned = prune(model, recipe, loader, tokenizer).model
+        return pruned, time.perf_counter() - started
+
+    at(DENSE)
+    keep((DENSE, False), source.load(), 0.0)
+    for name in (DENSE, *RECIPES):
+        at(name)
+        model, seconds = source.load(), 0.0
+        if name != DENSE:
+            model, seconds = run(model, load_recipe(name), True)
+            # quantizing changes a model in place
+            keep((name, False), deepcopy(model), seconds)
+            at(f"{name}, 8 bits")
+        quantized, more = run(model, parse_recipe(W8A8, "8 bits"), False)
+        keep((name, True), quantized, seconds + more)
+    for name, saliency in CRITERIA.items():
+        at(f"A_log by {name}")
+        recipe = parse_recipe(A_LOG.format(saliency=saliency), "A_log")
+        model, seconds = run(source.load(), recipe, True)
+        keep((f"A_log by {name}", False), model, seconds)
+    at("decode speed")
+    speeds = _decode_speeds(models, sizes)
+    done()
+    rows = [Row(*key, **measured[key], tokens_per_second=speeds[key]) for key in models]
     return DemoResult(
         model=DEMO_MODEL,
-        max_seq_length=max_seq_length,
         rows=tuple(rows),
-        pruned_values=tuple(PRUNED_VALUES),
-        windows={name: len(text) for name, text in texts.items()},
-        calibration_windows=min(num_samples, len(samples)),
+        sizes=sizes,
+        calibration_tokens=min(sizes.samples, len(samples)) * sizes.length,
+        evaluation_tokens=text.numel(),
     )
 
 
-def _prune(
-    source: ModelSource,
-    saliency: str,
-    pruned_value: str,
-    samples: Any,
-    num_samples: int,
-    tokenizer: Any,
-) -> tuple[Any, float]:
-    recipe = parse_recipe(RECIPE.format(saliency=saliency, pruned_value=pruned_value), "demo")
-    model = source.load()
-    started = time.perf_counter()
-    loader = calibration_loader(samples, num_samples, batch_size=8)
-    result = prune(model, recipe, loader, tokenizer)
-    return result.model, time.perf_counter() - started
+def _windows(modules: tuple[str, ...], tokenizer: Any, length: int) -> Any:
+    return windows(tokenize(docstrings(modules), tokenizer), length, "docstrings")
+
+
+def _measure(model: Any) -> dict[str, Any]:
+    inventory = take_inventory(model)
+    eight_bits = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if getattr(module, "quantization_scheme", None) is not None
+    )
+    scales = sum(p.numel() for name, p in model.named_parameters() if name.endswith(_OF_SCALES))
+    parameters = inventory.parameters - scales
+    return {
+        "parameters": parameters,
+        "zeros": inventory.zeros / parameters,
+        "weight_bytes": 4 * (parameters - eight_bits) + eight_bits,
+        "state_bytes": _state_bytes(model),
+    }
+
+
+def _state_bytes(model: Any) -> int:
+    import torch
+
+    from sparsessm_plugin.evaluation.state_cache import cache_bytes
+
+    with torch.inference_mode():
+        cache = model(torch.zeros(1, 2, dtype=torch.long), use_cache=True).cache_params
+    return cache_bytes(cache, 1).total
+
+
+def _decode_speeds(models: Mapping[Any, Any], sizes: Sizes) -> dict[Any, float]:
+    """Tokens a second of each model, which take turns."""
+    latency = measure_latency(
+        models, (sizes.sequences,), prompt_length=4, decode_steps=sizes.steps, repeats=sizes.repeats
+    )
+    return {key: latency.timing(key, DECODE, sizes.sequences).tokens_per_second for key in models}

@@ -35,7 +35,7 @@ from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning, cut
 from sparsessm_plugin.families.config_levels import language_field
 from sparsessm_plugin.recipes import CheckedRecipe
 
-DEMO_MODEL = "mamba-demo-0.7m"
+DEMO_MODEL = "mamba-demo-4m"
 _ASSETS = Path(__file__).parents[1] / "assets"
 
 

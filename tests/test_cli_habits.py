@@ -1,0 +1,200 @@
+"""What a user expects of any command: help in panels, JSON, exit codes, completion, no colours."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import DEMO
+from typer.main import get_command
+
+from sparsessm_plugin import cli, recipes
+from sparsessm_plugin.cli import reference
+from sparsessm_plugin.cli.options import PANELS
+from sparsessm_plugin.cli.stopping import EXIT_CODES
+
+PAGE = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+COMMANDS = get_command(cli.app).commands
+SHORT = ("--num-samples", 1, "--max-seq-length", 16, "--batch-size", 1)
+
+
+def run_alone(*arguments, **environment):
+    command = [sys.executable, "-m", "sparsessm_plugin.cli", *map(str, arguments)]
+    surrounding = {**os.environ, **environment}
+    return subprocess.run(command, check=False, capture_output=True, text=True, env=surrounding)
+
+
+# -- help ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_groups_every_option(name):
+    options = [p for p in COMMANDS[name].params if p.param_type_name == "option"]
+    for option in options:
+        if option.name != "help":
+            assert option.rich_help_panel in ("Options", *PANELS), option.name
+            assert option.help, option.name
+    assert "--json" in [option.opts[0] for option in options]
+
+
+def test_panels_hold_only_options_that_exist():
+    known = {parameter.name for command in COMMANDS.values() for parameter in command.params}
+    for names in PANELS.values():
+        assert set(names) <= known
+
+
+def test_help_shows_panels_and_defaults(sparsessm):
+    code, stdout, _ = sparsessm("bench", "--help")
+    assert code == 0
+    assert {"Options", "Model", "Result"} <= set(re.findall(r"─ (\w+) ─", stdout))
+    assert "[default: 64]" in stdout
+
+
+def test_page_has_the_options_of_the_commands():
+    """To make it true again: python -m sparsessm_plugin.cli.reference docs/cli.md."""
+    assert reference.update(PAGE, get_command(cli.app)) == PAGE
+
+
+# -- JSON ----------------------------------------------------------------------------------
+
+
+def printed(sparsessm, *arguments):
+    code, stdout, _ = sparsessm(*arguments, "--json")
+    assert code == 0
+    return json.loads(stdout)
+
+
+def test_json_of_results(sparsessm, text_file, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "a_stage:\n  a_modifiers:\n    SparseSSMModifier: {saliency: magnitude, sparsity: 0.5}\n"
+    )
+    out = tmp_path / "out"
+    report = printed(sparsessm, "prune", DEMO, "--recipe", recipe, "--output", out)
+    assert report.pop("output") == str(out)
+    assert report == json.loads((out / "sparsessm_report.json").read_text())
+
+    exported = tmp_path / "exported"
+    report = printed(sparsessm, "export", DEMO, "--output", exported)
+    assert report["format"] == "mamba_ssm"
+    assert report["output"] == str(exported)
+
+
+def test_json_of_measurements(sparsessm, text_file, tmp_path):
+    file = tmp_path / "report.json"
+    report = printed(sparsessm, "evaluate", DEMO, "--text", text_file, *SHORT, "--output", file)
+    assert report == json.loads(file.read_text())
+    assert report["perplexity"][str(text_file)]["windows"] == 1
+
+    options = ("--prompt-length", 2, "--decode-steps", 1, "--repeats", 1, "--batch-sizes", 1)
+    report = printed(sparsessm, "bench", DEMO, *options)
+    assert {timing["phase"] for timing in report["timings"]} == {"prefill", "decode"}
+
+    parts = ("--by", "kind", "--sparsities", "0.5", "--solver", "magnitude", "--eval-samples", 1)
+    options = ("--calibration", text_file, *SHORT, *parts)
+    file = tmp_path / "losses.json"
+    report = printed(sparsessm, "component-loss", DEMO, *options, "--output", file)
+    assert report == json.loads(file.read_text())
+
+
+def test_json_of_descriptions(sparsessm):
+    described = printed(sparsessm, "recipes")
+    assert list(described) == recipes.recipe_names()
+    assert all(described.values())
+    text = Path(recipes.recipe_path("state-50")).read_text(encoding="utf-8")
+    assert printed(sparsessm, "recipes", "state-50")["yaml"] == text
+
+    report = printed(sparsessm, "inspect", DEMO)
+    assert report["inventory"]["parameters"] == 728704
+    assert {"runtime", "answer", "reasons"} <= set(report["runtimes"][0])
+
+
+# -- exit codes ----------------------------------------------------------------------------
+
+
+def test_page_lists_every_exit_code():
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)}
+    assert listed == {0, 1, 2, *EXIT_CODES.values()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("recipes",), 0),
+        (("recipes", "none"), 1),
+        (("inspect", "/nowhere"), 1),
+        (("nothing",), 2),
+        (("inspect",), 2),
+        (("evaluate", DEMO, "--batch-size", 0), 2),
+    ],
+)
+def test_exit_codes(sparsessm, arguments, code):
+    assert sparsessm(*arguments)[0] == code
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt, 130), (cli.stopping.Terminated, 143)]
+)
+def test_exit_codes_of_stopped_commands(sparsessm, monkeypatch, error, code):
+    def stop():
+        raise error
+
+    monkeypatch.setattr(recipes, "recipe_names", stop)
+    assert sparsessm("recipes")[0] == code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("evaluate", DEMO, "--text", "none.txt"), "--text"),
+        (("prune", DEMO, "--recipe", "none.yaml", "--output", "x"), "--recipe"),
+        (
+            *[("prune", DEMO, "--recipe", "alog-50", "--output", "x", "--calibration", "none.txt")],
+            "--calibration",
+        ),
+        (("evaluate", DEMO, "--text", "none.txt", "--dtype", "int3"), "--dtype"),
+        (("bench", DEMO, "--output", "x.yaml"), "--output"),
+    ],
+)
+def test_errors_begin_with_the_option(refused, arguments, option):
+    assert refused(*arguments).startswith(f"error: {option}")
+
+
+# -- the shell -----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("sparsessm component", ["component-loss"]),
+        ("sparsessm prune MODEL --recipe state-", ["state-50", "state-50-w8a8", "state-75"]),
+        ("sparsessm recipes width", ["width-25"]),
+        ("sparsessm evaluate MODEL --dtype b", ["bfloat16"]),
+    ],
+)
+def test_completion(monkeypatch, capsys, words, offered):
+    for name, value in (
+        ("_SPARSESSM_COMPLETE", "complete_bash"),
+        ("COMP_WORDS", words),
+        ("COMP_CWORD", str(len(words.split()) - 1)),
+    ):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        cli.app(prog_name="sparsessm")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.split() == offered
+
+
+def test_no_color_takes_colours_away():
+    loud = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    plain = run_alone("recipes", "none", **loud, NO_COLOR="1")
+    coloured = run_alone("recipes", "none", **loud)
+    codes = re.compile(r"\x1b\[[0-9;]*m")
+    assert any("31" in code for code in codes.findall(coloured.stderr))  # red
+    assert not any(re.search(r"\b[349]\d\b", code) for code in codes.findall(plain.stderr))
+    assert "error: " in codes.sub("", plain.stderr)
