@@ -248,6 +248,50 @@ def test_names_of_lm_eval(data):
     assert "\n" not in str(error.value)
 
 
+def test_files_are_tasks_of_plain_lm_eval_too(demo, data, monkeypatch):
+    """As `lm_eval --include_path FOLDER --metadata {...}` reads them; scores are ours."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from sparsessm_plugin.evaluation import tasks
+
+    folder = str(tasks.TASK_CONFIGS)
+    names = local_task_names()
+    model, tokenizer = demo
+    given = {"tasks_data": str(data)}
+    monkeypatch.setenv("SPARSESSM_TASKS_DATA", str(data / "none"))  # what is given goes first
+    manager = TaskManager(include_path=folder, include_defaults=False, metadata=given)
+    assert sorted(manager.all_tasks) == names
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    theirs = simple_evaluate(
+        model=lm, tasks=names, task_manager=manager, metadata=given, bootstrap_iters=0
+    )
+    ours = evaluate_tasks(model, tokenizer, load_tasks(names, data))
+    for name in ("piqa_local", "arc_easy_local", "lambada_local"):
+        for metric, found in ours[name].metrics.items():
+            value = theirs["results"][name][f"{metric},none"]
+            assert value == pytest.approx(found.value, rel=1e-4), (name, metric)
+    # one task of all pairs there, a task a paradigm here
+    paradigms = [result for name, result in ours.items() if name.startswith("blimp_local_")]
+    right = sum(result.metrics["acc"].value * result.samples for result in paradigms)
+    all_pairs = sum(result.samples for result in paradigms)
+    assert theirs["results"]["blimp_local"]["acc,none"] == pytest.approx(right / all_pairs)
+
+
+def test_plain_lm_eval_without_a_folder(data, monkeypatch):
+    from sparsessm_plugin.evaluation.task_configs import local_data
+
+    monkeypatch.delenv("SPARSESSM_TASKS_DATA", raising=False)
+    asked = {"files": "blimp/*.jsonl", "fields": ["sentence_good", "sentence_bad"]}
+    with pytest.raises(SparseSSMError, match="SPARSESSM_TASKS_DATA"):
+        local_data.read(**asked)
+    with pytest.raises(SparseSSMError, match="there is no"):
+        local_data.read(**asked, tasks_data=str(data / "zeroshot"))
+    monkeypatch.setenv("SPARSESSM_TASKS_DATA", str(data))
+    assert len(local_data.read(**asked, version=1.0)["test"]) == 5
+
+
 def test_without_lm_eval(monkeypatch, data):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SparseSSMError, match=r"pip install 'sparsessm-plugin\[tasks\]'"):

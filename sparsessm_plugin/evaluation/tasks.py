@@ -37,7 +37,7 @@ from sparsessm_plugin.evaluation.recall import (
 from sparsessm_plugin.families.fast_forward import fast_forward
 from sparsessm_plugin.files import parse_json
 
-_CONFIGS = Path(__file__).parent / "task_configs"
+TASK_CONFIGS = Path(__file__).parent / "task_configs"
 _FEWSHOT_SEED = 1234  # lm-eval's default
 # draws for the standard error of LAMBADA's perplexity; that of an accuracy has a closed form
 _BOOTSTRAP_DRAWS = 200
@@ -117,7 +117,7 @@ class Tasks:
 
 def local_task_names() -> list[str]:
     """Names of the tasks that read a folder."""
-    return sorted(path.stem for path in _CONFIGS.glob("*.yaml"))
+    return sorted(path.stem for path in TASK_CONFIGS.glob("*.yaml"))
 
 
 def load_tasks(
@@ -303,14 +303,22 @@ def _manager(include_defaults: bool) -> Any:
     return TaskManager(include_defaults=include_defaults)
 
 
+class _TaskLoader(yaml.SafeLoader):
+    """Reads lm-eval's files without the functions that they name."""
+
+
+_TaskLoader.add_constructor("!function", lambda loader, node: None)
+
+
 def _build_local(name: str, data: Path) -> list[Any]:
     """A task of a folder, or a group with a task for each of the files."""
     from lm_eval.api.group import Group
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.config.group import GroupConfig
 
-    config = yaml.safe_load((_CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
-    pattern, fields = config.pop("files"), config.pop("fields")
+    text = (TASK_CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    config = yaml.load(text, _TaskLoader)
+    pattern, fields = config["dataset_kwargs"]["files"], config.pop("dataset_kwargs")["fields"]
     files = sorted(data.glob(pattern))
     if not files:
         raise SparseSSMError(f"task {name}: there is no {data / pattern}")

@@ -9,20 +9,27 @@ import json
 import torch
 from readers import GREEDY, python_with, run, tiny_checkpoints, trained_checkpoints
 
+# its attention on a CPU has no heads of 8
 FAMILIES = {
     "mamba2": {"n_groups": 1},
-    "granitemoehybrid": {"mamba_n_groups": 1, "num_local_experts": 0, "num_experts_per_tok": 0},
-    "falcon_h1": {},
-    "nemotron_h": {},
+    "granitemoehybrid": {
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "mamba_n_heads": 16,
+        "mamba_n_groups": 1,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+    },
+    "falcon_h1": {"head_dim": 32},
+    "nemotron_h": {"head_dim": 32},
 }
 RUNTIME = "vLLM (CPU)"
 
 
 def compare(expected, python):
-    results = []
-    for folder in expected:  # a process each: an engine keeps its memory
-        results += run(python, "vllm_logits.py", json.dumps([str(folder)]), GREEDY)
-    for (folder, wanted), result in zip(expected.items(), results, strict=True):
+    for folder, wanted in expected.items():  # a process each: an engine keeps its memory
+        [result] = run(python, "vllm_logits.py", json.dumps([str(folder)]), GREEDY)
         assert "error" not in result, (folder.name, result)
         own = wanted["logits"][:, :-1].log_softmax(-1)
         got = torch.tensor(result["log_probabilities"])
