@@ -21,14 +21,14 @@ _SIGNS = ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<")
 
 
 def documented(modifier: type) -> dict[str, str]:
-    """What the docstrings of a modifier and its bases say of each field."""
+    """What the docstrings of a modifier and its bases say of each field, its own first."""
     found: dict[str, str] = {}
-    for base in reversed(modifier.__mro__):
+    for base in modifier.__mro__:
         text = inspect.cleandoc(base.__dict__.get("__doc__") or "")
         for name, meaning in re.findall(
             r"^:param (\w+):(.*?)(?=^:|^\S|\Z)", text, re.MULTILINE | re.DOTALL
         ):
-            found[name] = " ".join(meaning.split())
+            found.setdefault(name, " ".join(meaning.split()))
     return found
 
 

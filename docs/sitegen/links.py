@@ -18,7 +18,12 @@ PAGES = {
     },
 }
 _BY_SOURCE = {source: uri for uri, source in PAGES.items()}
-_FOLDERS = {"examples": "examples.md", "recipes": "pipelines.md", "docs": "index.md"}
+_FOLDERS = {
+    "benchmarks/results": "measurements/index.md",
+    "docs": "index.md",
+    "examples": "examples.md",
+    "recipes": "pipelines.md",
+}
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 _CODE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
