@@ -24,7 +24,7 @@ def equation(latex: str, display: str) -> str:
     for theirs, known in _OTHERS:
         latex = latex.replace(theirs, known)
     mathml: str = convert(latex, display=display)
-    if re.search(r"<mi>(\\|&<)", mathml):
+    if re.search(r"\\[a-zA-Z]|>&<", mathml):  # commands as text, cells without a table
         raise ValueError(f"cannot be written as MathML: {latex}")
     return mathml
 
