@@ -173,7 +173,7 @@ class Search:
                     untried = self._best_alone(limits) + untried
                 if not untried or tries >= _MOST_TRIED or (settled and tries >= _LEAST_TRIED):
                     break
-                if tries and self.is_late(_FOR_TRIALS):
+                if tries and self.is_late(_FOR_FINALISTS if tries == 1 else _FOR_TRIALS):
                     break
                 layers = self._layers_alone(untried[0])
                 if layers is not None:  # which ones stay decides what the mix costs
