@@ -340,7 +340,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument(
-        "--time-limit", type=float, default=140, help="seconds; no row begins later"
+        "--time-limit", type=float, default=125, help="seconds; no row begins later"
     )
     parser.add_argument("--name", help="of the result files; default serving_DEVICE")
     parser.add_argument("--resume", action="store_true", help="go on from this name's .json")

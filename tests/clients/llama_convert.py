@@ -1,7 +1,7 @@
 """Convert checkpoints without a tokenizer to GGUF, by llama.cpp's own converter.
 
-Arguments: the folder of llama.cpp that holds ``convert_hf_to_gguf.py``, then folders; each gets a
-``model.gguf`` in float32. Prints a JSON list: null, or the error of each.
+Arguments: the folder of llama.cpp that holds ``convert_hf_to_gguf.py``, f32 or f16, then folders;
+each gets a ``model.gguf``. Prints a JSON list: null, or the error of each.
 """
 
 import json
@@ -18,7 +18,8 @@ from conversion.base import gguf  # noqa: E402
 
 logging.basicConfig(level=logging.ERROR)
 errors = []
-for folder in map(Path, sys.argv[2:]):
+formats = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16}
+for folder in map(Path, sys.argv[3:]):
     try:
         hparams = ModelBase.load_hparams(folder, False)
         kind = get_model_class(hparams["architectures"][0], mmproj=False)
@@ -30,7 +31,7 @@ for folder in map(Path, sys.argv[2:]):
             self._set_vocab_none(),
         )
         with torch.inference_mode():
-            kind(folder, gguf.LlamaFileType.ALL_F32, folder / "model.gguf", eager=True).write()
+            kind(folder, formats[sys.argv[2]], folder / "model.gguf", eager=True).write()
         errors.append(None)
     except (Exception, SystemExit) as error:
         errors.append(f"{type(error).__name__}: {error}")

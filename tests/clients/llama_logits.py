@@ -2,9 +2,10 @@
 
 That package carries the whole of llama.cpp, whose C functions are called here. Reads a JSON list of
 folders, each with ``model.gguf`` and ``ids.json``, from the first argument, and how many greedy
-tokens follow from the second; prints a JSON list of the logits of the whole text, of the same token
-by token, and of the greedy tokens after the first text; or of the error. With three numbers, which
-are tokens of a prompt, tokens generated and repeats, tokens a second on one thread instead.
+tokens follow from the second; prints a JSON list of the logits of the whole text, of the same
+token by token, and of the greedy tokens after the first text; or of the error. With three numbers,
+which are tokens of a prompt, tokens generated and repeats, it prints tokens a second of processor
+time on one thread instead.
 """
 
 import ctypes
@@ -149,19 +150,19 @@ def logits_of(folder, greedy):
 
 
 def speed_of(folder, prompt, generated, repeats):
-    """Tokens a second of a prompt and of generation."""
+    """Tokens a second of a prompt and of generation, by processor time: others may be at work."""
     model = Model(folder / "model.gguf", prompt + generated)
     found = {"prompt": [], "generation": []}
     for repeat in range(-1, repeats):
         model.begin()
-        started = time.perf_counter()
+        started = time.process_time()
         model.read([1] * prompt, every=False)
-        read = time.perf_counter()
+        read = time.process_time()
         for _ in range(generated):
             model.read([1], every=False)
         if repeat >= 0:
             found["prompt"].append(prompt / (read - started))
-            found["generation"].append(generated / (time.perf_counter() - read))
+            found["generation"].append(generated / (time.process_time() - read))
     model.free()
     return found
 

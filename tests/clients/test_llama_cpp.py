@@ -31,7 +31,7 @@ def read(expected):
     root = Path(os.environ.get("SPARSESSM_LLAMA_CPP", ROOT / ".venv-clients" / "llama.cpp"))
     if not (root / "convert_hf_to_gguf.py").exists():
         pytest.skip(f"no converter in {root}; `make clients` puts it there")
-    errors = run(sys.executable, "llama_convert.py", root, *expected)
+    errors = run(sys.executable, "llama_convert.py", root, "f32", *expected)
     assert errors == [None] * len(expected), dict(zip(expected, errors, strict=True))
     return run(python, "llama_logits.py", json.dumps(list(map(str, expected))), GREEDY)
 
