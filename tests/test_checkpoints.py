@@ -8,7 +8,9 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MambaConfig
 
+from sparsessm_plugin.checkpoints import saving
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.recipes.pruning import ModelSource
 
@@ -241,3 +243,13 @@ def test_the_sizes_of_a_config_that_transformers_refuses_are_said(tmp_path):
     assert "hidden_size" in message
     assert "wide" in message
     assert not message.endswith(":")
+
+
+def test_a_model_that_comes_from_no_folder_is_saved(tmp_path):
+    config = MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, state_size=4)
+    model = AutoModelForCausalLM.from_config(config)
+    assert model.config._name_or_path == ""
+    saving.change_config(model, {})
+    model.save_pretrained(tmp_path / "saved")
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert (written["state_size"], written["intermediate_size"]) == (4, 64)

@@ -423,6 +423,8 @@ def find_file(
     """A file of a folder or of the hub, None where there is none."""
     from transformers.utils import cached_file
 
+    if not str(path):  # a model that was made from a config alone
+        return None
     found = cached_file(
         str(path),
         name,
