@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib
-from report_tables import CRITERIA, by_criterion, load, relative, whole_models
+from report_tables import CRITERIA, by_criterion, load, relative, structure_rows, whole_models
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -20,6 +20,7 @@ TITLES = {
     "states": "Perplexity against the share of states that stay, a line a method",
     "projections": "Perplexity against the share of zeros in the projections, a line a method",
     "recipes": "Perplexity against parameters that are gone or zero, a point a recipe",
+    "structure": "Perplexity against the parameters that stay, a line a method",
     "speed": "Speed-up of decoding against the batch, a line a recipe",
     "step_kernel": "Speed-up of Mamba-2's decode step against the states that stay",
     "transitions": "Perplexity after half of A_log, a bar a criterion",
@@ -107,6 +108,31 @@ def projections() -> Figure:
         axes.set_xlabel("share of zeros in the projections")
     pair[0].set_ylabel("perplexity, relative to dense")
     pair[0].legend(fontsize=8)
+    return figure
+
+
+def structure() -> Figure:
+    """Fewer layers, a narrower stream and the rest, a panel a model."""
+    rows = structure_rows()
+    models = sorted({row["model"] for row in rows})
+    size = (5.5 * len(models), 3.6)
+    figure, panels = plt.subplots(1, len(models), figsize=size, squeeze=False)
+    for axes, model in zip(panels[0], models, strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            if row["model"] == model:
+                minutes = f", {row['minutes']:g} min" if row.get("minutes") else ""
+                name = f"{row['axis']}: {row['method']}{minutes}"
+                point = (fmean(row["parameters"]), fmean(row["corpus"]))
+                lines.setdefault(name, []).append(point)
+        for name, points in sorted(lines.items()):
+            axes.plot(*zip(*sorted([*points, (1.0, 1.0)]), strict=True), "o-", ms=4, label=name)
+        axes.set_yscale("log")
+        axes.invert_xaxis()
+        axes.set_title(model)
+        axes.set_xlabel("share of the parameters that stay")
+        axes.legend(fontsize=7)
+    panels[0][0].set_ylabel("perplexity, relative to dense")
     return figure
 
 
@@ -226,6 +252,7 @@ def front() -> Figure:
 PLOTS: dict[str, Callable[[], Figure]] = {
     "states": states,
     "projections": projections,
+    "structure": structure,
     "recipes": recipes,
     "speed": speed,
     "step_kernel": step_kernel,

@@ -114,41 +114,31 @@ def criteria_table(names: Iterable[str]) -> str:
     )
 
 
-def structure_rows(axis: str) -> list[list[str]]:
-    """Rows of every ``structure_quality_*.json`` for an axis."""
+def structure_rows() -> list[Row]:
+    """What was measured of models with fewer layers, a narrower stream and so on."""
     found = []
     for path in sorted(RESULTS.glob("structure_quality_*.json")):
-        content = load(path.stem)
-        for row in content["rows"]:
-            if row.get("axis") != axis or not row.get("corpus"):
-                continue
-            minutes = row.get("minutes") or 0
-            found.append(
-                [
-                    row["model"],
-                    number(fmean(row["parameters"])),
-                    row["method"],
-                    f"{minutes:g}" if minutes else "none",
-                    number(fmean(row["corpus"])),
-                    number(fmean(row["wikitext2"])),
-                    str(len(row["corpus"])),
-                ]
-            )
+        found += [r for r in load(path.stem)["rows"] if r.get("axis") and r.get("corpus")]
     return found
 
 
 def structure_table(axis: str) -> str:
     """Perplexities relative to dense of the models that an axis made smaller."""
-    head = [
-        "model",
-        "parameters",
-        "method",
-        "minutes of distillation",
-        "corpus",
-        "WikiText-2",
-        "draws",
+    rows = [
+        [
+            row["model"],
+            number(fmean(row["parameters"])),
+            row["method"],
+            f"{row['minutes']:g}" if row.get("minutes") else "none",
+            number(fmean(row["corpus"])),
+            number(fmean(row["wikitext2"])),
+            str(len(row["corpus"])),
+        ]
+        for row in structure_rows()
+        if row["axis"] == axis
     ]
-    rows = structure_rows(axis)
+    minutes = "minutes of distillation"
+    head = ["model", "parameters", "method", minutes, "corpus", "WikiText-2", "draws"]
     return markdown(head, rows) if rows else "*No trained checkpoint has been measured yet.*"
 
 
@@ -360,7 +350,9 @@ def serving() -> str:
         names += [name for name in values if name not in names]
     lines = []
     for (shape, phase, batch), values in rows.items():
-        dense = values.get(names[0], 1.0)
+        if names[0] not in values:  # nothing to compare with
+            continue
+        dense = values[names[0]]
         cells = [number(values[n] / dense, 2) if n in values else "" for n in names]
         lines.append([shape, phase, str(batch) if batch else "", *cells])
     return markdown(["shape", "phase", "batch", *names], lines)
@@ -394,7 +386,7 @@ def front() -> str:
     whole = whole_models()["2.8B-shaped"]
     model = [f"{whole[recipe][512]:.2f} ²" for recipe in ("state-50", "channels-25")]
     key = ("Mamba-2, 2.7B", "decode", 128)
-    if key in served():
+    if {"N 64", "N 32"} <= set(served().get(key, {})):
         half, quarter = (served()[key][f"N {n}"] for n in (64, 32))
         note = "a whole model of the 2.7B shape, batch 128"
     else:

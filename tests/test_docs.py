@@ -114,6 +114,34 @@ def test_public_objects_say_what_they_are():
     assert docstrings.problems() == []
 
 
+def test_what_a_docstring_leaves_out_is_found():
+    text = '''
+def nothing(a): pass
+def one(a, b):
+    """Add.
+
+    :param a: a number
+    """
+def refuses(a, b):
+    """Add.
+
+    :param a: a number
+    :param b: a number
+    """
+    raise SparseSSMError("never")
+class Thing:
+    """A thing."""
+    def does(self): pass
+'''
+    found = [docstrings.problems_of(Path("a.py"), node) for node in ast.parse(text).body]
+    assert [line for lines in found for line in lines] == [
+        "nothing has no docstring",
+        "one does not describe b",
+        "refuses does not say that it raises an error",
+        "Thing.does has no docstring",
+    ]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     """Files that a page links to are there; `mkdocs build --strict` looks at the anchors."""
