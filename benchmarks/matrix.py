@@ -1,11 +1,13 @@
 """Every family with every modifier: pruned, saved, and loaded again by transformers alone.
 
-    python benchmarks/matrix.py                       # about 5 minutes, 2 cores
+    python benchmarks/matrix.py                       # about 8 minutes, 2 cores
     python benchmarks/matrix.py --families mamba zamba2 --columns w8a8
+    python benchmarks/matrix.py --resume              # only what is not in its .json yet
 
 Tiny random models of tests/conftest.py. One process prunes and saves them all. Another, which never
-imports this package, loads each with ``AutoModelForCausalLM.from_pretrained`` and compares the
-logits with those in memory, bit by bit. What it could not load goes to a third, which uses
+imports this package, loads each with ``AutoModelForCausalLM.from_pretrained`` (with
+``AutoModelForImageTextToText`` where the config names such a class) and compares the logits with
+those in memory, bit by bit. What it could not load goes to a third, which uses
 ``sparsessm_plugin.load``.
 """
 
@@ -16,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
 import yaml
-from common import Result, first_line, save
-from conftest import DEMO, EXPERTS, FAMILIES, MAMBA1, Loader, batches, tiny_model
+from common import Result, begin, first_line, keep, save
+from conftest import (
+    DELTA,
+    DEMO,
+    EXPERTS,
+    FAMILIES,
+    MAMBA1,
+    Loader,
+    batches,
+    tiny_model,
+    with_images,
+)
 from transformers import AutoTokenizer
 
 from sparsessm_plugin.errors import SparseSSMError
@@ -32,17 +45,30 @@ from sparsessm_plugin.recipes import parse_recipe
 from sparsessm_plugin.recipes.pruning import prune
 
 Fields = dict[str, Any]
-IGNORE = ["lm_head", "re:.*dt_proj$", "re:.*router.*", "re:.*gate$"]
+IGNORE = ["lm_head", "re:.*dt_proj$", "re:.*router.*", "re:.*gate$", "re:.*visual.*"]
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
-PACKED = {"targets": ["re:.*(in|out)_proj$"], "weights": INT4}
+PACKED = {
+    "targets": ["re:.*(in_proj(_[a-z]+)?|out_proj|linear_attn[.][a-z]_proj)$"],
+    "weights": INT4,
+}
 NO_EXPERTS = ["re:.*experts.*"]
 
 # A row that is not a family's tiny model as it is -> the family, and what is changed in its config.
+IMAGES = "image encoder"
+_VALUES = {"linear_value_head_dim": 16}  # so that groups of 16 divide what enters out_proj
 VARIANTS: dict[str, tuple[str, Fields]] = {
     "granitemoehybrid, no experts": ("granitemoehybrid", {"num_local_experts": 0}),
     "jamba, experts": ("jamba", EXPERTS["jamba"]),
     "nemotron_h, experts": ("nemotron_h", EXPERTS["nemotron_h"]),
+    f"qwen3_5, {IMAGES}": ("qwen3_5", {IMAGES: True}),
+    f"qwen3_5_moe, {IMAGES}": ("qwen3_5_moe", {IMAGES: True}),
 }
+
+
+def by_layout(mamba1: Fields, mamba2: Fields, delta: Fields) -> Callable[[str], Fields]:
+    """Fields that differ between the layouts of mixers."""
+    return lambda family: mamba1 if family in MAMBA1 else delta if family in DELTA else mamba2
+
 
 # Column -> modifier and its fields; a function of the family where they differ.
 COLUMNS: dict[str, tuple[str, Any]] = {
@@ -53,18 +79,22 @@ COLUMNS: dict[str, tuple[str, Any]] = {
     "states, distilled": ("StateRemovalModifier", {"keep": 4, "distill_steps": 1}),
     "channels or heads, half": (
         "ChannelRemovalModifier",
-        lambda mamba1: {"keep": 32} if mamba1 else {"axis": "heads", "keep": 4},
+        by_layout({"keep": 32}, {"axis": "heads", "keep": 4}, {"axis": "value_heads", "keep": 4}),
     ),
     "channels or head_dim, quarter": (
         "ChannelRemovalModifier",
-        lambda mamba1: (
-            {"keep": 48, "multiple_of": 2}
-            if mamba1
-            else {"axis": "head_dim", "keep": 6, "multiple_of": 2}
+        by_layout(
+            {"keep": 48, "multiple_of": 2},
+            {"axis": "head_dim", "keep": 6, "multiple_of": 2},
+            {"axis": "value_dims", "keep": 12, "multiple_of": 2},
         ),
     ),
     "projections": ("SensitivitySparseGPTModifier", {"sparsity": 0.5}),
     "projections, 2:4": ("SensitivitySparseGPTModifier", {"mask_structure": "2:4"}),
+    "projections, sparsegpt": (
+        "SensitivitySparseGPTModifier",
+        {"sparsity": 0.5, "solver": "sparsegpt"},
+    ),
     "projections, wanda": ("SensitivitySparseGPTModifier", {"sparsity": 0.5, "solver": "wanda"}),
     "all by gradient": ("GradientMagnitudeModifier", {"sparsity": 0.5, "rounds": 2}),
     "all by gradient, tuned": (
@@ -96,7 +126,7 @@ COLUMNS: dict[str, tuple[str, Any]] = {
 READER = """
 import json, sys
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 if sys.argv[1] == "plugin":
     import sparsessm_plugin
 answers = {}
@@ -106,7 +136,11 @@ for folder in sys.argv[2:]:
         if sys.argv[1] == "plugin":
             model = sparsessm_plugin.load(folder).eval()
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder).eval()
+            named = AutoConfig.from_pretrained(folder).architectures[0]
+            whole = named.endswith("ForConditionalGeneration")
+            auto = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+            model = auto.from_pretrained(folder).eval()
+            assert type(model).__name__ == named
         with torch.no_grad():
             found = model(ids).logits
         same = torch.equal(found, logits)
@@ -138,10 +172,12 @@ def prune_and_save(family: str, changes: Fields, column: str, folder: Path) -> s
     """Prune a tiny model, save it and what it answers; ``saved``, or why not."""
     kind, fields = COLUMNS[column]
     if callable(fields):
-        fields = fields(family in MAMBA1)
+        fields = fields(family)
     text = yaml.safe_dump({"prune_stage": {"prune_modifiers": {kind: fields}}})
     try:
-        model = tiny_model(family, **changes)
+        made = {**(_VALUES if family in DELTA else {}), **changes}
+        make = with_images if made.pop(IMAGES, False) else tiny_model
+        model = make(family, **made)
         recipe = parse_recipe(text, column)
         recipe.check_model(model)
         loader = Loader(batches(2))
@@ -185,19 +221,23 @@ def general(reason: str) -> str:
     """A reason without the names of single modules, so that those of several families meet."""
     reason = re.sub(r"(model|backbone)\.[\w.]*\d[\w.]*", "<module>", reason)
     reason = re.sub(r"mamba_expand", "expand", reason)
-    for family in sorted(FAMILIES, key=len, reverse=True):
+    for family in sorted(FAMILIES + DELTA, key=len, reverse=True):
         reason = re.sub(rf"\b{family}\b", "<family>", reason)
     reason = re.sub(r"^[\w ,:]+: (?=[A-Z<])", "", reason)
     return reason.replace("|", "\\|")
 
 
-def run(names: list[str], columns: list[str], result: Result) -> dict[str, dict[str, str]]:
-    """Row -> column -> what came of it."""
-    cells: dict[str, dict[str, str]] = {}
+def run(names: list[str], columns: list[str], cells: dict[str, dict[str, str]]) -> None:
+    """Fill in what is missing.
+
+    :param cells: row -> column -> what came of it
+    """
     with tempfile.TemporaryDirectory(prefix="matrix-") as place:
         folders: dict[tuple[str, str], Path] = {}
         for row, (family, changes) in rows_of(names).items():
             for column in columns:
+                if column in cells.get(row, {}):
+                    continue
                 folder = Path(place) / f"{len(folders)}"
                 folder.mkdir()
                 folders[row, column] = folder
@@ -217,7 +257,6 @@ def run(names: list[str], columns: list[str], result: Result) -> dict[str, dict[
             else:
                 cells[row][column] = f"FAILED: {answer}"
             cells[row][column] = cells[row][column].replace(place, "FOLDER")
-    return cells
 
 
 def in_short(cells: dict[str, dict[str, str]], columns: list[str], result: Result) -> None:
@@ -258,20 +297,28 @@ def show(cells: dict[str, dict[str, str]], columns: list[str], result: Result) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
+    families = FAMILIES + DELTA
+    parser.add_argument("--families", nargs="+", default=list(families), choices=families)
     parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=list(COLUMNS))
-    parser.add_argument("--budget", type=float, default=1800, help="seconds")
+    parser.add_argument("--resume", action="store_true", help="go on from this name's .json")
     parser.add_argument("--name", default="matrix", help="of the files under results/")
     options = parser.parse_args()
-    result = Result(options.budget, options.name)
-    cells = run(options.families, options.columns, result)
+    result = Result(1800, options.name)
+    cells: dict[str, dict[str, str]] = begin(options).get("cells", {})
+    run(options.families, options.columns, cells)
+    keep(options.name, {"cells": cells})
+    cells = {row: cells[row] for row in rows_of(list(families)) if row in cells}
+    options.columns = [c for c in COLUMNS if all(c in own for own in cells.values())]
     in_short(cells, options.columns, result)
     show(cells, options.columns, result)
     settings = []
     for column in options.columns:
         kind, fields = COLUMNS[column]
         if callable(fields):
-            fields = f"{fields(True)} or, with one A_log a head, {fields(False)}"
+            fields = (
+                f"{fields('mamba')} or, with one A_log a head, {fields('mamba2')}; "
+                f"of gated delta nets {fields('qwen3_next')}"
+            )
         settings.append(f"- {column}: {kind} `{fields}`")
     lines = [
         "# Families and modifiers",

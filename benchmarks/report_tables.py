@@ -33,6 +33,10 @@ FAMILIES = {
     "granitemoehybrid": "GraniteMoeHybrid",
     "falcon_h1": "FalconH1",
     "nemotron_h": "NemotronH",
+    "qwen3_5": "Qwen3.5",
+    "qwen3_5_moe": "Qwen3.5 with experts",
+    "qwen3_next": "Qwen3-Next",
+    "olmo_hybrid": "OLMo-Hybrid",
 }
 _MATRIX = {
     "`StateRemovalModifier`": ("states", "states, distilled"),
