@@ -190,3 +190,33 @@ def test_a_config_that_the_weights_contradict_is_refused():
     model.config.llm_config.mamba_d_state = 16
     with pytest.raises(SparseSSMError, match="the config says mamba_d_state = 16"):
         StateRemovalModifier(keep=4).matching_mixers(model)
+
+
+def test_a_language_model_alone_is_written_to_its_level_of_the_file():
+    """In memory the config is flat, and the file is of the model that holds the language model."""
+    config = tiny_model("qwen3_5").config
+    content = {"model_type": "qwen3_5", "text_config": {"linear_key_head_dim": 8}}
+    write_config_fields(content, {"linear_key_head_dim": 4}, config)
+    assert content == {"model_type": "qwen3_5", "text_config": {"linear_key_head_dim": 4}}
+    content = {"text_config": {"hidden_size": 32}, "linear_key_head_dim": 8}
+    write_config_fields(content, {"linear_key_head_dim": 4}, config)  # where it was stated
+    assert content == {"text_config": {"hidden_size": 32}, "linear_key_head_dim": 4}
+
+
+@pytest.mark.parametrize(
+    ("letters", "interval"), [("llfllf", 3), ("lfl", 2), ("ff", 1), ("lll", None), ("fll", None)]
+)
+def test_the_interval_of_attention_follows_the_layers(letters, interval):
+    """mlx-lm and llama.cpp read it in the place of the list."""
+    kinds = [{"l": "linear_attention", "f": "full_attention"}[letter] for letter in letters]
+    config = tiny_model("qwen3_next").config
+    fields = {"num_hidden_layers": len(kinds), "layer_types": kinds}
+    content = {"num_hidden_layers": 8, "full_attention_interval": 4}
+    write_config_fields(content, fields, config)
+    assert content == {**fields, "full_attention_interval": interval}
+    assert "full_attention_interval" not in _written({"num_hidden_layers": 8}, fields, config)
+
+
+def _written(content, fields, config):
+    write_config_fields(content, fields, config)
+    return content

@@ -38,6 +38,11 @@ GRANITE = {
     "hidden_size": 64,
     **{"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 64},
 }
+QWEN = {
+    "num_hidden_layers": 4,
+    "layer_types": [*["linear_attention"] * 3, "full_attention"],
+}
+QWEN_8 = {**QWEN, "linear_value_head_dim": 8}
 
 
 def skeleton(family, **changes):
@@ -113,16 +118,19 @@ SIZES = [
     ("zamba2", {}, "mlx-lm", "no", "no model zamba2"),
     ("bamba", {}, "vllm", "no", "no Bamba"),
     ("qwen3_next", {}, "llama.cpp", "no", "keys of 8 and values of 12"),
-    ("qwen3_next", {"linear_value_head_dim": 8}, "llama.cpp", "yes", ""),
-    ("qwen3_next", {"linear_value_head_dim": 8}, "llama.cpp-cuda", "no", "aborts"),
-    ("qwen3_next", {"linear_value_head_dim": 8}, "llama.cpp-vulkan", "slow", "values of 8"),
-    ("qwen3_next", {"linear_value_head_dim": 8}, "llama.cpp-metal", "slow", "multiples of 32"),
+    ("qwen3_next", QWEN_8, "llama.cpp", "yes", ""),
+    ("qwen3_next", QWEN_8, "llama.cpp-cuda", "no", "aborts"),
+    ("qwen3_next", QWEN_8, "llama.cpp-vulkan", "slow", "values of 8"),
+    ("qwen3_next", QWEN_8, "llama.cpp-metal", "slow", "multiples of 32"),
     ("qwen3_5", {}, "vllm", "yes", "--gdn-prefill-backend triton"),
     ("qwen3_5", {}, "vllm", "yes", "of 8 key dims, its kernels compute 8 to generate, 64 in a"),
     ("qwen3_5", {"linear_key_head_dim": 64, "linear_value_head_dim": 64}, "transformers", "yes",
      ""),
     ("qwen3_next", {"linear_key_head_dim": 96}, "transformers", "yes",
      "with flash-linear-attention: of 96 key dims, its kernels compute 128 to generate, 128 in"),
+    ("qwen3_next", {**QWEN, "layer_types": QWEN["layer_types"][::-1]}, "llama.cpp", "no",
+     "one layer every 4 layers for attention"),
+    ("qwen3_next", {}, "mlx-lm", "no", "whatever layer_types says"),
     ("olmo_hybrid", {}, "llama.cpp", "no", "knows no olmo_hybrid"),
     ("olmo_hybrid", {}, "mlx-lm", "slow", "keys of 8 entries"),
 ]  # fmt: skip

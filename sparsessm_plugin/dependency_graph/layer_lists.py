@@ -4,11 +4,12 @@ transformers 5 gives the kinds of layers new words when it reads a config. Other
 those that the checkpoint was published with.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _LISTS = ("layer_types", "layers_block_type")
 _PATTERN = "hybrid_override_pattern"  # Nemotron-H, one letter a layer
+_INTERVAL = "full_attention_interval"  # Qwen: every so many layers there is one of attention
 _LETTERS = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
 _PUBLISHED = {"linear_attention": "mamba", "full_attention": "attention"}
 
@@ -30,7 +31,19 @@ def in_words_of(content: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
         for other in stated or ([] if _PATTERN in content else [name]):
             published = set(_PUBLISHED.values()) & set(content.get(other) or ())
             result[other] = [_PUBLISHED.get(k, k) if published else k for k in kinds]
+        if content.get(_INTERVAL) is not None:  # which runtimes read in the place of the list
+            result[_INTERVAL] = _interval(kinds)
     return result
+
+
+def _interval(kinds: Sequence[str]) -> int | None:
+    """Every how many layers attention stands; None if no number says it."""
+    fits = (
+        interval
+        for interval in range(1, len(kinds) + 1)
+        if all((k == "full_attention") == (i % interval == 0) for i, k in enumerate(kinds, 1))
+    )
+    return next(fits, None)
 
 
 def in_published_words(content: dict[str, Any], published: Mapping[str, Any]) -> None:

@@ -257,7 +257,7 @@ class ModelRemoval(MixerMethod[S]):
         what = "none" if keep >= length else "all"
         raise SparseSSMError(
             f"{self.who}: {field} = {value:g} removes {what} of the {length} {unit} of {name}; "
-            f"keep 1 to {length - 1}"
+            + (f"keep 1 to {length - 1}" if length > 1 else "the only one has to stay")
         )
 
     def prepare(self, model: nn.Module) -> None:

@@ -33,6 +33,17 @@ def wrong_sizes(facts: ModelFacts) -> Iterator[Limit]:
             )
 
 
+def attention_at_intervals(facts: ModelFacts, source: str) -> Iterator[Limit]:
+    """Layers of attention that stand elsewhere than where a runtime looks for them."""
+    interval = facts.text_config.get("full_attention_interval", 4)
+    kinds = facts.text_config.get("layer_types") or ()
+    every = (kind != "full_attention" for kind in kinds)
+    if not interval or any(linear == (i % interval == 0) for i, linear in enumerate(every, 1)):
+        stated = f"every {interval} layers" if interval else "at an interval that the config lacks"
+        reason = f"it takes one layer {stated} for attention, whatever layer_types says"
+        yield Limit("no", reason, source)
+
+
 def rounded_key_dims(facts: ModelFacts) -> str | None:
     """What a kernel that keeps a state in registers computes in the place of fewer key dims.
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from sparsessm_plugin.checkpoints.runtimes.common import (
+    attention_at_intervals,
     doubts,
     head_dim_of_stream,
     norm_over_groups,
@@ -84,6 +85,9 @@ def _layers(facts: ModelFacts) -> Iterator[Limit]:
             "lacks",
             "conversion/nemotron.py",
         )
+    if facts.is_delta_net:
+        file = "qwen3next" if facts.model_type.startswith("qwen3_next") else "qwen35"
+        yield from attention_at_intervals(facts, f"src/models/{file}.cpp")
     dense = (
         facts.model_type == "nemotron_h"
         and "moe" not in kinds

@@ -3,7 +3,12 @@
 from collections.abc import Iterator
 from functools import partial
 
-from sparsessm_plugin.checkpoints.runtimes.common import doubts, head_dim_of_stream, wrong_sizes
+from sparsessm_plugin.checkpoints.runtimes.common import (
+    attention_at_intervals,
+    doubts,
+    head_dim_of_stream,
+    wrong_sizes,
+)
 from sparsessm_plugin.checkpoints.runtimes.facts import MixerShape, ModelFacts
 from sparsessm_plugin.checkpoints.runtimes.limits import Limit, Runtime
 
@@ -59,6 +64,9 @@ def _config(facts: ModelFacts, model_type: str) -> Iterator[Limit]:
     if missing:
         reason = f"config.json lacks {', '.join(missing)}, which it asks for"
         yield Limit("no", reason, source)
+    if model_type.startswith("qwen3"):
+        file = "qwen3_next" if model_type == "qwen3_next" else "qwen3_5"
+        yield from attention_at_intervals(facts, f"models/{file}.py")
     if model_type == "falcon_h1":
         theta = (config.get("rope_parameters") or {}).get("rope_theta", _ROPE_THETA)
         if "rope_theta" not in config and theta != _ROPE_THETA:
