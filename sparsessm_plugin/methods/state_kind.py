@@ -44,8 +44,7 @@ class StateKind:
         if not 1 <= keep < sizes.state_size:
             raise SparseSSMError(
                 f"{who}: keeping {keep} of the {sizes.state_size} {self.unit} of {adapter.name} "
-                f"removes none or all; "
-                + (f"keep 1 to {sizes.state_size - 1}" if sizes.state_size > 1 else "it has to stay")
+                f"removes none or all; keep 1 to {sizes.state_size - 1}"
             )
         if adapter.has_state_transitions:  # its convolution holds no rows of states
             return
