@@ -11,7 +11,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BASE  := $(VENV)/.installed-base
 
-.PHONY: demo test clients clients-vllm lint check docs install wheel clean
+.PHONY: demo test clients clients-vllm lint check docs install dist wheel clean
 
 install: $(STAMP)
 
@@ -78,6 +78,12 @@ $(VENV)/.installed-docs: $(BASE)
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+
+# wheel and sdist, as they would be published
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m hatchling build --directory dist
+	$(BIN)/python -m twine check --strict dist/*
 
 wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

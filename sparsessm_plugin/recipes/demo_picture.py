@@ -1,6 +1,7 @@
 """The picture of ``sparsessm demo``: what each recipe costs, and what it gains."""
 
 import io
+import math
 import os
 from collections.abc import Callable
 
@@ -11,7 +12,10 @@ from sparsessm_plugin.recipes.demo import DemoResult, Row
 GAINS: dict[str, Callable[[Row, Row], float]] = {
     "weight bytes": lambda row, dense: row.weight_bytes / dense.weight_bytes,
     "state bytes": lambda row, dense: row.state_bytes / dense.state_bytes,
-    "seconds a token": lambda row, dense: dense.tokens_per_second / row.tokens_per_second,
+    # of W8A8 nothing: stock transformers computes it in floating point
+    "seconds a token": lambda row, dense: (
+        math.nan if row.quantized else dense.tokens_per_second / row.tokens_per_second
+    ),
 }
 
 
@@ -32,23 +36,23 @@ def plot_demo(result: DemoResult, path: str | os.PathLike[str]) -> None:
 
     dense, rows = result.rows[0], result.rows[1:]
     places = list(range(len(rows)))[::-1]
-    figure = Figure(figsize=(10, 0.42 * len(rows) + 1.4), layout="constrained")
+    figure = Figure(figsize=(11, 0.42 * len(rows) + 1.4), layout="constrained")
     loss, gain = figure.subplots(1, 2, sharey=True)
-    ratios = [row.perplexity / dense.perplexity for row in rows]
-    loss.barh(places, ratios, color="tab:red", alpha=0.7)
-    for place, ratio in zip(places, ratios, strict=True):
-        loss.text(ratio, place, f" {ratio:.3f}", va="center")
-    loss.set_xlim(0, 1.15 * max(1.0, *ratios))
+    losses = [100 * (row.perplexity / dense.perplexity - 1) for row in rows]
+    loss.barh(places, losses, color="tab:red", alpha=0.7)
+    for place, percent in zip(places, losses, strict=True):
+        loss.text(max(0.0, percent), place, f" {percent:+.1f} %", va="center")
+    loss.set_xlim(min(0.0, *losses), 1.2 * max(1.0, *losses))
     loss.set_yticks(places, [label(row) for row in rows])
-    loss.set_title("perplexity, dense = 1 (what it costs)")
+    loss.set_title("perplexity against dense, in %")
     for shift, (name, of) in zip((0.26, 0, -0.26), GAINS.items(), strict=True):
         left = [of(row, dense) for row in rows]
         gain.barh([place + shift for place in places], left, height=0.26, label=name, alpha=0.8)
-    gain.set_title("what is left of the dense model (what it gains)")
+    gain.set_title("share of the dense model that is left")
     gain.legend(fontsize="small")
     for panel in (loss, gain):
-        panel.axvline(1, color="black", linewidth=1)
         panel.grid(axis="x", alpha=0.3)
+    gain.axvline(1, color="black", linewidth=1)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=130)
     write_bytes(path, picture.getvalue())
