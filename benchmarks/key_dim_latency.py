@@ -1,34 +1,36 @@
 """What fewer key dims are worth on a GPU: decode and prefill of a stack shaped as Qwen3.5's.
 
 python benchmarks/key_dim_latency.py            # one CUDA GPU, flash-linear-attention if there
+python benchmarks/key_dim_latency.py --resume   # only what is not in its .json yet
 python benchmarks/key_dim_latency.py --quick    # the logic only: a tiny stack on the CPU
 
 Three of four layers are gated delta nets. Stacks that are compared take turns, and the speedup
-pairs their repeats. Every table is saved as soon as it is there.
+pairs their repeats. Every table is saved as soon as it is there. flash-linear-attention tunes its
+kernels for whole sequences for minutes, so they come last.
 """
 
 import argparse
 import inspect
+import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from common import Result, first_line, keep, save
+from common import Result, begin, first_line, save
 from torch import Tensor
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, StaticCache
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
-from sparsessm_plugin.evaluation.latency import describe_kernels
 from sparsessm_plugin.evaluation.state_cache import cache_bytes
-from sparsessm_plugin.families.kernels import bound_kernels
 
 KEY_DIMS = (128, 64, 32)
 DECODE_BATCHES = (1, 32, 128)
@@ -180,28 +182,38 @@ def take_turns(works: dict[int, Callable[[], Any]], repeats: int, calls: int) ->
     return times
 
 
-class Table:
-    """Rows of one phase, and the numbers behind them."""
+def measured(labels: dict[str, Any], times: dict[int, list[float]]) -> list[dict[str, Any]]:
+    """A row for each number of key dims; the speedup is against the largest."""
+    first = times[max(times)]
+    return [
+        {
+            **labels,
+            "dk": key_dim,
+            "seconds": seconds,
+            "speedup": statistics.median(a / b for a, b in zip(first, seconds, strict=True)),
+        }
+        for key_dim, seconds in times.items()
+    ]
 
-    def __init__(self) -> None:
-        self.rows: list[list[str]] = []
-        self.numbers: list[dict[str, Any]] = []
 
-    def add(self, labels: dict[str, Any], times: dict[int, list[float]], tokens: int) -> None:
-        first = times[max(times)]
-        for key_dim, seconds in times.items():
-            median = statistics.median(seconds)
-            spread = (max(seconds) - min(seconds)) / (2 * median)
-            speedup = statistics.median(a / b for a, b in zip(first, seconds, strict=True))
-            self.rows.append(
-                [
-                    *(str(label) for label in labels.values()),
-                    str(key_dim),
-                    *(f"{1e3 * median:.2f}", f"{spread:.1%}"),
-                    *(f"{tokens / median:,.0f}", f"{speedup:.2f}"),
-                ]
-            )
-            self.numbers.append({**labels, "dk": key_dim, "seconds": seconds, "speedup": speedup})
+def lines_of(rows: list[dict[str, Any]], tokens: int) -> list[list[str]]:
+    """Rows of a table.
+
+    :param tokens: a sequence and pass
+    """
+    lines = []
+    for row in rows:
+        seconds, median = row["seconds"], statistics.median(row["seconds"])
+        lines.append(
+            [
+                *(str(row[name]) for name in ("delta rule", "batch", "dk")),
+                f"{1e3 * median:.2f}",
+                f"{(max(seconds) - min(seconds)) / (2 * median):.1%}",
+                f"{row['batch'] * tokens / median:,.0f}",
+                f"{row['speedup']:.2f}",
+            ]
+        )
+    return lines
 
 
 HEADER = ["delta rule", "batch", "dk", "ms", "± spread", "tokens/s", "speedup"]
@@ -217,8 +229,7 @@ def kinds() -> dict[str, Any]:
 @torch.inference_mode()
 def decode(result: Result, models: dict[int, Any], batches: tuple[int, ...], graphs: bool) -> None:
     """A step of each stack."""
-    table = Table()
-    caches: dict[int, Any] = {}
+    rows: list[dict[str, Any]] = []
     eager: list[str] = []
 
     def run(kind: str, batch: int) -> None:
@@ -231,39 +242,16 @@ def decode(result: Result, models: dict[int, Any], batches: tuple[int, ...], gra
                 eager.append(f"{kind}, batch {batch} ({first_line(error)})")
                 runs = {n: Decode(model, batch, False) for n, model in models.items()}
             calls = STEPS if graphs else 2
-            works = {n: run.run for n, run in runs.items()}
-            table.add(
-                {"delta rule": kind, "batch": batch}, take_turns(works, REPEATS, calls), batch
-            )
-        caches.update({n: run.bytes for n, run in runs.items()})
+            times = take_turns({n: run.run for n, run in runs.items()}, REPEATS, calls)
+        rows.extend(measured({"delta rule": kind, "batch": batch}, times))
+        result.numbers["caches"] = {str(n): run.bytes.to_dict() for n, run in runs.items()}
 
-    try:
-        for kind in kinds():
-            for batch in batches:
-                result.case(f"decode, {kind}, batch {batch}", lambda k=kind, b=batch: run(k, b))
-                if graphs:
-                    torch.cuda.empty_cache()
-    finally:
-        how = "a step replayed from a CUDA graph" if graphs else "steps launched from Python"
-        if eager:
-            how += "; launched from Python, because no graph could be captured: " + "; ".join(eager)
-        result.table("Decode", f"Time of {how}, after {PROMPT} tokens.", HEADER, table.rows)
-        result.numbers["decode"] = table.numbers
-        result.table(
-            "State cache",
-            "Bytes a sequence, counted from the cache object; attention's grows with the text.",
-            ["dk", "recurrent", "of dk 128", "convolution"],
-            [
-                [
-                    str(n),
-                    f"{c.recurrent:,}",
-                    f"{c.recurrent / caches[max(caches)].recurrent:.2f}",
-                    f"{c.convolution:,}",
-                ]
-                for n, c in caches.items()
-            ],
-        )
-        result.numbers["caches"] = {str(n): c.to_dict() for n, c in caches.items()}
+    result.numbers |= {"decode": rows, "eager": eager, "graphs": graphs}
+    for kind in kinds():
+        for batch in batches:
+            result.case(f"decode, {kind}, batch {batch}", lambda k=kind, b=batch: run(k, b))
+            if graphs:
+                torch.cuda.empty_cache()
 
 
 @torch.inference_mode()
@@ -271,7 +259,7 @@ def prefill(
     result: Result, models: dict[int, Any], batches: tuple[int, ...], length: int, kind: str
 ) -> None:
     """A pass over whole prompts."""
-    table = Table()
+    rows: list[dict[str, Any]] = []
 
     def run(batch: int) -> None:
         vocabulary = next(iter(models.values())).config.vocab_size
@@ -282,74 +270,97 @@ def prefill(
             return lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1)
 
         with kinds()[kind]():
-            works = {n: work(model) for n, model in models.items()}
-            times = take_turns(works, PREFILL_REPEATS, 1)
-        table.add({"delta rule": kind, "batch": batch}, times, batch * length)
+            times = take_turns({n: work(m) for n, m in models.items()}, PREFILL_REPEATS, 1)
+        rows.extend(measured({"delta rule": kind, "batch": batch}, times))
+        result.numbers[f"prefill, {kind}"] = rows
 
-    try:
-        for batch in batches:
-            result.case(f"prefill, {kind}, batch {batch}", lambda b=batch: run(b))
-    finally:
-        title = f"Prefill, delta rule in {kind}"
-        result.table(title, f"A pass over {length} tokens a sequence.", HEADER, table.rows)
-        result.numbers[f"prefill, {kind}"] = table.numbers
+    for batch in batches:
+        result.case(f"prefill, {kind}, batch {batch}", lambda b=batch: run(b))
+
+
+def report(numbers: dict[str, Any], shape: dict[str, Any], length: int) -> str:
+    """The tables of all that was measured."""
+    result = Result(0)
+    if rows := numbers.get("decode"):
+        graphs = numbers.get("graphs", True)
+        how = "a step replayed from a CUDA graph" if graphs else "steps launched from Python"
+        if eager := numbers.get("eager"):
+            how += "; launched from Python, because no graph could be captured: " + "; ".join(eager)
+        text = f"Time of {how}, after {PROMPT} tokens."
+        result.table("Decode", text, HEADER, lines_of(rows, 1))
+    if caches := numbers.get("caches"):
+        dense = caches[max(caches, key=int)]["recurrent"]
+        result.table(
+            "State cache",
+            "Bytes a sequence, counted from the cache object; attention's grows with the text.",
+            ["dk", "recurrent", "of dense", "convolution"],
+            [
+                [n, f"{c['recurrent']:,}", f"{c['recurrent'] / dense:.2f}", f"{c['convolution']:,}"]
+                for n, c in caches.items()
+            ],
+        )
+    prefills = [numbers[name] for name in numbers if name.startswith("prefill")]
+    if prefills:
+        lines = [line for rows in prefills for line in lines_of(rows, length)]
+        result.table("Prefill", f"A pass over {length} tokens a sequence.", HEADER, lines)
+    packages = ", ".join(f"{k} {v}" for k, v in numbers.get("packages", {}).items())
+    title = (
+        "# Fewer key dims: time on a GPU\n\n"
+        f"Random weights in bfloat16, {shape['num_hidden_layers']} layers of width "
+        f"{shape['hidden_size']} of which three of four are gated delta nets, "
+        f"{shape['linear_num_key_heads']} key heads and {shape['linear_num_value_heads']} "
+        f"value heads of {shape['linear_value_head_dim']}. Stock transformers; the delta rule by "
+        "fla, flash-linear-attention, or by transformers' own torch. Medians; the spread is half "
+        "the range of the repeats, the speedup the median over pairs of repeats against the most "
+        f"key dims. {packages}"
+    )
+    failures = [f"- {name}: {text}" for name, text in numbers.get("failures", {}).items()]
+    missing = ["## Not measured\n\n" + "\n".join(failures)] if failures else []
+    return "\n\n".join([title.strip(), *result.parts, *missing])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny stack on the CPU, not saved")
-    parser.add_argument("--sections", default="decode,prefill", help="default: %(default)s")
     parser.add_argument(
         "--budget", type=float, default=110, help="seconds after which no new case begins"
     )
+    parser.add_argument("--resume", action="store_true", help="go on from this name's .json")
+    parser.add_argument("--render", type=Path, help="only write the tables of this .json")
     parser.add_argument("--name", default="key_dim_latency", help="of the result files")
     options = parser.parse_args()
+    if options.render:
+        numbers = json.loads(options.render.read_text(encoding="utf-8"))
+        found = numbers.pop("versions")
+        save(options.name, report(numbers, SHAPE, LENGTH), numbers, found)
+        return
     if not options.quick and not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device; --quick runs the logic without one")
     device, shape = ("cpu", TINY) if options.quick else ("cuda", SHAPE)
     sizes = (16, 8, 4) if options.quick else KEY_DIMS
+    batches, length = ((1, 2), 8) if options.quick else (PREFILL_BATCHES, LENGTH)
+    steps = (1, 2) if options.quick else DECODE_BATCHES
     result = Result(options.budget)
+    result.numbers = {} if options.quick else begin(options)
+    result.numbers.pop("failures", None)
+    result.numbers["packages"] = package_versions()
     models: dict[int, Any] = {}
 
-    def make(_: Result) -> None:
-        models.update({n: build(shape, n, device) for n in sizes})
-
-    def step(name: str, work: Callable[[Result], None]) -> None:
+    def section(name: str, work: Callable[[Result], None]) -> None:
+        if name in result.numbers:
+            return
         result.section(name, work)
+        numbers = {**result.numbers, "failures": result.failures}
+        text = report(numbers, shape, length)
         if not options.quick:
-            keep(options.name, {**result.numbers, "failures": result.failures})
+            save(options.name, text, numbers)
 
-    step("stacks", make)
+    section("stacks", lambda r: models.update({n: build(shape, n, device) for n in sizes}))
     if not models:
         raise SystemExit(1)
-    if "decode" in options.sections:
-        batches = (1, 2) if options.quick else DECODE_BATCHES
-        step("decode", lambda r: decode(r, models, batches, not options.quick))
-    if "prefill" in options.sections:
-        batches, length = ((1, 2), 8) if options.quick else (PREFILL_BATCHES, LENGTH)
-        for kind in reversed(list(kinds())):  # kernels that are tuned last
-            step(f"prefill, {kind}", lambda r, k=kind: prefill(r, models, batches, length, k))
-    if not options.quick:
-        packages = package_versions()
-        kernels = describe_kernels(bound_kernels(models[max(models)]))
-        title = (
-            "# Fewer key dims: time on a GPU\n\n"
-            f"Random weights in bfloat16, {shape['num_hidden_layers']} layers of width "
-            f"{shape['hidden_size']} of which three of four are gated delta nets, "
-            f"{shape['linear_num_key_heads']} key heads and {shape['linear_num_value_heads']} "
-            f"value heads of {shape['linear_value_head_dim']}. Stock transformers with kernels of "
-            f"{kernels}. Medians; the spread is half the range of the repeats, the speedup the "
-            "median over pairs of repeats against dk 128. "
-            + ", ".join(f"{k} {v}" for k, v in packages.items())
-            + "."
-        )
-        failures = [f"- {name}: {text}" for name, text in result.failures.items()]
-        missing = ["## Not measured\n\n" + "\n".join(failures)] if failures else []
-        save(
-            options.name,
-            "\n\n".join([title, *result.parts, *missing]),
-            {**result.numbers, "failures": result.failures, "packages": packages},
-        )
+    section("decode", lambda r: decode(r, models, steps, not options.quick))
+    for kind in reversed(list(kinds())):  # kernels that are tuned last
+        section(f"prefill, {kind}", lambda r, k=kind: prefill(r, models, batches, length, k))
     raise SystemExit(1 if result.failures else 0)
 
 
