@@ -72,12 +72,13 @@ lint: $(STAMP)
 check: lint test docs
 
 # the site, in build/site; a broken link or a public object without a docstring is an error
+# (not with --quiet, by which warnings are not counted)
 $(VENV)/.installed-docs: $(BASE)
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # wheel and sdist, as they would be published
 dist: $(STAMP)
