@@ -310,6 +310,17 @@ def test_masked_entries_stay_as_they_are(problem):
     assert (weight[[0, 2]] != old[[0, 2]]).all()
 
 
+def test_small_steps_add_up_in_half_precision(problem):
+    """Of 1e-3 alone, bfloat16 weights of order 1 would not move."""
+    weight, _ = problem
+    half = torch.nn.Parameter(weight.detach().bfloat16(), requires_grad=False)
+    before = half.detach().clone()
+    reconstruct([(half, None)], lambda i: (half.float() - 3).square().mean(), 1, 100, 1e-3)
+    moved = (half - before).float().abs()
+    assert half.dtype == torch.bfloat16
+    assert float(moved.mean()) == pytest.approx(0.05, rel=0.3)  # half of 100 steps, by the cosine
+
+
 def test_nothing_to_do(problem):
     weight, loss = problem
     old = weight.detach().clone()

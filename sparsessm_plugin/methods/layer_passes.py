@@ -62,6 +62,7 @@ class LayerPasses:
         self.layers: list[nn.Module] = list(adapter.base.layers)
         self._parts = [layer.parts for layer in adapter.layers]
         self._first_names = adapter.first_names()
+        self._adapter = adapter
         rows = [len(batch["input_ids"]) for batch in batches]
         each = distributed.gather("rows of the calibration", sum(rows))
         self.holds_back = sum(each) >= _HELD
@@ -86,12 +87,13 @@ class LayerPasses:
             handle.remove()
         return found[0]
 
-    def behind(self, index: int, batch: int, stream: Tensor) -> Tensor:
+    def behind(self, index: int, batch: int, stream: Tensor, rows: Tensor | None = None) -> Tensor:
         """(b, L, M) the stream behind a layer that reads this one.
 
         :param index: of the layer
         :param batch: number of the batch that the stream is of
         :param stream: (b, L, M), anywhere
+        :param rows: (b,) numbers of the batch's rows that it is of; default all
         """
         found: list[Any] = []
 
@@ -102,7 +104,7 @@ class LayerPasses:
         handle = self.layers[index].register_forward_hook(stop)
         try:
             with self._giving(range(index), stream.to(self.device)):
-                self._run(batch)
+                self._run(batch, rows)
         except _Enough:
             pass
         finally:
@@ -112,10 +114,10 @@ class LayerPasses:
             return found[0][0]
         return found[0]
 
-    def logits(self, batch: int, stream: Tensor) -> Tensor:
+    def logits(self, batch: int, stream: Tensor, rows: Tensor | None = None) -> Tensor:
         """(b, L, vocabulary) what the model predicts from a stream behind its last layer."""
         with self._giving(range(len(self.layers)), stream.to(self.device)):
-            return self._run(batch).logits
+            return self._run(batch, rows).logits
 
     def mask(self, batch: int) -> Tensor | None:
         """(b, L) bool on the device, False at padding; None where there is none."""
@@ -128,10 +130,17 @@ class LayerPasses:
         numbers = torch.arange(first, first + rows, device=self.device)
         return (numbers % _HELD == _HELD - 1)[:, None] & self.holds_back
 
+    def own_parameters(self, index: int) -> list[nn.Parameter]:
+        """See :func:`own_parameters`."""
+        return list(own_parameters(self._adapter, index).values())
+
     @contextmanager
-    def reading(self, writer: Writer) -> Iterator[list[Tensor]]:
+    def reading(self, writer: Writer | None) -> Iterator[list[Tensor]]:
         """What a writer multiplies in the calls inside, (b, L, in) each."""
         found: list[Tensor] = []
+        if writer is None:
+            yield found
+            return
         hook = writer.linear.register_forward_pre_hook(lambda m, args: found.append(args[0]))
         try:
             yield found
@@ -182,8 +191,11 @@ class LayerPasses:
                 if isinstance(module, nn.Linear) and axis.dim == 0 and alone:
                     yield path, module
 
-    def _run(self, batch: int) -> Any:
+    def _run(self, batch: int, rows: Tensor | None = None) -> Any:
         inputs = {k: v for k, v in self.batches[batch].items() if k != "labels"}
+        if rows is not None:
+            count = len(inputs["input_ids"])
+            inputs = {k: take_rows(v, count, rows) for k, v in inputs.items()}
         with fast_products(self.device):
             return self.model(**to_device(inputs, self.device))
 
@@ -208,6 +220,37 @@ class LayerPasses:
 def _constant(stream: Tensor, values: int | None) -> Callable[..., Any]:
     output = stream if values is None else (stream, *(None,) * (values - 1))
     return lambda *args, **kwargs: output
+
+
+def take_rows(value: Any, count: int, rows: Tensor) -> Any:
+    """Some rows of a batch's entry; what has no rows is given back as it is.
+
+    :param value: an entry of the batch
+    :param count: rows of the batch
+    :param rows: (b,) their numbers
+    """
+    of_rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
+    return value[rows.to(value.device)] if of_rows else value
+
+
+def own_parameters(adapter: ModelAdapter, index: int) -> dict[str, nn.Parameter]:
+    """What gradient steps on a layer may change: no experts, and nothing that others share.
+
+    :param adapter: of the model
+    :param index: of the layer
+    """
+    layer, first = adapter.layers[index], adapter.first_names()
+    shared = {name for alias, name in first.items() if alias != name}
+    routed = tuple(f"{part.name}." for part in layer.parts if part.kind == "moe")
+    module: nn.Module = adapter.base.layers[index]
+    found = {f"{layer.name}.{name}": p for name, p in module.named_parameters()}
+    return {
+        name: p
+        for name, p in found.items()
+        if first.get(name) == name not in shared
+        and p.is_floating_point()
+        and not name.startswith(routed or ("\0",))
+    }
 
 
 def dense_streams(passes: LayerPasses) -> list[list[Tensor]]:

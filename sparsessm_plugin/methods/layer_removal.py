@@ -18,14 +18,25 @@ from sparsessm_plugin.criteria.layers import BlockInfluence
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import ModelAdapter
 from sparsessm_plugin.families.fast_forward import fast_forward
-from sparsessm_plugin.methods.layer_passes import LayerPasses, Writer, dense_streams
+from sparsessm_plugin.methods.layer_fits import LayerTask, add_change
+from sparsessm_plugin.methods.layer_passes import (
+    LayerPasses,
+    Writer,
+    dense_streams,
+    own_parameters,
+)
 from sparsessm_plugin.methods.model_removal import ModelRemoval, ModelRemovalSettings
 from sparsessm_plugin.methods.removal import RemovalResult, Removed
 from sparsessm_plugin.methods.run import run
 from sparsessm_plugin.progress import Stage
-from sparsessm_plugin.refit.layers import StandIn, fitted_change, token_weights
+from sparsessm_plugin.refit.layers import token_weights
 from sparsessm_plugin.selection.sets import Set, allowed_sets, search_sets
 from sparsessm_plugin.training.divergence import divergences
+
+_LOGITS_KEPT = 2**30  # bytes of the dense model's, while sets of layers are compared
+# Tokens for each entry of the stream that a first comparison of sets needs, and how many of the
+# best, how near to the best, are then compared on more.
+_TOKENS_EACH, _COMPARED_AGAIN, _NEAR = 16, 4, 1.2
 
 Saliency = Literal["loss_after_fit", "perplexity", "block_influence", "last", "random"]
 
@@ -34,7 +45,10 @@ class LayerSettings(ModelRemovalSettings):
     """The fields of :class:`sparsessm_plugin.LayerRemovalModifier`, which describes them."""
 
     saliency: Saliency = "loss_after_fit"
-    compensate: list[Literal["out_proj"]] = Field(default=["out_proj"])
+    compensate: list[Literal["out_proj", "reconstruct"]] = Field(
+        default=["out_proj", "reconstruct"]
+    )
+    reconstruct_steps: int = Field(default=150, ge=1)
     search_width: int = Field(default=8, ge=1)
     search_tokens: int = Field(default=32768, ge=1)
     seed: int = Field(default=0, ge=0)
@@ -53,16 +67,22 @@ class LayerRemovalResult(RemovalResult):
     :param divergence: of the predictions for rows that no fit of the search saw, from the dense
         model's, nats a token: ``removed`` with nothing fitted, ``left`` after the fit
     :param sets_tried: how many sets of layers were compared
-    :param fitted: names of the linear layers that were fitted
+    :param fitted: names of the linear layers that were fitted in closed form
+    :param reconstructed: names of the layers whose gradient steps lowered their error
     """
 
     divergence: dict[str, float] = field(default_factory=dict)
     sets_tried: int = 0
     fitted: tuple[str, ...] = ()
+    reconstructed: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For a report; what was not measured is left out."""
-        own = {"sets_tried": self.sets_tried, "fitted": list(self.fitted)}
+        own = {
+            "sets_tried": self.sets_tried,
+            "fitted": list(self.fitted),
+            "reconstructed": list(self.reconstructed),
+        }
         measured = {"divergence": self.divergence} if self.divergence else {}
         return {**super().to_dict(), **measured, **own}
 
@@ -75,6 +95,7 @@ class LayerRemoval(ModelRemoval[LayerSettings]):
         self._divergence: dict[str, float] = {}
         self._tried = 0
         self._fitted: list[str] = []
+        self._reconstructed: list[str] = []
 
     def kept_sizes(self, adapter: ModelAdapter) -> dict[str, int]:
         return {"layers": self.settings.kept(adapter.axis_length("layers"))}
@@ -82,6 +103,9 @@ class LayerRemoval(ModelRemoval[LayerSettings]):
     def written(self, adapter: ModelAdapter) -> frozenset[str]:
         if not self.settings.compensate:
             return frozenset()
+        if "reconstruct" in self.settings.compensate:
+            layers = range(adapter.axis_length("layers"))
+            return frozenset(name for i in layers for name in own_parameters(adapter, i))
         names = (a.tensor for layer in adapter.layers for p in layer.parts for a in p.writes())
         return frozenset(names)
 
@@ -140,29 +164,48 @@ class LayerRemoval(ModelRemoval[LayerSettings]):
             generator = torch.Generator().manual_seed(settings.seed)
             order = torch.randperm(length, generator=generator).tolist()
             return self._first_allowed(order, length, size, allowed)
-        some = _first_tokens(batches, -(-settings.search_tokens // distributed.world_size()))
-        passes = LayerPasses(adapter, some, self.device)
         if saliency == "block_influence":
             order = self._by_influence(LayerPasses(adapter, batches, self.device))
             return self._first_allowed(order, length, size, allowed)
-        fits = saliency == "loss_after_fit" and bool(settings.compensate)
-        study = _Study(passes, fits, by_label=saliency == "perplexity")
+        fits = saliency == "loss_after_fit" and "out_proj" in settings.compensate
+
+        def study(tokens: int) -> _Study:
+            some = _first_tokens(batches, -(-tokens // distributed.world_size()))
+            passes = LayerPasses(adapter, some, self.device)
+            return _Study(passes, fits, by_label=saliency == "perplexity")
+
+        found: dict[Set, float] = {}
         with Stage(f"{self.who}, sets of layers", None) as stage:
 
             def loss(removed: Set) -> float:
                 stage.at(f"without {', '.join(map(str, removed))}")
-                found = study.loss(removed)
+                found[removed] = by.loss(removed)
                 stage.advance()
                 self._tried += 1
-                logger.debug(f"{self.who}: without layers {removed}: {found:.4f}")
-                return found
+                logger.debug(f"{self.who}: without layers {removed}: {found[removed]:.4f}")
+                return found[removed]
 
             greedy = saliency == "perplexity"
+            tokens = settings.search_tokens if greedy else self._first_look(adapter)
+            by = study(tokens)
             chosen = search_sets(
                 length, size, loss, allowed, settings.search_width, swaps=not greedy
             )
-        self._divergence = study.divergence(chosen)
+            if tokens < min(settings.search_tokens, self.tokens):
+                near = [s for s, v in found.items() if len(s) == size and allowed(s)]
+                near = sorted(near, key=lambda s: (found[s], s))[:_COMPARED_AGAIN]
+                near = [s for s in near if found[s] <= _NEAR * found[chosen]]
+                by = study(settings.search_tokens)
+                if len(near) > 1:
+                    found = {}
+                    chosen = min(sorted(near), key=loss)
+        self._divergence = by.divergence(chosen)
         return tuple(distributed.first("layers to remove", list(chosen)))
+
+    def _first_look(self, adapter: ModelAdapter) -> int:
+        """Tokens on which sets are compared before the best are compared on more."""
+        whole = self.settings.search_tokens
+        return min(whole, max(whole // 4, _TOKENS_EACH * adapter.hidden_size))
 
     def _first_allowed(
         self, order: Iterable[int], length: int, size: int, allowed: "_Allowed"
@@ -207,15 +250,33 @@ class LayerRemoval(ModelRemoval[LayerSettings]):
                 for later in range(index, behind):
                     dense = [kept(passes.behind(later, i, dense[i])) for i in count]
                 if index not in removed:
-                    writer = passes.writer(index, small[0])
-                    small, change = _stand_in(passes, index, small, dense, writer, True)
-                    if writer is not None and change is not None:
-                        self.changes_weights()
-                        _write(writer, change)
-                        self._fitted.append(writer.name)
+                    task = LayerTask(passes, index, small, dense)
+                    small = self._fit_layer(task)
                 stage.advance(behind - index)
                 index = behind
         return _stream_error(passes, dense, small)
+
+    def _fit_layer(self, task: LayerTask) -> list[Tensor]:
+        """Fit a layer in the model.
+
+        :return: [batch] (b, L, M) the streams behind it
+        """
+        settings, writer = self.settings, None
+        if "out_proj" in settings.compensate:
+            writer = task.passes.writer(task.index, task.small[0])
+        fit = task.stand_in(writer)
+        self.changes_weights()
+        streams = None
+        if "reconstruct" in settings.compensate:
+            streams = task.reconstruct(fit, settings.reconstruct_steps, settings.seed)
+        if writer is not None:
+            self._fitted.append(writer.name)
+        if streams is not None:
+            self._reconstructed.append(task.name)
+            return streams
+        if writer is not None:
+            add_change(writer, fit.change)
+        return fit.streams(fit.change)
 
     def result(self) -> LayerRemovalResult:
         found = super().result()
@@ -225,6 +286,7 @@ class LayerRemoval(ModelRemoval[LayerSettings]):
             divergence=self._divergence,
             sets_tried=self._tried,
             fitted=tuple(self._fitted),
+            reconstructed=tuple(self._reconstructed),
         )
 
 
@@ -273,6 +335,7 @@ class _Study:
         self.dense = dense_streams(passes)
         self._path: _Path | None = None  # of the set that was tried last
         self._writers: dict[int, Writer | None] = {}
+        self._logits: dict[int, Tensor] = {}  # of the dense model, by batch
 
     def loss(self, removed: Set) -> float:
         """Of the predictions without these layers; lower is better."""
@@ -303,7 +366,8 @@ class _Study:
                 if index not in self._writers:
                     self._writers[index] = passes.writer(index, self.dense[index][0])
                 writer = self._writers[index]
-                small, _ = _stand_in(passes, index, small, self.dense[behind], writer, False)
+                fit = LayerTask(passes, index, small, self.dense[behind]).stand_in(writer)
+                small = fit.streams(fit.tried)
             else:
                 small = [kept(passes.behind(index, i, s)) for i, s in enumerate(small)]
             streams.append(small)
@@ -312,85 +376,38 @@ class _Study:
         return streams[-1]
 
     def _loss(self, streams: Sequence[Tensor], by_label: bool) -> float:
-        passes, total, count = self.passes, 0.0, 0.0
+        total, count = 0.0, 0.0
         for i, stream in enumerate(streams):
-            logits = passes.logits(i, stream)
-            mask = passes.mask(i)
+            rows, mask = self._judges(i), self.passes.mask(i)
+            mask = None if mask is None else mask[rows]
+            logits = self.passes.logits(i, stream[rows.to(stream.device)], rows)
             if by_label:
-                ids = passes.batches[i]["input_ids"].to(logits.device)
+                ids = self.passes.batches[i]["input_ids"].to(logits.device)[rows]
                 each = F.cross_entropy(logits[:, :-1].float().mT, ids[:, 1:], reduction="none")
                 mask = None if mask is None else mask[:, 1:] & mask[:, :-1]
             else:
-                each = divergences(passes.logits(i, self.dense[-1][i]), logits)
-            counted = torch.ones_like(each, dtype=torch.bool) if mask is None else mask.clone()
-            if self.fits and passes.holds_back:
-                counted &= passes.aside(i)
-            total += float(each[counted].double().sum())
-            count += int(counted.sum())
+                each = divergences(self._predicted(i, rows).to(logits.device), logits)
+            each = each if mask is None else each[mask]
+            total, count = total + float(each.double().sum()), count + each.numel()
         total, count = distributed.total("loss without some layers", total, count)
         loss = total / max(count, 1.0)
         return loss if math.isfinite(loss) else math.inf
 
+    def _judges(self, batch: int) -> Tensor:
+        """Numbers of the rows that a set is judged by: those that no fit has seen, if any."""
+        every = torch.ones_like(self.passes.aside(batch)[:, 0])
+        held = self.fits and self.passes.holds_back
+        return (self.passes.aside(batch)[:, 0] if held else every).nonzero()[:, 0]
 
-def _stand_in(
-    passes: LayerPasses,
-    index: int,
-    small: list[Tensor],
-    target: list[Tensor],
-    writer: Writer | None,
-    by_all: bool,
-) -> tuple[list[Tensor], Tensor | None]:
-    """Fit the last linear layer of a layer, so that the stream behind it is the target.
-
-    :param small: [batch] (b, L, M) what the layer reads
-    :param target: [batch] (b, L, M)
-    :param writer: the linear layer; None if none can be fitted
-    :param by_all: whether rows are fitted, too, that are held back to judge
-    :return: the streams behind the layer with the change, and the change of the linear layer's
-        weight and bias (M, in + 1 with a bias); the model itself is not changed
-    """
-    if writer is None:
-        return [kept(passes.behind(index, i, s)) for i, s in enumerate(small)], None
-    has_bias = writer.linear.bias is not None
-    fitted = StandIn(writer.linear.weight, has_bias)
-    held = StandIn(writer.linear.weight, has_bias)
-    behind, inputs = [], []
-    with passes.reading(writer) as read:
-        for i, stream in enumerate(small):
-            output = passes.behind(index, i, stream)
-            z = read.pop()
-            wanted, mask = target[i].to(output.device), passes.mask(i)
-            real = torch.ones_like(wanted[..., 0]).bool() if mask is None else mask
-            error = (wanted.float() - output.float()) / writer.scale
-            aside = passes.aside(i)
-            for sums, rows in ((fitted, real & ~aside), (held, real & aside)):
-                sums.add_tokens(z[rows], error[rows], token_weights(wanted[rows]))
-            behind.append(kept(output))
-            inputs.append(kept(z))
-    for sums in (fitted, held):
-        distributed.reduce_fields(f"sums of {writer.name}", sums, to=0)
-
-    def solve() -> list[Tensor]:
-        if not bool(torch.isfinite(fitted.gram).all() and torch.isfinite(fitted.cross).all()):
-            raise SparseSSMError(f"{writer.name}: NaN or infinite values during calibration")
-        return [fitted_change(fitted, held, by_all).float()]
-
-    change = distributed.share(f"change of {writer.name}", solve, device=passes.device)[0]
-    weight, bias = change[:, : -1 if has_bias else None], change[:, -1] if has_bias else None
-    streams = []
-    for output, z in zip(behind, inputs, strict=True):
-        added = F.linear(z.to(passes.device).float(), weight, bias) * writer.scale
-        streams.append(kept((output.to(passes.device).float() + added).to(output.dtype)))
-    return streams, change
-
-
-def _write(writer: Writer, change: Tensor) -> None:
-    """Add a change to a linear layer."""
-    linear = writer.linear
-    columns = linear.weight.shape[1]
-    linear.weight.copy_(linear.weight.float() + change[:, :columns])
-    if linear.bias is not None:
-        linear.bias.copy_(linear.bias.float() + change[:, columns])
+    def _predicted(self, batch: int, rows: Tensor) -> Tensor:
+        """Logits of the dense model for rows of a batch; kept, unless they take much memory."""
+        if batch in self._logits:
+            return self._logits[batch]
+        dense = self.dense[-1][batch]
+        logits = self.passes.logits(batch, dense[rows.to(dense.device)], rows)
+        if logits.nbytes * len(self.dense[-1]) <= _LOGITS_KEPT:
+            self._logits[batch] = kept(logits)
+        return logits
 
 
 def _first_fitted(removed: Set) -> int:

@@ -11,8 +11,9 @@ class LayerRemovalModifier(LayerSettings, ModelRemovalModifier):
     """Removes the layers without which the model, once it is fitted again, predicts best.
 
     The linear layer by which each remaining layer writes to the stream is fitted again, from the
-    layer before the first gap on, so that the next layer reads what it read before. Sets of layers
-    are compared by what the model then predicts.
+    layer before the first gap on, so that the next layer reads what it read before; then all that
+    is the layer's own, by gradient steps that stay inside of it. Sets of layers are compared by
+    what the model predicts after the first of these.
 
     Sample yaml::
 
@@ -30,12 +31,15 @@ class LayerRemovalModifier(LayerSettings, ModelRemovalModifier):
         of the next token with nothing fitted, one layer after the other, as Mamba-Shedder does),
         ``block_influence`` (mean of 1 - cosine of the stream before and behind a layer), ``last``
         and ``random``
-    :param compensate: ``out_proj`` (default): the last linear layer of each layer; ``none``
+    :param compensate: any of ``out_proj`` (the last linear layer of each layer, in closed form) and
+        ``reconstruct`` (gradient steps on all of a layer's own weights, towards the dense stream);
+        default both; ``none``
+    :param reconstruct_steps: gradient steps of ``reconstruct`` for each layer
     :param search_width: where there are more than 64 sets, ways to go on that are tried at each
         step of the search
-    :param search_tokens: sets are fitted and compared on so many tokens, the first; too few speak
-        against sets behind which many layers are fitted
-    :param seed: of ``random``
+    :param search_tokens: sets are fitted and compared on so many tokens, the first, once a quarter
+        of them has left a few; too few speak against sets behind which many layers are fitted
+    :param seed: of ``random``, and of the order in which ``reconstruct`` sees the text
     :param runtime: one or several of :data:`checkpoints.runtimes.RUNTIMES`: a ``keep`` that they
         do not take is refused, a ``sparsity`` leaves the nearest size that they take
     :param calibration_batches: layers are fitted over so many batches, the first (of each rank's);

@@ -12,6 +12,8 @@ weighted by ``v = 1 / mean(x^2)``: without this, tokens with a large stream outw
 All that is needed are sums of z z^T and of error z^T.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,9 @@ class StandIn(Regression):
         super().__init__(
             weight.new_empty(len(weight), weight.shape[1] + bias, device=weight.device)
         )
+        new: dict[str, Any] = {"dtype": torch.float64, "device": weight.device}
+        self.energy = torch.zeros(1, **new)
+        self.count = torch.zeros(1, **new)
 
     def add_tokens(self, z: Tensor, error: Tensor, weights: Tensor) -> None:
         """Add tokens.
@@ -47,12 +52,24 @@ class StandIn(Regression):
         z = z.float()
         if self.bias:
             z = torch.cat((z, torch.ones_like(z[:, :1])), dim=1)
-        self.add(z * root, error.float() * root)
+        error = error.float() * root
+        self.add(z * root, error)
+        self.energy += error.square().sum(dtype=torch.float64)
+        self.count += error.numel()
 
-    def __add__(self, other: Regression) -> "StandIn":
+    def __add__(self, other: "StandIn") -> "StandIn":  # type: ignore[override]
         total = StandIn(self.cross[:, : -1 if self.bias else None], self.bias)
-        total.gram, total.cross = self.gram + other.gram, self.cross + other.cross
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(total, name, value + getattr(other, name))
         return total
+
+    def left(self, change: Tensor) -> float:
+        """The mean squared error of an entry that a change of the weight leaves, weighted by v.
+
+        :param change: (out, in)
+        """
+        return (float(self.energy) - self.gain(change)) / max(float(self.count), 1.0)
 
 
 def token_weights(target: Tensor) -> Tensor:
@@ -61,16 +78,19 @@ def token_weights(target: Tensor) -> Tensor:
     return 1 / square.clamp(min=torch.finfo(square.dtype).tiny)
 
 
-def fitted_change(fitted: StandIn, held: StandIn, by_all: bool) -> Tensor:
-    """The change of the weight, at the ridge that suits tokens best that no fit has seen.
+def fitted_changes(fitted: StandIn, held: StandIn) -> tuple[Tensor, Tensor]:
+    """Changes of the weight at the ridge that suits tokens best that no fit has seen.
 
     :param fitted: of most tokens
     :param held: of the others; where there are none, those that are fitted judge
-    :param by_all: whether the tokens held back are fitted in the end, too
-    :return: (out, in) float64, zero where no fit helps
+    :return: (out, in) float64 each, zero where no fit helps: fitted to most tokens, and to all
     """
-    judge = held if bool(held.gram.any()) else fitted
-    ridge = best_ridge(fitted, judge, STAND_IN_RIDGES)
+    ridge = best_ridge(fitted, judge(fitted, held), STAND_IN_RIDGES)
     if ridge is None:
-        return torch.zeros_like(fitted.cross)
-    return (fitted + held if by_all else fitted).solve(ridge)
+        return torch.zeros_like(fitted.cross), torch.zeros_like(fitted.cross)
+    return fitted.solve(ridge), (fitted + held).solve(ridge)
+
+
+def judge(fitted: StandIn, held: StandIn) -> StandIn:
+    """The sums by which fits are judged: of tokens that none has seen, if there are any."""
+    return held if bool(held.count) else fitted

@@ -30,8 +30,9 @@ def reconstruct(
 ) -> None:
     """Minimise the mean of ``loss`` over the batches with Adam and a cosine schedule.
 
-    :param parameters: float32 leaf parameters, each with a mask of the entries that may
-        change (None for all), which broadcasts against it
+    :param parameters: leaf parameters, each with a mask of the entries that may change (None
+        for all), which broadcasts against it; of those in half precision the steps are added up
+        in float32, but for ``batch_of`` on a GPU, which takes float32 alone
     :param loss: of batch i, or of what ``batch_of`` gives for it, a scalar that depends on the
         parameters; of order 1 or less
     :param batches: how many batches there are; they take turns
@@ -52,19 +53,28 @@ def reconstruct(
         if batch_of is not None and weights[0].device.type == "cuda" and combine is None:
             _on_gpu(_Adam(parameters), loss, batch_of, batches, steps, learning_rate)
             steps = 0
-        optimizer = torch.optim.Adam(weights, lr=learning_rate)
+        exact = [w if w.dtype == torch.float32 else w.detach().float() for w in weights]
+        optimizer = torch.optim.Adam(exact, lr=learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
         for step in range(steps):
-            optimizer.zero_grad(set_to_none=True)
+            for weight in weights:
+                weight.grad = None
             number = step % batches
             loss(number if batch_of is None else batch_of(number)).backward()
+            for own, weight in zip(exact, weights, strict=True):
+                if own is not weight:
+                    own.grad = None if weight.grad is None else weight.grad.float()
             if combine is not None:
-                combine([w.grad for w in weights if w.grad is not None])
-            for weight, mask in parameters:
-                if mask is not None and weight.grad is not None:
-                    weight.grad.mul_(mask)
+                combine([w.grad for w in exact if w.grad is not None])
+            for own, (_, mask) in zip(exact, parameters, strict=True):
+                if mask is not None and own.grad is not None:
+                    own.grad.mul_(mask)
             optimizer.step()
             schedule.step()
+            with torch.no_grad():
+                for own, weight in zip(exact, weights, strict=True):
+                    if own is not weight:
+                        weight.copy_(own)
     for weight, flag in zip(weights, flags, strict=True):
         weight.grad = None
         weight.requires_grad_(flag)

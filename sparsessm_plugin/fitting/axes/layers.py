@@ -33,7 +33,10 @@ class Layers(Axis):
         return shares_of(length, 1, (7.5, 7, 6.5, 6, 5, 4))
 
     def quick_fields(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
-        return {"search_tokens": _TOKENS.get(device.type, 2**12), "search_width": 4}
+        quick: dict[str, Any] = {"search_tokens": _TOKENS.get(device.type, 2**12)}
+        # distillation goes on from there, and a CPU takes seconds a layer for what it gains
+        steps = {"reconstruct_steps": 40} if device.type == "cuda" else {"compensate": ["out_proj"]}
+        return {**quick, "search_width": 4, **steps}
 
     def config_fields(self, model: nn.Module, size: int) -> dict[str, Any]:
         return get_model_adapter(model).layer_fields(self.kept(model, size))
