@@ -1,11 +1,8 @@
 """The notebooks of examples/, cell by cell, on a smaller model and little text."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,15 +26,9 @@ def cells(name, kind):
 
 
 def as_script(sources):
-    """Python of a notebook's cells; IPython's ``!`` lines run in a shell that must succeed."""
-    lines = ["import subprocess as _subprocess"]
-    for line in re.sub(r"\\\n *", "", "\n".join(sources)).splitlines():
-        if line.startswith("!"):
-            command = re.sub(
-                r"^sparsessm", f"{shlex.quote(sys.executable)} -m sparsessm_plugin.cli", line[1:]
-            )
-            line = f"_subprocess.run({command!r}, shell=True, check=True)"
-        lines.append(line)
+    """Python of a notebook's cells, in which IPython's ``!`` lines are calls of ``_shell``."""
+    text = re.sub(r"\\\n *", "", "\n".join(sources))
+    lines = [f"_shell({line[1:]!r})" if line.startswith("!") else line for line in text.split("\n")]
     return "\n".join(lines)
 
 
@@ -46,24 +37,27 @@ def test_there_is_one_for_each_way():
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebook_runs(name, tmp_path):
+def test_notebook_runs(name, tmp_path, monkeypatch, sparsessm, capsys):
+    """In this process, where everything is imported already."""
+
+    def shell(line):
+        words, _, file = line.partition(" > ")
+        program, *arguments = shlex.split(words)
+        assert program == "sparsessm"
+        code, stdout, stderr = sparsessm(*arguments)
+        assert code == 0, stderr
+        if file:
+            Path(file).write_text(stdout, encoding="utf-8")
+
     script = as_script(cells(name, "code"))
     for pattern, smaller in SMALLER:
         script = re.sub(pattern, lambda _, smaller=smaller: smaller, script)
     assert "4m" not in script
-    (tmp_path / "script.py").write_text(script, encoding="utf-8")
-    process = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env={**os.environ, "TQDM_DISABLE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-2000:]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script, name, "exec"), {"_shell": shell})
     assert AutoConfig.from_pretrained(tmp_path / "fewer-states").state_size == 8
     if "perplexity" in script:
-        (ratio,) = re.findall(r"([\d.]+) times the perplexity", process.stdout)
+        (ratio,) = re.findall(r"([\d.]+) times the perplexity", capsys.readouterr().out)
         assert 0.8 < float(ratio) < 2
 
 
