@@ -16,7 +16,7 @@ from sparsessm_plugin.recipes import demo, demo_picture, demo_texts
 from sparsessm_plugin.recipes.pruning import DEMO_MODEL, ModelSource
 
 FOLDER = Path(sparsessm_plugin.__file__).parent / "assets" / DEMO_MODEL
-TINY = demo.Sizes(samples=2, windows=1, length=64, sequences=1, steps=1, repeats=1)
+TINY = demo.Sizes(short_fits=True, samples=2, windows=1, length=64, sequences=1, steps=1, repeats=1)
 
 
 @pytest.fixture(scope="module")

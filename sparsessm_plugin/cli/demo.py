@@ -12,7 +12,10 @@ from sparsessm_plugin.cli.options import REPORT, AsJson, Verbose, new_file
 
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Less text and fewer repeats; the numbers are rougher.")
+        bool,
+        typer.Option(
+            "--quick", help="Less text, short fits, few repeats; the numbers are rougher."
+        ),
     ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw costs and gains into this new .png file.")

@@ -351,3 +351,5 @@ def print_demo(result: "DemoResult") -> None:
         "A_log is a small part of the parameters; its zeros save nothing and are for insight.",
         highlight=False,
     )
+    if sizes.short_fits:
+        out.print("Removals were fitted only briefly, which costs them perplexity.")
