@@ -76,8 +76,8 @@ class CapturedStep:
         def step() -> tuple[Tensor, Tensor]:
             return gradients(self._batch), update(self._rate)
 
-        stream = torch.cuda.Stream(weights.device)
-        stream.wait_stream(torch.cuda.current_stream(weights.device))
+        stream, home = torch.cuda.Stream(weights.device), torch.cuda.current_stream(weights.device)
+        stream.wait_stream(home)
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
                 weights.restore(before)
@@ -85,9 +85,14 @@ class CapturedStep:
             expected = _made(weights, loss, norm)
             del loss, norm
             weights.restore(before)
-        torch.cuda.current_stream(weights.device).wait_stream(stream)
-        with torch.cuda.graph(self._graph):
-            loss, norm = step()
+        home.wait_stream(stream)
+        try:
+            with torch.cuda.graph(self._graph):
+                loss, norm = step()
+        except BaseException:
+            torch.cuda.set_stream(home)  # torch leaves the stream of a capture that failed current
+            torch.cuda.synchronize(weights.device)
+            raise
         self._graph.replay()
         for name, one in _made(weights, loss, norm).items():
             _compare(name, one, expected[name], expected[name], _SAME)
