@@ -11,6 +11,7 @@ measured: a second call goes on from the first with ``--resume``.
 """
 
 import argparse
+import json
 import os
 import time
 import traceback
@@ -20,7 +21,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from common import begin, first_line, keep, save
+from common import RESULTS, begin, first_line, keep, save
 from transformers import (
     AutoModelForCausalLM,
     GraniteMoeHybridConfig,
@@ -279,8 +280,14 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", help="beginnings of names; default all")
     parser.add_argument("--name", help="of the result files; default structure_latency_DEVICE")
     parser.add_argument("--resume", action="store_true", help="go on from this name's .json")
+    parser.add_argument("--render", action="store_true", help="only the table of this name's .json")
     options = parser.parse_args()
     options.name = options.name or f"structure_latency_{options.device}"
+    if options.render:  # of a run that was stopped
+        found = json.loads((RESULTS / f"{options.name}.json").read_text(encoding="utf-8"))
+        made = found.pop("versions")
+        save(options.name, table(found["rows"], found["speed"], options.device), found, made)
+        return
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device, or --device cpu")
     content = begin(options)
