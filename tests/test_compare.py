@@ -217,7 +217,15 @@ def test_an_interrupt(setup, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "sparsessm_plugin.cli", "compare", str(DEMO), *setup]
     command = [str(part) for part in command]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run in the background hands an ignored SIGINT on to its children
+        preexec_fn=lambda: signal.signal(  # noqa: PLW1509
+            signal.SIGINT, signal.default_int_handler
+        ),
+    )
     lines = []
     for line in process.stderr:  # the dense model is done when the first run begins
         lines.append(line)

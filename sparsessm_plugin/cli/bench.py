@@ -55,8 +55,8 @@ def bench(
         str, typer.Option(help="transformers, vllm or llama.cpp, where it is installed.")
     ] = "transformers",
     runtime_python: Annotated[
-        str, typer.Option(help="The Python that has vLLM, if it is another one.")
-    ] = sys.executable,
+        str | None, typer.Option(help="The Python that has vLLM; default: the one that runs this.")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw tokens/s into this new .png file.")
     ] = None,
@@ -90,7 +90,7 @@ def bench(
             decode_steps,
             repeats,
             dtype,
-            runtime_python,
+            runtime_python or sys.executable,
             output,
             plot,
             as_json,

@@ -39,7 +39,7 @@ def measure_runtime(
     decode_steps: int = 8,
     repeats: int = 5,
     dtype: str = "auto",
-    python: str = sys.executable,
+    python: str | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> Latency:
     """Time prefill and decode of models in a runtime, one model after the other.
@@ -52,7 +52,7 @@ def measure_runtime(
     :param decode_steps: tokens to produce a sequence
     :param repeats: of each measurement
     :param dtype: of vLLM
-    :param python: the Python that has vLLM
+    :param python: the Python that has vLLM; default: the one that runs this
     :param progress: called with 1 after each model
     :raises SparseSSMError: the runtime is not installed, or fails
     """
@@ -69,7 +69,9 @@ def measure_runtime(
                 "dtype": dtype,
                 "vocab_size": vocab_size,
             }
-            found = _json_of([python, str(_SCRIPT), json.dumps(asked)], "vLLM", last=True)
+            found = _json_of(
+                [python or sys.executable, str(_SCRIPT), json.dumps(asked)], "vLLM", last=True
+            )
         else:
             found = _llama(model, prompt_length, decode_steps, repeats)
         for size in batch_sizes:
