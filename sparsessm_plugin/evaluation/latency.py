@@ -22,7 +22,7 @@ from torch import Tensor
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.evaluation.decoding import StaticDecode, prefill, step
 from sparsessm_plugin.evaluation.state_cache import StateCache, cache_bytes, lengthen
-from sparsessm_plugin.families.kernels import bound_kernels
+from sparsessm_plugin.families.kernels import bound_kernels, refused_mixer
 from sparsessm_plugin.files import write_bytes
 
 PREFILL = "prefill"
@@ -336,6 +336,12 @@ def _check_device(name: str, model: Any, cuda_graphs: bool) -> None:
         raise SparseSSMError(
             f"transformers has bound the CUDA kernels of {', '.join(sorted(packages))}, which "
             f"cannot run {name} on {model.device}; measure on CUDA, or where they are not installed"
+        )
+    if (refused := refused_mixer(model)) is not None:
+        mixer, width = refused
+        raise SparseSSMError(
+            f"{name}: {mixer} has a width of {width}, and causal-conv1d, which transformers has "
+            "bound, takes multiples of 8; measure other sizes, or where it is not installed"
         )
     if cuda_graphs and not on_cuda:
         raise SparseSSMError(f"CUDA graphs: {name} is not on a CUDA device")

@@ -132,6 +132,8 @@ class MixerAdapter(ABC):
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("A_log", "D")
     # tensors whose first dimension is the head: positions along another one count head after head
     stacked: ClassVar[frozenset[str]] = frozenset()
+    # whether transformers' convolution reads channels in the last dimension, as projections write
+    convolves_by_channel: ClassVar[bool] = True
 
     def __init__(self, mixer: nn.Module, name: str = "mixer"):
         # Any: nn.Module types every attribute as Tensor | Module

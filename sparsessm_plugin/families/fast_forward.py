@@ -2,12 +2,12 @@
 
 On the CPU, transformers walks through time in Python (Mamba-1) or multiplies by broadcast sums
 (Mamba-2); the scans of this package do the same tens of times faster. So they do on a GPU, in
-Triton. Where transformers has mamba-ssm's kernels bound, but for Mamba-1 in half precision, or on
-a device without a fast backend, nothing is replaced.
+Triton. Where transformers has mamba-ssm's kernels bound, but for Mamba-1 in half precision and
+sizes that these kernels refuse, or on a device without a fast backend, nothing is replaced.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 from sparsessm_plugin.backends.choice import REFERENCE, backend_for
 from sparsessm_plugin.families.base import MixerAdapter, read_out
-from sparsessm_plugin.families.kernels import scans_in_kernels
+from sparsessm_plugin.families.kernels import (
+    convolution_in_torch,
+    kernels_refuse,
+    scans_in_kernels,
+)
 from sparsessm_plugin.families.registry import get_adapter, iter_mixers, known_mixers
 from sparsessm_plugin.recurrence import scan
 
@@ -27,8 +31,9 @@ def fast_forward(model: nn.Module, gradients: bool = False) -> Iterator[None]:
 
     Outputs agree with the model's own to 1e-4 relative in float32. Calls with a cache
     (pass ``use_cache=False``), with gradients or on a device without a fast backend go to the
-    model's own forward, and so do mixers without an adapter. The mixers are restored on exit,
-    whatever happened inside.
+    model's own forward, and so do mixers without an adapter. Where a convolution that transformers
+    has bound refuses a mixer's width, transformers' reference takes its place there. The mixers are
+    restored on exit, whatever happened inside.
 
     :param model: any model
     :param gradients: also run calls with gradients through this package's scan, on any device; and
@@ -81,7 +86,7 @@ class _Forward:
         if device.type == "cpu":  # kernels that transformers may have bound refuse it
             return True
         runs = not self.adapter.has_state_transitions or backend_for(device) != REFERENCE
-        if scans_in_kernels(self.adapter.mixer):
+        if scans_in_kernels(self.adapter.mixer) and not kernels_refuse(self.adapter):
             # those want other layouts: in half precision, copies make them slower than ours
             return runs and self.adapter.has_state_transitions and dtype.itemsize == 2
         # the chunked scan of Mamba-2 is matrix products, fast everywhere
@@ -146,9 +151,13 @@ class _Forward:
             # no scan is faster than none
             return self.adapter.project_out(offered[2].to(hidden_states.dtype))
         if not replaces or not self._takes_over(hidden_states.device, hidden_states.dtype):
-            return self.own_forward(
-                hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
-            )
+            with convolution_in_torch(mixer) if kernels_refuse(self.adapter) else nullcontext():
+                return self.own_forward(
+                    hidden_states,
+                    cache_params=cache_params,
+                    attention_mask=attention_mask,
+                    **kwargs,
+                )
         quantities = self.adapter.quantities(hidden_states, attention_mask)
         x = self._read_out(quantities)
         if not (x.dtype.itemsize == 2 and torch.is_autocast_enabled(x.device.type)):

@@ -38,6 +38,7 @@ class ZambaAdapter(Mamba1Adapter):
     mixer_class = "ZambaMambaMixer"
     state_size_field = "mamba_d_state"
     stacked: ClassVar[frozenset[str]] = frozenset(("A_log", "D", "dt_proj_bias", *_OWN.values()))
+    convolves_by_channel: ClassVar[bool] = False  # it makes a copy in the order of time
 
     @property
     def sizes(self) -> MixerSizes:

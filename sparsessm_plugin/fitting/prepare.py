@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from loguru import logger
 from numpy.typing import NDArray
 from torch import nn
 
-from sparsessm_plugin.checkpoints.runtimes import RUNTIMES, runtime_problems
+from sparsessm_plugin.checkpoints.runtimes import RUNTIMES, kernel_problems, runtime_problems
 from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.families import find_mixers
+from sparsessm_plugin.families.kernels import bound_kernels
 from sparsessm_plugin.fitting.axes import AXES, Axis, in_order
 from sparsessm_plugin.fitting.choice import MOST_MIXES, best_mixes, nearest_mix
 from sparsessm_plugin.fitting.costs import Array, Ladder, Space, counted
@@ -82,27 +84,50 @@ class Prepared:
     def __init__(self, shapes: Shapes, settings: FitSettings, device: torch.device) -> None:
         self.settings = settings
         self.device = device
-        self.speed: SpeedModel | None = None
-        self.excluded: list[Excluded] = []
         find_mixers(shapes.dense)  # raises, and says which are known, where there are none
         # what keeps the runtime from the model as it is; a smaller one may be free of it
         self._problems = runtime_problems(settings.runtime, shapes.dense)
+        timed = any(target.kind == "speed" for target in settings.targets)
+        # speeds are those of transformers' forward pass, whatever the runtime
+        self._spares_kernels = (settings.runtime == "transformers" or timed) and not (
+            kernel_problems(shapes.dense)
+        )
+        self._kernel_problem: str | None = None  # of the first size that was left out for it
+        try:
+            self._prepare(shapes)
+        except SparseSSMError:
+            bound = set(bound_kernels(shapes.dense).values()) - {"torch"}
+            if self._kernel_problem is None or (timed and bound):  # these could not be timed
+                raise
+            self._spares_kernels = False
+            self._prepare(shapes)
+            logger.warning(
+                "no sizes that causal-conv1d takes reach the targets, so others may be chosen, on "
+                "which stock transformers fails on a GPU where causal-conv1d is installed: "
+                f"{self._kernel_problem}"
+            )
+
+    def _prepare(self, shapes: Shapes) -> None:
+        self.speed: SpeedModel | None = None
+        self.excluded: list[Excluded] = []
         self._taken: set[nn.Module] = set()  # by the runtime
         self._cured: dict[str, int] = {}  # by axis: the largest size that is
         ladders = self._ladders(shapes)
         if self._problems and not self._cured:
-            raise SparseSSMError(f"{settings.runtime} cannot load this model: {self._problems[0]}")
+            raise SparseSSMError(
+                f"{self.settings.runtime} cannot load this model: {self._problems[0]}"
+            )
         if not ladders:
             why = f": {self.excluded[0].reason}" if self.excluded else ""
             raise SparseSSMError(f"nothing of this model can become smaller{why}")
         self.space = Space(shapes, self._affordable(ladders))
         self._known: dict[str, dict[tuple[int, ...], float]] = {}
         self.predicted: dict[tuple[int, ...], float] = {}
-        counts = [t for t in settings.targets if t.kind != "speed"]
+        counts = [t for t in self.settings.targets if t.kind != "speed"]
         self._check_reached(counts)
-        if len(counts) < len(settings.targets):
-            self.speed = fit_speed_model(self.space, settings.workload, device)
-            self._check_reached(settings.targets)
+        if len(counts) < len(self.settings.targets):
+            self.speed = fit_speed_model(self.space, self.settings.workload, self.device)
+            self._check_reached(self.settings.targets)
         self._drop_needless()
         self._check_together()
 
@@ -169,6 +194,9 @@ class Prepared:
     def _check_runtime(self, model: nn.Module, mix: tuple[int, ...]) -> None:
         if model in self._taken:
             return
+        if self._spares_kernels and (refused := kernel_problems(model)):
+            self._kernel_problem = self._kernel_problem or refused[0]
+            raise SparseSSMError(f"{self.described(mix)}: {refused[0]}")
         problems = runtime_problems(self.settings.runtime, model)
         new = [problem for problem in problems if problem not in self._problems]
         if new and len(problems) > len(self._problems):
@@ -238,6 +266,9 @@ class Prepared:
             reason = f"{self.settings.runtime}: {new[0]}" if new else None
             if self._problems and not problems:
                 self._cured[axis.name] = max(size, self._cured.get(axis.name, 0))
+            if reason is None and self._spares_kernels and (refused := kernel_problems(model)):
+                reason = f"transformers: {refused[0]}"
+                self._kernel_problem = self._kernel_problem or refused[0]
         except ValueError as error:  # pydantic's and this package's
             reason = " ".join(str(error).split())
         if reason is not None:

@@ -1,6 +1,7 @@
 """Remove whole channels (Mamba-1), heads or channels of every head (Mamba-2, value heads)."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +15,7 @@ from sparsessm_plugin.calibration.inputs import CalibrationInputs
 from sparsessm_plugin.criteria.channels import CHANNEL_CRITERIA
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import MixerAdapter
+from sparsessm_plugin.families.base import MixerSizes
 from sparsessm_plugin.methods.outputs import dense_outputs, fit_out_proj, relative_error
 from sparsessm_plugin.methods.removal import (
     MixerRemoval,
@@ -24,6 +26,7 @@ from sparsessm_plugin.methods.removal import (
     remove,
 )
 from sparsessm_plugin.methods.run import run
+from sparsessm_plugin.methods.runtime_sizes import warn_of_kernels
 from sparsessm_plugin.recurrence import scan
 from sparsessm_plugin.refit.channels import LinearTerm, eliminate_blocks, refit
 
@@ -150,6 +153,13 @@ class ChannelRemoval(MixerRemoval[ChannelSettings]):
                 f"{1 - keep / length:.1%} removed; give keep, or another multiple_of"
             )
 
+        def made(size: int) -> MixerSizes:
+            if not self._fits(adapter, size):
+                raise SparseSSMError(f"{adapter.name} cannot have {size} {axis}")
+            return narrow_sizes(adapter.sizes, axis, size)
+
+        warn_of_kernels(self.who, adapter, axis, keep, length, made)
+
     # -- one mixer -------------------------------------------------------------------
 
     def shrink(self, adapter: MixerAdapter, inputs: CalibrationInputs) -> Shrunk:
@@ -188,6 +198,16 @@ class ChannelRemoval(MixerRemoval[ChannelSettings]):
             fit_out_proj(small, inputs, targets)
         error_left = relative_error(small, inputs, targets)
         return Shrunk(axis, removed, small, error_removed, error_left)
+
+
+def narrow_sizes(sizes: MixerSizes, axis: str, keep: int) -> MixerSizes:
+    """Sizes of a mixer that keeps so many channels, heads or channels of every head."""
+    heads, head_dim = sizes.num_heads, sizes.head_dim
+    if axis in ("head_dim", "value_dims"):
+        head_dim = keep
+    else:  # in the Mamba-1 layout every channel is a head
+        heads = keep
+    return replace(sizes, num_heads=heads, head_dim=head_dim, intermediate_size=heads * head_dim)
 
 
 def channel_blocks(adapter: MixerAdapter, axis: str) -> Tensor:

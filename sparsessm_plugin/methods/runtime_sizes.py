@@ -16,6 +16,8 @@ from sparsessm_plugin.dependency_graph import (
 )
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import MixerAdapter, find_mixers, get_model_adapter
+from sparsessm_plugin.families.base import MixerSizes
+from sparsessm_plugin.families.kernels import refused_width
 
 _UNITS = {"state": "states", "key_dims": "key dims", "head_dim": "channels a head"}
 
@@ -208,3 +210,37 @@ def refusal(
     title, limit = found
     verb = "does not load" if limit.answer == "no" else "is slow with"
     return f"{who}: {title} {verb} what {keep} makes: {limit.reason}; {advice}"
+
+
+def warn_of_kernels(
+    who: str,
+    mixer: MixerAdapter,
+    kept: str,
+    size: int,
+    length: int,
+    made: Callable[[int], MixerSizes],
+) -> None:
+    """Warn of a size on which stock transformers fails where causal-conv1d is installed.
+
+    Not where it fails on the mixer as it is.
+
+    :param kept: what the size counts, for messages
+    :param size: that is to stay, out of ``length``
+    :param made: the mixer's sizes by what stays; a :class:`SparseSSMError` where there are none
+    """
+    width = refused_width(mixer, made(size))
+    if width is None or refused_width(mixer) is not None:
+        return
+
+    def fits(other: int) -> bool:
+        try:
+            return refused_width(mixer, made(other)) is None
+        except SparseSSMError:
+            return False
+
+    near = [str(n) for n in nearest_fit(size, range(1, length), fits) if n is not None]
+    advice = f"keep {' or '.join(near)} instead" if near else f"so with every number below {length}"
+    logger.warning(
+        f"{who}: {size} of {length} {kept} give {mixer.name} a width of {width}, and causal-conv1d "
+        f"takes multiples of 8: stock transformers fails on a GPU where it is installed; {advice}"
+    )

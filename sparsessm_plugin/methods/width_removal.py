@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from sparsessm_plugin import distributed
@@ -22,11 +22,14 @@ from sparsessm_plugin.families import (
     get_model_adapter,
     get_tensor,
 )
+from sparsessm_plugin.families.base import MixerSizes
 from sparsessm_plugin.families.parts import Norm
+from sparsessm_plugin.methods.channels import narrow_sizes
 from sparsessm_plugin.methods.channels_along import narrow_mixers
 from sparsessm_plugin.methods.model_removal import ModelRemoval, ModelRemovalSettings
 from sparsessm_plugin.methods.removal import RemovalResult, Removed, Shrunk, usual_multiple
 from sparsessm_plugin.methods.run import run
+from sparsessm_plugin.methods.runtime_sizes import warn_of_kernels
 from sparsessm_plugin.methods.stream import (
     ReadingPoint,
     StreamSums,
@@ -138,6 +141,23 @@ class WidthRemoval(ModelRemoval[WidthSettings]):
         if wanted is None:
             return adapter.channels_beside(keep)
         return adapter.tied_channels(keep) if wanted == "along" else None
+
+    def prepare(self, model: nn.Module) -> None:
+        super().prepare(model)
+        adapter = get_model_adapter(model)
+        if not adapter.mixers:
+            return
+        mixer, size = adapter.mixers[0], adapter.hidden_size
+
+        def made(keep: int) -> MixerSizes:
+            channels = self._channels(adapter, keep)
+            adapter.hidden_fields(keep, channels)
+            if channels is None:
+                return mixer.sizes
+            return narrow_sizes(mixer.sizes, axis_along(mixer), channels // mixer.sizes.head_dim)
+
+        keep = self.settings.kept(size)
+        warn_of_kernels(self.who, mixer, "entries of the stream", keep, size, made)
 
     # -- the work --------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ __all__ = [
     "Runtime",
     "RuntimeSupport",
     "check_runtimes",
+    "kernel_problems",
     "planned_limits",
     "runtime_problems",
     "runtime_support",
@@ -94,3 +95,12 @@ def runtime_problems(runtime: str, model: Any) -> list[str]:
     if runtime == "transformers":
         found = [limit for limit in found if limit.answer == "no"]
     return [limit.reason for limit in found]
+
+
+def kernel_problems(model: Any) -> list[str]:
+    """Sizes on which transformers fails on a GPU where causal-conv1d is installed.
+
+    :param model: of transformers, unquantized; the meta device will do
+    """
+    found = planned_limits("transformers", ModelFacts.from_model(model))
+    return [limit.reason for limit in found if limit.answer == "slow" and limit.about == "sizes"]

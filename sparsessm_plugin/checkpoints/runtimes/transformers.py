@@ -58,9 +58,12 @@ def _common(facts: ModelFacts) -> Iterator[Limit]:
 def _without_fast_kernels(facts: ModelFacts) -> Iterator[Limit]:
     """Widths that causal-conv1d refuses where it is given channels in the last dimension."""
     mixer = facts.mixer
-    if mixer is None or facts.is_delta_net:
+    if mixer is None or facts.model_type == "zamba":  # Zamba copies them into the order of time
         return
-    for what, width in (("conv1d", mixer.conv), ("in_proj", mixer.projected)):
+    widths = [("conv1d", mixer.conv)]
+    if not facts.is_delta_net:  # these write what is convolved without anything beside it
+        widths.append(("in_proj", mixer.projected))
+    for what, width in widths:
         if width is not None and width % _CONV_MULTIPLE:
             yield Limit(
                 "slow",
