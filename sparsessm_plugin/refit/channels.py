@@ -37,43 +37,46 @@ def eliminate_blocks(
     :return: removed blocks, ascending
     """
     count, size = blocks.shape
-    per_group = count // groups
-    group_of = torch.arange(count, device=blocks.device) // per_group
-    gone = torch.zeros(count, dtype=torch.bool, device=blocks.device)
+    device = blocks.device
+    group_of = torch.arange(count, device=device) // (count // groups)
+    gone = torch.zeros(count, dtype=torch.bool, device=device)
+    left = torch.full((groups,), remove // groups, device=device)
+    eye = torch.eye(size, dtype=torch.float64, device=device)
     inverses, weights = [], []
     for term in terms:
-        D = len(term.gram)
         damped = term.gram.double().clone()
         damped.diagonal().add_(damping * damped.diagonal().mean() + 1e-30)
         inverses.append(torch.cholesky_inverse(torch.linalg.cholesky(damped)))
         weights.append(term.weight.double().clone())
-        assert weights[-1].shape[1] == D
-    left = [remove // groups] * groups
+        assert weights[-1].shape[1] == len(damped)
+    # Nothing below asks the device for a value: a GPU gets all steps at once and never waits.
     for _ in range(remove):
-        cost = torch.zeros(count, dtype=torch.float64, device=blocks.device)
+        cost = torch.zeros(count, dtype=torch.float64, device=device)
         for inverse, weight in zip(inverses, weights, strict=True):
             if size == 1:
                 entry = inverse.diagonal()[blocks[:, 0]]
                 cost += weight.square().sum(0)[blocks[:, 0]] / entry.clamp(min=1e-300)
             else:
                 inner = inverse[blocks[:, :, None], blocks[:, None, :]]  # (n, size, size)
-                inner[gone] = torch.eye(size, dtype=inner.dtype, device=inner.device)
-                columns = weight[:, blocks].transpose(0, 1)  # (n, out, size)
-                solved = torch.linalg.solve(inner, columns.transpose(1, 2))  # (n, size, out)
-                cost += (columns.transpose(1, 2) * solved).sum((1, 2))
-        full = torch.tensor([n == 0 for n in left], device=blocks.device)
-        best = int(cost.masked_fill(gone | full[group_of], math.inf).argmin())
-        gone[best] = True
-        left[best // per_group] -= 1
-        S = blocks[best]
-        for k, (inverse, weight) in enumerate(zip(inverses, weights, strict=True)):
+                inner = torch.where(gone[:, None, None], eye, inner)
+                columns = weight[:, blocks].permute(1, 2, 0)  # (n, size, out)
+                solved, _ = torch.linalg.solve_ex(inner, columns)
+                cost += (columns * solved).sum((1, 2))
+        full = (left == 0)[group_of]
+        best = cost.masked_fill(gone | full, math.inf).argmin().view(1)
+        gone.index_fill_(0, best, True)
+        left.index_add_(0, group_of[best], -torch.ones_like(best))
+        S = blocks[best][0]
+        for inverse, weight in zip(inverses, weights, strict=True):
             # rows of inverse that leave, through the inverse of their own block
-            through = torch.linalg.solve(inverse[S][:, S], inverse[S])  # (size, D)
-            weights[k] = weight - weight[:, S] @ through
-            inverses[k] = inverse - inverse[:, S] @ through
-            weights[k][:, S] = 0
-            inverses[k][S], inverses[k][:, S] = 0, 0
-            inverses[k][S, S] = 1
+            rows = inverse.index_select(0, S)  # (size, D)
+            own = rows.index_select(1, S)
+            through = rows / own if size == 1 else torch.linalg.solve_ex(own, rows)[0]
+            weight.addmm_(weight.index_select(1, S), through, alpha=-1)
+            weight.index_fill_(1, S, 0)
+            inverse.addmm_(rows.T, through, alpha=-1)
+            inverse.index_fill_(0, S, 0).index_fill_(1, S, 0)
+            inverse.diagonal().index_fill_(0, S, 1)
     return gone.nonzero().flatten().tolist()
 
 

@@ -55,6 +55,8 @@ def eliminate(gram: Tensor, remove: int) -> Tensor:
     :param remove: size of the set
     :return: (N,) bool
     """
+    device = gram.device
+    gram = gram.cpu()  # every step asks for a value, for which a GPU would have to wait
     diagonal = gram.diagonal()
     x = torch.zeros_like(diagonal)
     linear = diagonal.clone()  # cost of removing one more
@@ -73,7 +75,7 @@ def eliminate(gram: Tensor, remove: int) -> Tensor:
         if not float(change.flatten()[best]) < -tolerance:
             break
         x[best // len(x)], x[best % len(x)] = 0, 1
-    return x > 0
+    return (x > 0).to(device)
 
 
 def choose(gram: Tensor, remove: int) -> Tensor:
