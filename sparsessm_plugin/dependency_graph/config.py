@@ -60,6 +60,14 @@ def apply_config_fields(config: Any, fields: Mapping[str, Any]) -> None:
         raise SparseSSMError(f"{type(config).__name__} refuses {wanted}: {reason}") from error
 
 
+def set_language_fields(config: Any, fields: Mapping[str, Any]) -> None:
+    """:func:`apply_config_fields`, with ``head_dim`` too, which some loaders read undeclared."""
+    language = config.get_text_config()
+    if "head_dim" in fields and not hasattr(language, "head_dim"):
+        language.head_dim = None
+    apply_config_fields(config, fields)
+
+
 def write_config_fields(content: dict[str, Any], fields: Mapping[str, Any], config: Any) -> None:
     """Set the fields in what a config.json holds, at the levels that the config has them.
 

@@ -10,7 +10,7 @@ import torch_pruning
 from compressed_tensors.offload import disable_onloading
 from torch import Tensor, nn
 
-from sparsessm_plugin.dependency_graph.config import apply_config_fields
+from sparsessm_plugin.dependency_graph.config import set_language_fields
 from sparsessm_plugin.dependency_graph.graph import MixerDependencyGraph
 from sparsessm_plugin.dependency_graph.stream import (
     ModelSurrogate,
@@ -34,6 +34,7 @@ from sparsessm_plugin.families import (
     get_model_adapter,
     get_tensor,
 )
+from sparsessm_plugin.families.base import MixerSizes
 
 Indices = Iterable[int] | Mapping[str, Iterable[int]]
 
@@ -53,6 +54,7 @@ class ModelAxisGroup(torch_pruning.dependency.Group):
         indices: dict[str, tuple[int, ...]],
         items: Iterable[Any] = (),
         channels: Mapping[str, tuple[int, ...]] | None = None,
+        along: str | None = None,
     ):
         super().__init__()
         self._group = list(items)
@@ -60,8 +62,9 @@ class ModelAxisGroup(torch_pruning.dependency.Group):
         self.axis = axis
         # by module for units, under the model's name otherwise
         self.indices = indices
-        # heads or channels of the mixers that go along
+        # indices of an axis of the mixers that go along
         self.channels = dict(channels or {})
+        self.along = along
         self.old_size: int = graph.adapter.axis_length(axis)
         self.changes: tuple[TensorChange, ...] = ()
         self.layers: tuple[Layer, ...] = ()
@@ -127,14 +130,17 @@ class ModelDependencyGraph:
         axis: str,
         removed: Indices,
         channels: Mapping[str, Iterable[int]] | None = None,
+        along: str | None = None,
     ) -> ModelAxisGroup:
         """The group of the given indices of an axis.
 
         :param axis: one of the adapter's ``axis_names``
         :param removed: indices of the axis; of units, the same in every module, or as many of
             each by the module's name (:attr:`UnitBlock.name`)
-        :param channels: with ``hidden``, heads (channels in the Mamba-1 layout) of every mixer
-            that go along, by the mixer's name, for loaders that tie the two
+        :param channels: with ``hidden``, indices of an axis of every mixer that go along, by the
+            mixer's name, for loaders that tie the two
+        :param along: that axis, one of ``ways_along`` of the adapter; default whole heads
+            (channels in the Mamba-1 layout)
         :raises SparseSSMError: no such axis or module; or indices that are none, out of range,
             given twice, or not equally many of each module
         """
@@ -151,7 +157,7 @@ class ModelDependencyGraph:
                 group = ModelAxisGroup(self, axis, indices)
                 group.layers = tuple(adapter.layers[i] for i in indices[adapter.name])
                 return group
-            return self._hidden_group(indices, channels or {})
+            return self._hidden_group(indices, channels or {}, along)
         return self._unit_group(axis, removed)
 
     def remove(self, group: ModelAxisGroup) -> dict[str, Any]:
@@ -172,24 +178,24 @@ class ModelDependencyGraph:
         kept = [i for i in range(group.old_size) if i not in set(gone)]
         mixers = {mixer.name: mixer for mixer in adapter.mixers} if group.channels else {}
         if axis == "hidden":
-            fields = adapter.hidden_fields(group.new_size, _channels_left(mixers, group.channels))
+            fields = adapter.hidden_fields(group.new_size, _sizes_left(mixers, group))
         elif axis == "layers":
             fields = adapter.layer_fields(kept)
         else:
             fields = adapter.unit_field_values(axis, group.new_size)
-        _apply(copy.deepcopy(self.model.config), fields)
+        set_language_fields(copy.deepcopy(self.model.config), fields)
 
         self._replace(group.changes)
         if axis == "hidden":
             adapter.set_hidden(group.new_size)
             for mixer in mixers.values():
-                along = axis_along(mixer)
-                mixer.set_size(along, mixer.axis_length(along))
+                assert group.along is not None
+                mixer.set_size(group.along, mixer.axis_length(group.along))
         elif axis == "layers":
             adapter.set_layers(kept)
         else:
             adapter.set_units(axis, group.new_size)
-        _apply(self.model.config, fields)
+        set_language_fields(self.model.config, fields)
         return fields
 
     def signature(self) -> tuple[Any, ...]:
@@ -198,7 +204,10 @@ class ModelDependencyGraph:
             return tuple((name, p.shape) for name, p in self.model.named_parameters())
 
     def _hidden_group(
-        self, indices: dict[str, tuple[int, ...]], channels: Mapping[str, Iterable[int]]
+        self,
+        indices: dict[str, tuple[int, ...]],
+        channels: Mapping[str, Iterable[int]],
+        along: str | None,
     ) -> ModelAxisGroup:
         surrogate, graph = self._trace()
         entries = next(iter(indices.values()))
@@ -214,8 +223,12 @@ class ModelDependencyGraph:
                     for dependency, _ in items
                     if graph.is_out_channel_pruning_fn(dependency.handler)
                 }
-        along, changes = self._channels_along(channels)
-        group = ModelAxisGroup(self, "hidden", indices, items, along)
+        gone: dict[str, tuple[int, ...]] = {}
+        changes: list[TensorChange] = []
+        if channels:
+            along = along or whole_axis(self.adapter.mixers[0])
+            gone, changes = self._channels_along(channels, along)
+        group = ModelAxisGroup(self, "hidden", indices, items, gone, along)
         group.changes = _merge((*self._collect(items), *changes))
         return group
 
@@ -238,20 +251,18 @@ class ModelDependencyGraph:
         return group
 
     def _channels_along(
-        self, channels: Mapping[str, Iterable[int]]
+        self, channels: Mapping[str, Iterable[int]], axis: str
     ) -> tuple[dict[str, tuple[int, ...]], list[TensorChange]]:
-        """The heads or channels of each mixer, checked, and what they take with them."""
-        if not channels:
-            return {}, []
+        """The indices of an axis of each mixer, checked, and what they take with them."""
         mixers = {mixer.name: mixer for mixer in self.adapter.mixers}
         _check_names(self.adapter.name, "channels", channels, mixers)
-        along, changes = {}, []
+        gone, changes = {}, []
         for name, mixer in mixers.items():
-            group = MixerDependencyGraph(mixer).get_axis_group(axis_along(mixer), channels[name])
-            along[name] = group.indices
+            group = MixerDependencyGraph(mixer).get_axis_group(axis, channels[name])
+            gone[name] = group.indices
             changes += [with_values(c, tensor=f"{name}.{c.tensor}") for c in group.changes]
-        _check_equal("channels", along)
-        return along, changes
+        _check_equal(axis, gone)
+        return gone, changes
 
     def _trace(self) -> tuple[ModelSurrogate, torch_pruning.DependencyGraph]:
         """The traced graph of the model as it is now."""
@@ -316,19 +327,18 @@ class ModelDependencyGraph:
         return tensor
 
 
-def axis_along(mixer: MixerAdapter) -> str:
+def whole_axis(mixer: MixerAdapter) -> str:
     """The axis of a mixer whose indices are whole heads, or single channels without heads."""
     whole = ("heads", "value_heads")
     return next((axis for axis in whole if axis in mixer.axis_names), "channels")
 
 
-def _channels_left(
-    mixers: Mapping[str, MixerAdapter], along: Mapping[str, tuple[int, ...]]
-) -> int | None:
-    """D of every mixer once these heads or channels are gone, None where none go."""
-    for name, indices in along.items():
-        sizes = mixers[name].sizes
-        return sizes.intermediate_size - len(indices) * sizes.head_dim
+def _sizes_left(mixers: Mapping[str, MixerAdapter], group: ModelAxisGroup) -> MixerSizes | None:
+    """Sizes of every mixer once what goes along is gone, None where nothing does."""
+    for name, indices in group.channels.items():
+        mixer, axis = mixers[name], group.along
+        assert axis is not None
+        return mixer.sizes.keeping(axis, mixer.axis_length(axis) - len(indices))
     return None
 
 
@@ -344,14 +354,6 @@ def _say_features(model: nn.Module, name: str, tensor: Tensor) -> None:
         owner.out_features, owner.in_features = tensor.shape
     elif leaf == "weight" and isinstance(owner, nn.Embedding):
         owner.num_embeddings, owner.embedding_dim = tensor.shape
-
-
-def _apply(config: Any, fields: Mapping[str, Any]) -> None:
-    """Set fields on a config, among them ``head_dim``, which some loaders read undeclared."""
-    language = config.get_text_config()
-    if "head_dim" in fields and not hasattr(language, "head_dim"):
-        language.head_dim = None
-    apply_config_fields(config, fields)
 
 
 def _check_names(

@@ -12,7 +12,7 @@ One file because most of it is one interface, whose parts are read side by side.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -43,6 +43,20 @@ class MixerSizes:
     head_dim: int  # P
     n_groups: int  # G
     time_step_rank: int = 0  # R, Mamba-1 only
+
+    def keeping(self, axis: str, size: int) -> "MixerSizes":
+        """The same with fewer channels.
+
+        :param axis: of channels, heads or channels of every head
+        :param size: indices of it that stay
+        """
+        heads, head_dim = self.num_heads, self.head_dim
+        if axis in ("head_dim", "value_dims"):
+            head_dim = size
+        else:  # in the Mamba-1 layout every channel is a head
+            heads = size
+        D = heads * head_dim
+        return replace(self, num_heads=heads, head_dim=head_dim, intermediate_size=D)
 
 
 @dataclass(frozen=True)
@@ -314,6 +328,12 @@ class MixerAdapter(ABC):
         """The axis of channels; where there are heads, that of the channels of every head."""
         axes = ("channels", "head_dim", "value_dims")
         return next(axis for axis in axes if axis in self.axis_names)
+
+    def last_indices(self, axis: str, kept: int) -> list[int]:
+        """The last indices of an axis, of each of its equal parts as many, if so many stay."""
+        parts = self.groups_of(axis)
+        each, left = self.axis_length(axis) // parts, kept // parts
+        return [part * each + i for part in range(parts) for i in range(left, each)]
 
     def groups_of(self, axis: str) -> int:
         """Equal parts of an axis that must lose equally many indices."""

@@ -20,7 +20,7 @@ from compressed_tensors.offload import disable_onloading
 from torch import Tensor, nn
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families.base import MixerAdapter, TensorAxis
+from sparsessm_plugin.families.base import MixerAdapter, MixerSizes, TensorAxis
 from sparsessm_plugin.families.parts import (
     Attention,
     Embedding,
@@ -221,11 +221,11 @@ class ModelAdapter:
 
     # how sizes are written
 
-    def hidden_fields(self, size: int, channels: int | None = None) -> dict[str, Any]:
+    def hidden_fields(self, size: int, along: MixerSizes | None = None) -> dict[str, Any]:
         """The config fields from which the loader makes this hidden_size; changes nothing.
 
         :param size: the new hidden_size
-        :param channels: channels of every mixer, if they shrink along
+        :param along: of every mixer, if its channels shrink along; see :meth:`ways_along`
         :raises SparseSSMError: the loader cannot make it
         """
         self._check_experts("hidden", size)
@@ -234,17 +234,21 @@ class ModelAdapter:
             # otherwise the loader divides the new hidden_size by the heads
             fields[self.head_dim_field] = attention.head_dim
         for mixer in self.mixers[:1]:
-            if channels is None:
-                channels = mixer.sizes.intermediate_size
-            fields |= self.mixer_fields(mixer, size, channels)
+            fields |= self.mixer_fields(mixer, size, along or mixer.sizes)
         return fields
 
-    def mixer_fields(self, mixer: MixerAdapter, hidden_size: int, channels: int) -> dict[str, Any]:
+    def mixer_fields(
+        self, mixer: MixerAdapter, hidden_size: int, sizes: MixerSizes
+    ) -> dict[str, Any]:
         """The config fields from which the loader makes mixers of these channels.
 
+        :param mixer: one of them as it is
+        :param hidden_size: of the model
+        :param sizes: channels and heads that the mixers are to have
         :raises SparseSSMError: the loader cannot make them
         """
         fields: dict[str, Any] = {}
+        channels = sizes.intermediate_size
         if self.expand_field is not None:
             expand, rest = divmod(channels, hidden_size)
             if rest or not expand:
@@ -256,41 +260,45 @@ class ModelAdapter:
                     "or channels go along"
                 )
             fields[self.expand_field] = expand
-        head_dim = mixer.sizes.head_dim
         if "heads" in mixer.axis_names:
-            fields[str(getattr(mixer, "num_heads_field"))] = channels // head_dim  # noqa: B009
-            fields[str(getattr(mixer, "head_dim_field"))] = head_dim  # noqa: B009
+            fields[str(getattr(mixer, "num_heads_field"))] = sizes.num_heads  # noqa: B009
+            fields[str(getattr(mixer, "head_dim_field"))] = sizes.head_dim  # noqa: B009
         return fields
 
-    def channels_beside(self, hidden_size: int) -> int | None:
-        """Channels that each mixer keeps beside a hidden_size, None where all can stay.
+    def ways_along(self, hidden_size: int) -> dict[str, int]:
+        """How the channels of every mixer can shrink in the ratio of the hidden_size.
 
-        :raises SparseSSMError: they cannot, and no heads go with the hidden_size either
-        """
-        try:
-            self.hidden_fields(hidden_size)
-        except SparseSSMError:
-            return self.tied_channels(hidden_size)
-        return None
-
-    def tied_channels(self, hidden_size: int) -> int | None:
-        """Channels that each mixer keeps beside a hidden_size if their ratio stays.
-
-        :return: None where the loader does not tie the two
-        :raises SparseSSMError: no whole heads make so many, or not as many in every group
+        :return: axis of the mixers (``head_dim``, ``heads``; ``channels`` in the Mamba-1 layout)
+            -> indices of it that stay; empty where the loader does not tie the two
+        :raises SparseSSMError: neither whole heads nor equal ones make so many channels
         """
         if self.expand_field is None or not self.mixers:
-            return None
-        sizes = self.mixers[0].sizes
-        expand = sizes.intermediate_size // sizes.hidden_size
-        least = sizes.head_dim * sizes.n_groups  # a head of each group
-        if expand * hidden_size % least:
+            return {}
+        mixer = self.mixers[0]
+        sizes, D = mixer.sizes, mixer.sizes.intermediate_size
+        expand = D // sizes.hidden_size
+        found: dict[str, int] = {}
+        least: dict[str, int] = {}
+        for axis in ("head_dim", "heads", "channels"):
+            if axis in mixer.axis_names:
+                one = D // mixer.axis_length(axis) * mixer.groups_of(axis)
+                least[axis] = one // gcd(one, expand)
+                if hidden_size % least[axis] == 0:
+                    found[axis] = expand * hidden_size * mixer.axis_length(axis) // D
+        if not found:
+            heads = sizes.num_heads if "heads" in mixer.axis_names else sizes.n_groups
+            what = f"are not {heads} equal heads"
+            if "heads" in mixer.axis_names:
+                what = (
+                    f"are neither {heads} equal heads nor whole heads of {sizes.head_dim} in "
+                    f"{sizes.n_groups} groups"
+                )
             raise SparseSSMError(
                 f"{self.name}: hidden_size={hidden_size} goes with {expand * hidden_size} "
-                f"channels, which are no whole heads of {sizes.head_dim} in {sizes.n_groups} "
-                f"groups; take a multiple of {least // gcd(least, expand)}"
+                f"channels, which {what}; take a multiple of "
+                f"{' or '.join(map(str, sorted(set(least.values()))))}"
             )
-        return expand * hidden_size
+        return found
 
     def layer_fields(self, kept: Sequence[int]) -> dict[str, Any]:
         """The config fields from which the loader makes the kept layers; changes nothing.

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families.base import MixerAdapter
+from sparsessm_plugin.families.base import MixerAdapter, MixerSizes
 from sparsessm_plugin.families.model import ModelAdapter, register_model
 
 
@@ -18,9 +18,14 @@ class MambaModelAdapter(ModelAdapter):
     model_class = "MambaForCausalLM"
     needs_attention = False
 
-    def mixer_fields(self, mixer: MixerAdapter, hidden_size: int, channels: int) -> dict[str, Any]:
+    def mixer_fields(
+        self, mixer: MixerAdapter, hidden_size: int, sizes: MixerSizes
+    ) -> dict[str, Any]:
         # both would follow hidden_size if the file did not say them
-        return {"intermediate_size": channels, "time_step_rank": mixer.sizes.time_step_rank}
+        return {
+            "intermediate_size": sizes.intermediate_size,
+            "time_step_rank": mixer.sizes.time_step_rank,
+        }
 
 
 @register_model
@@ -63,10 +68,12 @@ class FalconH1ModelAdapter(ModelAdapter):
     model_class = "FalconH1ForCausalLM"
     unit_fields: ClassVar[dict[str, str]] = {"mlp": "intermediate_size"}
 
-    def mixer_fields(self, mixer: MixerAdapter, hidden_size: int, channels: int) -> dict[str, Any]:
+    def mixer_fields(
+        self, mixer: MixerAdapter, hidden_size: int, sizes: MixerSizes
+    ) -> dict[str, Any]:
         # without it the channels would follow hidden_size
-        fields = super().mixer_fields(mixer, hidden_size, channels)
-        return fields | {"mamba_d_ssm": channels}
+        fields = super().mixer_fields(mixer, hidden_size, sizes)
+        return fields | {"mamba_d_ssm": sizes.intermediate_size}
 
 
 @register_model
@@ -79,8 +86,10 @@ class JambaModelAdapter(ModelAdapter):
     same_units: ClassVar[dict[str, str]] = {"experts": "mlp"}
     expand_field = "mamba_expand"
 
-    def mixer_fields(self, mixer: MixerAdapter, hidden_size: int, channels: int) -> dict[str, Any]:
-        fields = super().mixer_fields(mixer, hidden_size, channels)
+    def mixer_fields(
+        self, mixer: MixerAdapter, hidden_size: int, sizes: MixerSizes
+    ) -> dict[str, Any]:
+        fields = super().mixer_fields(mixer, hidden_size, sizes)
         return fields | {"mamba_dt_rank": mixer.sizes.time_step_rank}
 
     def layer_fields(self, kept: Sequence[int]) -> dict[str, Any]:
@@ -158,10 +167,10 @@ class SharedBlockModelAdapter(ModelAdapter):
     # name of the shared block in a layer
     shared: ClassVar[str]
 
-    def hidden_fields(self, size: int, channels: int | None = None) -> dict[str, Any]:
+    def hidden_fields(self, size: int, along: MixerSizes | None = None) -> dict[str, Any]:
         if self._attentions():
             self._refuse_adapters("hidden_size")
-        fields = super().hidden_fields(size, channels)
+        fields = super().hidden_fields(size, along)
         return fields | {"attention_hidden_size": 2 * size}
 
     def unit_field_values(self, axis: str, size: int) -> dict[str, Any]:
@@ -268,8 +277,10 @@ class ZambaModelAdapter(SharedBlockModelAdapter):
     model_class = "ZambaForCausalLM"
     shared = "shared_transf"
 
-    def mixer_fields(self, mixer: MixerAdapter, hidden_size: int, channels: int) -> dict[str, Any]:
-        fields = super().mixer_fields(mixer, hidden_size, channels)
+    def mixer_fields(
+        self, mixer: MixerAdapter, hidden_size: int, sizes: MixerSizes
+    ) -> dict[str, Any]:
+        fields = super().mixer_fields(mixer, hidden_size, sizes)
         return fields | {"mamba_dt_rank": mixer.sizes.time_step_rank}
 
     def layer_fields(self, kept: Sequence[int]) -> dict[str, Any]:
@@ -297,9 +308,11 @@ class DeltaNetModelAdapter(ModelAdapter):
 
     unit_fields: ClassVar[dict[str, str]] = {"mlp": "intermediate_size"}
 
-    def mixer_fields(self, mixer: MixerAdapter, hidden_size: int, channels: int) -> dict[str, Any]:
+    def mixer_fields(
+        self, mixer: MixerAdapter, hidden_size: int, sizes: MixerSizes
+    ) -> dict[str, Any]:
         return mixer.config_sizes() | {
-            "linear_num_value_heads": channels // mixer.sizes.head_dim,
+            "linear_num_value_heads": sizes.num_heads,
         }
 
     def layer_fields(self, kept: Sequence[int]) -> dict[str, Any]:
@@ -314,7 +327,7 @@ class DeltaNetModelAdapter(ModelAdapter):
 class BesideImages(DeltaNetModelAdapter):
     """A language model beside an image encoder, which writes into its stream."""
 
-    def hidden_fields(self, size: int, channels: int | None = None) -> dict[str, Any]:
+    def hidden_fields(self, size: int, along: MixerSizes | None = None) -> dict[str, Any]:
         raise SparseSSMError(
             f"{self.name}: an image encoder writes {self.hidden_size} entries into the stream; "
             "hidden_size can change in the language model alone"

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -184,6 +184,7 @@ class Trials:
     :param used: how many of them, the first, a trial chooses and fits by
     :param held_back: to measure on
     :param recipe_uses: how many the recipe's removals choose and fit by; default as many
+    :param way: more fields of the modifier that makes an axis so long, as :meth:`Shapes.way`
 
     Attributes: ``seconds``, how long a whole removal along each axis took the last time.
     """
@@ -193,6 +194,7 @@ class Trials:
     used: int
     held_back: HeldBack
     recipe_uses: int | None = None
+    way: Callable[[Axis, int], dict[str, Any]] = lambda axis, size: {}
     shared: Shared = field(default_factory=Shared)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -208,7 +210,10 @@ class Trials:
         self, sizes: Mapping[str, int], minutes: float, used: int, trial: bool
     ) -> dict[str, dict[str, Any]]:
         axes = in_order(sizes)
-        found = {axis.name: axis.fields(sizes[axis.name]) for axis in axes}
+        found = {
+            axis.name: axis.fields(sizes[axis.name]) | self.way(axis, sizes[axis.name])
+            for axis in axes
+        }
         for axis in axes:
             if trial or axis.slower == 1:
                 found[axis.name] |= axis.quick_fields(self.copies.model, self.copies.device)

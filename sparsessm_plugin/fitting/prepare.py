@@ -85,6 +85,7 @@ class Prepared:
         self.settings = settings
         self.device = device
         find_mixers(shapes.dense)  # raises, and says which are known, where there are none
+        shapes = shapes.on(settings.runtime)
         # what keeps the runtime from the model as it is; a smaller one may be free of it
         self._problems = runtime_problems(settings.runtime, shapes.dense)
         timed = any(target.kind == "speed" for target in settings.targets)
@@ -256,7 +257,7 @@ class Prepared:
     def _can_be(self, axis: Axis, size: int, shapes: Shapes) -> bool:
         """Whether modifier, loader and runtime take a size."""
         try:
-            modifier = axis.modifier_class(**axis.fields(size))
+            modifier = axis.modifier_class(**axis.fields(size), **shapes.way(axis, size))
             modifier.matching_mixers(shapes.dense)
             model = shapes.model({axis.name: size})
             problems = runtime_problems(self.settings.runtime, model)

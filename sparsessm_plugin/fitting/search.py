@@ -70,6 +70,7 @@ class Search:
             _first_tokens(batches, tokens),
             held_back,
             _first_tokens(batches, max(tokens, _TOKENS.get(kind, 2**15))),
+            self.space.shapes.way,
         )
         self.measured: list[dict[int, Tried]] = [{} for _ in self.space.ladders]
         self.tried: dict[tuple[int, ...], Tried] = {}

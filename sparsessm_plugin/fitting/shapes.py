@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from sparsessm_plugin.checkpoints.loading import auto_class
-from sparsessm_plugin.dependency_graph import apply_config_fields
+from sparsessm_plugin.dependency_graph.config import set_language_fields
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import ModelAdapter, get_model_adapter
-from sparsessm_plugin.fitting.axes import in_order
+from sparsessm_plugin.fitting.axes import Axis, in_order
 from sparsessm_plugin.fitting.axes.layers import signatures
 
 Sizes = Mapping[str, int]  # by axis; of an axis that is left out all stays
@@ -25,6 +25,7 @@ class Shapes:
     :param skeleton: the model as it is; its config says how it is loaded
     :param dtype: of its weights; default as the skeleton has them
     :param trust_remote_code: let the model's own code run
+    :param runtime: that is to load the sizes, where they can be made in several ways
     """
 
     def __init__(
@@ -32,11 +33,30 @@ class Shapes:
         skeleton: nn.Module,
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
+        runtime: str = "transformers",
     ) -> None:
         self._config: Any = copy.deepcopy(skeleton.config)
         self._dtype = dtype or next(skeleton.parameters()).dtype
         self._trust_remote_code = trust_remote_code
+        self._runtime = runtime
         self._made: dict[tuple[Any, ...], nn.Module] = {}
+        self._ways: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def on(self, runtime: str) -> "Shapes":
+        """The same for a runtime."""
+        made = Shapes(self.dense, self._dtype, self._trust_remote_code, runtime)
+        made._config = self._config
+        return made
+
+    def way(self, axis: Axis, size: int) -> dict[str, Any]:
+        """More fields of the axis's modifier, by which the runtime takes a size.
+
+        :raises SparseSSMError: the loader cannot make it
+        """
+        key = axis.name, size
+        if key not in self._ways:
+            self._ways[key] = axis.way(self.dense, size, self._runtime)
+        return self._ways[key]
 
     @property
     def dense(self) -> nn.Module:
@@ -64,9 +84,9 @@ class Shapes:
             if axis.name == _LAYERS and kept is not None:
                 fields = get_model_adapter(whole).layer_fields(kept)
             else:
-                fields = axis.config_fields(whole, size)
+                fields = axis.config_fields(whole, size, **self.way(axis, size))
             config = copy.deepcopy(whole.config)
-            set_fields(config, fields)
+            set_language_fields(config, fields)
             model = self._make(path, config)
         return model or self._make((), self._config)
 
@@ -96,14 +116,14 @@ class Shapes:
         dense = self.dense
         adapter = get_model_adapter(dense)
         config = copy.deepcopy(self._config)
-        set_fields(config, adapter.layer_fields(kept))
-        made = Shapes(dense, self._dtype, self._trust_remote_code)
-        made._config = config
+        set_language_fields(config, adapter.layer_fields(kept))
+        made = self.on(self._runtime)
+        made._config, made._ways = config, self._ways
         return made
 
     def like(self, model: Any) -> "Shapes":
         """Of what has become of the model, by its config."""
-        made = Shapes(self.dense, self._dtype, self._trust_remote_code)
+        made = self.on(self._runtime)
         made._config = copy.deepcopy(model.config)
         return made
 
@@ -124,14 +144,6 @@ class Shapes:
             said = " ".join(str(error).split())[:200]
             raise SparseSSMError(f"transformers makes no model of these sizes: {said}") from error
         return made
-
-
-def set_fields(config: Any, fields: Mapping[str, Any]) -> None:
-    """Set fields on a config, among them ``head_dim``, which some loaders read undeclared."""
-    language = config.get_text_config()
-    if "head_dim" in fields and not hasattr(language, "head_dim"):
-        language.head_dim = None
-    apply_config_fields(config, fields)
 
 
 def _shallow(adapter: ModelAdapter, count: int, rare: int) -> tuple[int, ...]:

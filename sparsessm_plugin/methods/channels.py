@@ -1,7 +1,6 @@
 """Remove whole channels (Mamba-1), heads or channels of every head (Mamba-2, value heads)."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +13,7 @@ from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration.inputs import CalibrationInputs
 from sparsessm_plugin.criteria.channels import CHANNEL_CRITERIA
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families import MixerAdapter
+from sparsessm_plugin.families import MixerAdapter, get_tensor
 from sparsessm_plugin.families.base import MixerSizes
 from sparsessm_plugin.methods.outputs import dense_outputs, fit_out_proj, relative_error
 from sparsessm_plugin.methods.removal import (
@@ -156,7 +155,7 @@ class ChannelRemoval(MixerRemoval[ChannelSettings]):
         def made(size: int) -> MixerSizes:
             if not self._fits(adapter, size):
                 raise SparseSSMError(f"{adapter.name} cannot have {size} {axis}")
-            return narrow_sizes(adapter.sizes, axis, size)
+            return adapter.sizes.keeping(axis, size)
 
         warn_of_kernels(self.who, adapter, axis, keep, length, made)
 
@@ -165,29 +164,40 @@ class ChannelRemoval(MixerRemoval[ChannelSettings]):
     def shrink(self, adapter: MixerAdapter, inputs: CalibrationInputs) -> Shrunk:
         axis = self.settings.axis_of(adapter)
         steps = self.settings.compensations(adapter)
-        remove_count = adapter.axis_length(axis) - self.settings.kept(adapter)
+        keep, length = self.settings.kept(adapter), adapter.axis_length(axis)
         blocks = channel_blocks(adapter, axis)
         terms: dict[str, LinearTerm] = {}
         if self.settings.watches_data:
             terms = gather(adapter, inputs)
         groups = adapter.groups_of(axis)
         criterion = CHANNEL_CRITERIA[self.settings.saliency]
+        # no tensor has an entry that all heads share, so each head can lose channels of its own
+        by_head = axis == "head_dim" and criterion.score is None
         if criterion.score is None:
+            units, parts, count = blocks, groups, length - keep
+            if by_head:
+                parts = adapter.sizes.num_heads
+                units, count = blocks.T.reshape(-1, 1), parts * count
 
             def choose() -> list[Tensor]:
-                found = eliminate_blocks(list(terms.values()), blocks, remove_count, groups)
-                return [torch.tensor(found)]
+                return [torch.tensor(eliminate_blocks(list(terms.values()), units, count, parts))]
 
             removed = distributed.share(f"{axis} of {adapter.name}", choose)[0].tolist()
         else:
             score = criterion.score(adapter, axis)
-            order = score.view(groups, -1).argsort(dim=1, stable=True)[:, : remove_count // groups]
-            offsets = torch.arange(groups, device=order.device)[:, None] * (len(score) // groups)
-            removed = sorted((order + offsets).flatten().tolist())
+            lowest = score.view(groups, -1).argsort(dim=1, stable=True)
+            lowest = lowest[:, : (length - keep) // groups]
+            offsets = torch.arange(groups, device=lowest.device)[:, None] * (len(score) // groups)
+            removed = sorted((lowest + offsets).flatten().tolist())
+        targets = dense_outputs(adapter, inputs) if terms else []
+        order = None
+        if by_head:
+            order = kept_first(removed, parts, adapter.sizes.intermediate_size)
+            removed = list(range(keep, length))
+            reorder(adapter, order)
         small = remove(adapter, axis, removed)
         if not terms:
             return Shrunk(axis, removed, small)
-        targets = dense_outputs(adapter, inputs)
         error_removed = relative_error(small, inputs, targets)
         if "x_proj" in steps:
             kept = _complement(blocks, removed)
@@ -197,17 +207,35 @@ class ChannelRemoval(MixerRemoval[ChannelSettings]):
         if "out_proj" in steps:
             fit_out_proj(small, inputs, targets)
         error_left = relative_error(small, inputs, targets)
-        return Shrunk(axis, removed, small, error_removed, error_left)
+        return Shrunk(axis, removed, small, error_removed, error_left, order=order)
 
 
-def narrow_sizes(sizes: MixerSizes, axis: str, keep: int) -> MixerSizes:
-    """Sizes of a mixer that keeps so many channels, heads or channels of every head."""
-    heads, head_dim = sizes.num_heads, sizes.head_dim
-    if axis in ("head_dim", "value_dims"):
-        head_dim = keep
-    else:  # in the Mamba-1 layout every channel is a head
-        heads = keep
-    return replace(sizes, num_heads=heads, head_dim=head_dim, intermediate_size=heads * head_dim)
+def kept_first(removed: list[int], heads: int, channels: int) -> list[int]:
+    """An order of channels in which the removed ones are the last of their heads.
+
+    :param removed: of all channels, head after head, as many of every head
+    :param heads: how many there are
+    :param channels: of all heads
+    :return: for each place the channel that comes to stand there
+    """
+    size, gone = channels // heads, set(removed)
+    order: list[int] = []
+    for start in range(0, channels, size):
+        order += sorted(range(start, start + size), key=lambda channel: channel in gone)
+    return order
+
+
+@torch.no_grad()
+def reorder(adapter: MixerAdapter, order: list[int]) -> None:
+    """Let channels of the Mamba-2 layout change places within their heads, which changes nothing.
+
+    :param order: for each of the D places the channel that comes to stand there
+    """
+    for where in adapter.axes("heads"):
+        tensor = get_tensor(adapter.mixer, where.tensor)
+        if where.block == adapter.sizes.head_dim and tensor is not None:
+            own = tensor.movedim(where.dim, 0)[where.start : where.start + len(order)]
+            own.copy_(own[torch.tensor(order, device=own.device)])
 
 
 def channel_blocks(adapter: MixerAdapter, axis: str) -> Tensor:

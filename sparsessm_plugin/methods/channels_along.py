@@ -1,6 +1,7 @@
 """Channels or heads that go along where a loader ties their number to the hidden size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -8,19 +9,127 @@ from torch import Tensor, nn
 
 from sparsessm_plugin.calibration.inputs import CalibrationInputs
 from sparsessm_plugin.calibration.passes import layer_by_layer
-from sparsessm_plugin.dependency_graph.model_graph import axis_along
+from sparsessm_plugin.checkpoints.runtimes import ModelFacts
+from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import MixerAdapter, ModelAdapter
+from sparsessm_plugin.families.base import MixerSizes
 from sparsessm_plugin.families.fast_forward import fast_forward
+from sparsessm_plugin.families.kernels import refused_width
 from sparsessm_plugin.methods.base import what_enters
 from sparsessm_plugin.methods.channels import ChannelRemoval, ChannelSettings
 from sparsessm_plugin.methods.removal import Shrunk
+from sparsessm_plugin.methods.runtime_sizes import model_of_fields, new_limits
+
+WAYS = ("kept", "along", "heads", "head_dim")
+_VECTOR = 8  # channels of a head that kernels read at once
+
+
+@dataclass(frozen=True)
+class Along:
+    """What every mixer keeps beside a narrower stream.
+
+    :param axis: of the mixers; None where all stays
+    :param keep: indices of it
+    :param sizes: of the mixers afterwards
+    """
+
+    axis: str | None
+    keep: int
+    sizes: MixerSizes
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """By axis; empty where all stays."""
+        return {} if self.axis is None else {self.axis: self.keep}
+
+
+def choose_along(
+    adapter: ModelAdapter,
+    hidden_size: int,
+    wanted: str | None = None,
+    runtimes: Sequence[str] = (),
+) -> Along:
+    """What of the mixers goes along with the hidden size: the first way that nothing is against.
+
+    All channels stay if they can. Otherwise heads lose channels, or if what they keep would be no
+    multiple of 8, whole heads go. A way that a runtime does not take comes last, before it one
+    that causal-conv1d does not take.
+
+    :param adapter: of the model; the meta device will do
+    :param hidden_size: the new one
+    :param wanted: one of :data:`WAYS`; None for any
+    :param runtimes: that are to load the model
+    :raises SparseSSMError: the loader makes no such model, or not in the way that is wanted
+    """
+    ways = _ways(adapter, hidden_size, wanted)
+    if len(ways) == 1:
+        return ways[0]
+    dense = ModelFacts.from_model(adapter.model) if runtimes else None
+    mixer = adapter.mixers[0]
+    spared = refused_width(mixer) is None
+
+    def against(way: Along) -> tuple[bool, bool]:
+        kernels = spared and refused_width(mixer, way.sizes) is not None
+        if dense is None:
+            return False, kernels
+        fields = adapter.hidden_fields(hidden_size, way.sizes)
+        smaller = ModelFacts.from_model(model_of_fields(adapter.model, fields))
+        return bool(new_limits(runtimes, dense, smaller)), kernels
+
+    return min(ways, key=against)
+
+
+def _ways(adapter: ModelAdapter, hidden_size: int, wanted: str | None) -> list[Along]:
+    """All ways that the loader takes, the best first."""
+    mixer = adapter.mixers[0]
+    if wanted in ("heads", "head_dim") and wanted not in mixer.axis_names:
+        raise SparseSSMError(f"channels = {wanted!r}: the mixers of {adapter.family} have no heads")
+    if wanted not in (None, "kept") and adapter.expand_field is None:
+        raise SparseSSMError(
+            f"channels = {wanted!r}: the loader of {adapter.family} does not tie the "
+            "channels of the mixers to hidden_size; use ChannelRemovalModifier"
+        )
+    found: list[Along] = []
+    refused: SparseSSMError | None = None
+    if wanted in (None, "kept"):
+        try:
+            adapter.hidden_fields(hidden_size)
+            found.append(Along(None, 0, mixer.sizes))
+        except SparseSSMError as error:
+            refused = error
+    if wanted != "kept" and adapter.expand_field is not None:
+        try:
+            found += _tied(adapter, hidden_size, wanted)
+        except SparseSSMError as error:
+            refused = error
+    if not found:
+        assert refused is not None
+        raise refused
+    return found
+
+
+def _tied(adapter: ModelAdapter, hidden_size: int, wanted: str | None) -> Iterator[Along]:
+    """The ways in which channels shrink in the ratio of the hidden size, the best first."""
+    mixer, ways = adapter.mixers[0], adapter.ways_along(hidden_size)
+    if wanted in ("heads", "head_dim") and wanted not in ways:
+        others = ", ".join(f"{axis} = {keep}" for axis, keep in ways.items())
+        raise SparseSSMError(
+            f"channels = {wanted!r}: hidden_size={hidden_size} of {adapter.name} goes with "
+            f"{others} alone"
+        )
+    uneven = ways.get("head_dim", 0) % _VECTOR
+    for axis in ("heads", "head_dim") if uneven else ("head_dim", "heads", "channels"):
+        if axis in ways and wanted in (None, "along", axis):
+            sizes = mixer.sizes.keeping(axis, ways[axis])
+            adapter.hidden_fields(hidden_size, sizes)
+            yield Along(axis, ways[axis], sizes)
 
 
 def narrow_mixers(
     adapter: ModelAdapter,
     batches: Sequence[Mapping[str, Any]],
     basis: Tensor,
-    channels: int,
+    along: Along,
     fit: bool,
 ) -> dict[str, Shrunk]:
     """Smaller float32 copies of all mixers, chosen and fitted as ChannelRemovalModifier does.
@@ -29,11 +138,11 @@ def narrow_mixers(
     layer are kept at a time.
 
     :param basis: V (M, K): the narrow stream is V^T times the wide one
-    :param channels: that every mixer keeps
+    :param along: what every mixer keeps
     :param fit: whether what reads the channels is fitted again
-    :return: by the mixer's name; those that have no more channels are left out
+    :return: by the mixer's name; none where all stays
     """
-    pending = {m.name: m for m in adapter.mixers if m.sizes.intermediate_size > channels}
+    pending = {m.name: m for m in adapter.mixers if along.axis is not None}
     inputs = {name: CalibrationInputs() for name in pending}
     found: dict[str, Shrunk] = {}
 
@@ -46,7 +155,7 @@ def narrow_mixers(
         for name in [name for name, mixer in pending.items() if id(mixer.mixer) in gone]:
             mixer, seen = pending.pop(name), inputs.pop(name)
             seen.join(name)
-            found[name] = _shrink(mixer, seen, basis, channels, fit)
+            found[name] = _shrink(mixer, seen, basis, along, fit)
 
     handles = [
         mixer.mixer.register_forward_pre_hook(partial(see, name), with_kwargs=True)
@@ -66,13 +175,13 @@ def _shrink(
     mixer: MixerAdapter,
     inputs: CalibrationInputs,
     basis: Tensor,
-    channels: int,
+    along: Along,
     fit: bool,
 ) -> Shrunk:
-    axis, keep = axis_along(mixer), channels // mixer.sizes.head_dim
     clone = mixer.float_clone()
     _write_narrow(clone.mixer.get_submodule(clone.exit_kind), basis)
-    fields: dict[str, Any] = {"keep": keep, "axis": axis, "compensate": None if fit else "none"}
+    fields: dict[str, Any] = {"keep": along.keep, "axis": along.axis}
+    fields["compensate"] = None if fit else "none"
     method = ChannelRemoval(ChannelSettings.of("channels", fields), "channels")
     return method.shrink(clone, inputs)
 

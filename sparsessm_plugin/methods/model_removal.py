@@ -146,12 +146,14 @@ class ModelRemoval(MixerMethod[S]):
         """From now on an error leaves the model changed."""
         self._weights_changed = True
 
-    def prune(self, axis: str, removed: Indices, channels: Any = None) -> ModelAxisGroup:
+    def prune(
+        self, axis: str, removed: Indices, channels: Any = None, along: str | None = None
+    ) -> ModelAxisGroup:
         """Remove indices of an axis from the model; see :class:`ModelDependencyGraph`.
 
         :raises SparseSSMError: what the family's loader could not make; nothing is changed
         """
-        group = self.graph.get_axis_group(axis, removed, channels)
+        group = self.graph.get_axis_group(axis, removed, channels, along)
         logger.debug(str(group))
         self._pruned = True  # in part, if it fails half way
         group.prune()

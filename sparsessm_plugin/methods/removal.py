@@ -83,13 +83,14 @@ class Removed:
     :param axis: that became shorter
     :param before: its length
     :param after: its length now
-    :param removed: indices that went, ascending
+    :param removed: indices that went, ascending; where each head chose its own, the last
     :param tokens: that the mixer has seen
     :param error_removed: squared error of the mixer's output, relative to the dense output's
         square, before anything was fitted; None without data
     :param error_left: likewise, after all was fitted
     :param diverged: whether gradient steps were taken back; None where none were asked for
     :param seconds: of choosing and fitting
+    :param channels: that went, counted head after head, where each head chose its own
     """
 
     name: str
@@ -102,6 +103,7 @@ class Removed:
     error_left: float | None
     diverged: bool | None
     seconds: float
+    channels: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,11 @@ class RemovalResult(MethodResult):
 
 @dataclass(frozen=True)
 class Shrunk:
-    """A smaller float32 copy of a mixer; the other fields are those of :class:`Removed`."""
+    """A smaller float32 copy of a mixer; the other fields are those of :class:`Removed`.
+
+    :param order: places that the channels took before ``removed`` went, where each head chose
+        its own; None where they stayed where they were
+    """
 
     axis: str
     removed: list[int]
@@ -159,6 +165,16 @@ class Shrunk:
     error_removed: float | None = None
     error_left: float | None = None
     diverged: bool | None = None
+    order: list[int] | None = None
+
+    @property
+    def channels(self) -> list[int] | None:
+        """Those that went, in their old places, where each head chose its own."""
+        if self.order is None:
+            return None
+        heads, gone = self.mixer.sizes.num_heads, set(self.removed)
+        size = len(self.order) // heads
+        return sorted(channel for i, channel in enumerate(self.order) if i % size in gone)
 
 
 S = TypeVar("S", bound=RemovalSettings)
@@ -368,6 +384,7 @@ class MixerRemoval(MixerMethod[S]):
                 error_left=small.error_left,
                 diverged=small.diverged,
                 seconds=round(time.perf_counter() - started, 3),
+                channels=small.channels,
             )
         )
         logger.info(

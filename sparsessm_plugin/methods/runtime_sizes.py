@@ -14,6 +14,7 @@ from sparsessm_plugin.dependency_graph import (
     ModelDependencyGraph,
     apply_config_fields,
 )
+from sparsessm_plugin.dependency_graph.config import set_language_fields
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import MixerAdapter, find_mixers, get_model_adapter
 from sparsessm_plugin.families.base import MixerSizes
@@ -86,8 +87,8 @@ def smaller_model(model: Any, kept: Mapping[str, int]) -> Any:
     """A model, on the meta device, that keeps fewer indices of axes of the whole model.
 
     :param model: of transformers
-    :param kept: indices that stay of each axis, of the mixers' axis also that goes along with the
-        hidden size
+    :param kept: indices that stay of each axis, and of the axis of the mixers that goes along with
+        the hidden size
     :raises SparseSSMError: the family's loader could not make it
     """
     small = _on_meta(model)
@@ -95,19 +96,28 @@ def smaller_model(model: Any, kept: Mapping[str, int]) -> Any:
     for axis in (axis for axis in adapter.axis_names if axis in kept):
         gone = range(kept[axis], adapter.axis_length(axis))
         removed: Any = gone
-        channels = None
+        channels = along = None
         if axis == "hidden":
-            along = {
-                mixer.name: range(kept[own], mixer.axis_length(own))
-                for mixer in adapter.mixers
-                for own in mixer.axis_names
-                if own in kept
-            }
-            channels = along or None
+            mixers = adapter.mixers
+            along = next((own for own in mixers[0].axis_names if own in kept), None)
+            if along is not None:
+                channels = {m.name: m.last_indices(along, kept[along]) for m in mixers}
         elif axis != "layers":
             removed = {block.name: gone for block in adapter.blocks(axis)}
-        graph.get_axis_group(axis, removed, channels).prune()
+        graph.get_axis_group(axis, removed, channels, along).prune()
     return small
+
+
+def model_of_fields(model: Any, fields: Mapping[str, Any]) -> Any:
+    """A model, on the meta device, as the loader makes it from some other config fields.
+
+    :param model: of transformers
+    :param fields: as the adapters say them
+    """
+    config = deepcopy(model.config)
+    set_language_fields(config, fields)
+    with torch.device("meta"):
+        return type(model)(config)
 
 
 def smaller_mixers(model: Any, axis: str, size: int) -> Any:
@@ -120,10 +130,8 @@ def smaller_mixers(model: Any, axis: str, size: int) -> Any:
     small = _on_meta(model)
     fields: dict[str, Any] = {}
     for mixer in find_mixers(small):
-        groups, length = mixer.groups_of(axis), mixer.axis_length(axis)
-        each = length // groups
-        left = each * size // mixer.size_of(axis, length)
-        gone = [group * each + i for group in range(groups) for i in range(left, each)]
+        length = mixer.axis_length(axis)
+        gone = mixer.last_indices(axis, length * size // mixer.size_of(axis, length))
         found = MixerDependencyGraph(mixer).get_axis_group(axis, gone)
         found.prune()
         fields |= found.config_fields

@@ -13,7 +13,6 @@ from torch.nn.functional import pad
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.criteria.hidden import HIDDEN_CRITERIA, Reading, loss_of_basis, norm_scale
-from sparsessm_plugin.dependency_graph.model_graph import axis_along
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import (
     MixerAdapter,
@@ -24,8 +23,8 @@ from sparsessm_plugin.families import (
 )
 from sparsessm_plugin.families.base import MixerSizes
 from sparsessm_plugin.families.parts import Norm
-from sparsessm_plugin.methods.channels import narrow_sizes
-from sparsessm_plugin.methods.channels_along import narrow_mixers
+from sparsessm_plugin.methods.channels import reorder
+from sparsessm_plugin.methods.channels_along import Along, choose_along, narrow_mixers
 from sparsessm_plugin.methods.model_removal import ModelRemoval, ModelRemovalSettings
 from sparsessm_plugin.methods.removal import RemovalResult, Removed, Shrunk, usual_multiple
 from sparsessm_plugin.methods.run import run
@@ -55,7 +54,7 @@ class WidthSettings(ModelRemovalSettings):
     multiple_of: int | None = Field(default=None, ge=1)
     saliency: str = "output_energy"
     rotate: bool | None = None
-    channels: Literal["along", "kept"] | None = None
+    channels: Literal["kept", "along", "heads", "head_dim"] | None = None
     compensate: list[Literal["readers", "out_proj"]] | None = None
 
     @field_validator("saliency")
@@ -96,6 +95,10 @@ class WidthRemoval(ModelRemoval[WidthSettings]):
 
     changes_inputs: ClassVar[bool] = True
 
+    def __init__(self, settings: WidthSettings, who: str | None = None) -> None:
+        super().__init__(settings, who)
+        self._chosen: dict[tuple[int, int, MixerSizes], Along] = {}
+
     # -- which models ----------------------------------------------------------------
 
     def check_sizes(self, adapter: ModelAdapter) -> None:
@@ -109,38 +112,31 @@ class WidthRemoval(ModelRemoval[WidthSettings]):
                 "into the stream and cannot become narrower with it"
             )
         try:
-            if settings.channels == "along" and adapter.expand_field is None:
-                raise SparseSSMError(
-                    f"channels = 'along': the loader of {adapter.family} does not tie the "
-                    "channels of the mixers to hidden_size; use ChannelRemovalModifier"
-                )
-            adapter.hidden_fields(keep, self._channels(adapter, keep))
+            self._along(adapter, keep)
         except SparseSSMError as error:
             raise SparseSSMError(f"{who}: {error}") from error
 
     def kept_sizes(self, adapter: ModelAdapter) -> dict[str, int]:
         keep = self.settings.kept(adapter.hidden_size)
-        sizes, channels, mixer = {"hidden": keep}, self._channels(adapter, keep), adapter.mixers[0]
-        if channels is not None and channels < mixer.sizes.intermediate_size:
-            sizes[axis_along(mixer)] = channels // mixer.sizes.head_dim
-        return sizes
+        return {"hidden": keep, **self._along(adapter, keep).kept}
 
     def written(self, adapter: ModelAdapter) -> frozenset[str]:
         settings = self.settings
         names: set[str] = set()
         if settings.rotate or settings.fits("readers"):
             names |= {where.tensor for where in adapter.axes("hidden")}
-        if axis_along(adapter.mixers[0]) in self.kept_sizes(adapter) and settings.fits("out_proj"):
+        if len(self.kept_sizes(adapter)) > 1 and settings.fits("out_proj"):
             mixers = [mixer.name for mixer in adapter.mixers]
             names |= {n for n in adapter.first_names().values() if n.startswith(tuple(mixers))}
         return frozenset(names)
 
-    def _channels(self, adapter: ModelAdapter, keep: int) -> int | None:
-        """Channels that every mixer keeps, None where none go along."""
-        wanted = self.settings.channels
-        if wanted is None:
-            return adapter.channels_beside(keep)
-        return adapter.tied_channels(keep) if wanted == "along" else None
+    def _along(self, adapter: ModelAdapter, keep: int) -> Along:
+        """What every mixer keeps."""
+        key = (keep, adapter.hidden_size, adapter.mixers[0].sizes)
+        if key not in self._chosen:
+            settings = self.settings
+            self._chosen[key] = choose_along(adapter, keep, settings.channels, settings.runtime)
+        return self._chosen[key]
 
     def prepare(self, model: nn.Module) -> None:
         super().prepare(model)
@@ -150,11 +146,7 @@ class WidthRemoval(ModelRemoval[WidthSettings]):
         mixer, size = adapter.mixers[0], adapter.hidden_size
 
         def made(keep: int) -> MixerSizes:
-            channels = self._channels(adapter, keep)
-            adapter.hidden_fields(keep, channels)
-            if channels is None:
-                return mixer.sizes
-            return narrow_sizes(mixer.sizes, axis_along(mixer), channels // mixer.sizes.head_dim)
+            return self._along(adapter, keep).sizes
 
         keep = self.settings.kept(size)
         warn_of_kernels(self.who, mixer, "entries of the stream", keep, size, made)
@@ -181,17 +173,21 @@ class WidthRemoval(ModelRemoval[WidthSettings]):
             found = distributed.share("what the stream keeps", choose, device=self.device)
         basis, entries, errors = found[0], found[1].tolist(), found[2].tolist()
         mixers: dict[str, Shrunk] = {}
-        channels = self._channels(adapter, keep)
-        if channels is not None:
+        along = self._along(adapter, keep)
+        if along.axis is not None:
             with self.cost.stage("channels"):
                 fit = settings.fits("out_proj")
-                mixers = narrow_mixers(adapter, batches, basis, channels, fit)
+                mixers = narrow_mixers(adapter, batches, basis, along, fit)
         self.changes_weights()
+        for mixer in adapter.mixers if mixers else ():
+            order = mixers[mixer.name].order
+            if order is not None:
+                reorder(mixer, order)
         with self.cost.stage("fit"):
             self._write(adapter, sums, basis)
-        along = {name: small.removed for name, small in mixers.items()}
-        self.prune("hidden", range(keep, size), along or None)
-        for mixer in adapter.mixers if along else ():
+        gone = {name: small.removed for name, small in mixers.items()}
+        self.prune("hidden", range(keep, size), gone or None, along.axis)
+        for mixer in adapter.mixers if gone else ():
             _take_over(mixer, mixers[mixer.name].mixer)
         return [
             Removed(

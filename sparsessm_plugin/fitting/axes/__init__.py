@@ -62,9 +62,21 @@ class Axis(ABC):
         """
         return {}
 
+    def way(self, model: nn.Module, size: int, runtime: str) -> dict[str, Any]:
+        """More fields of the modifier, where a size can be made in several ways.
+
+        :param model: as it is
+        :param size: to be made
+        :param runtime: that is to load it
+        :raises SparseSSMError: the family's loader cannot make it
+        """
+        return {}
+
     @abstractmethod
     def config_fields(self, model: nn.Module, size: int) -> dict[str, Any]:
         """What the config says of a model of this size; changes nothing.
+
+        Where there are several ways, it takes the fields of :meth:`way`, too, by their names.
 
         :raises SparseSSMError: the family's loader cannot make it
         """

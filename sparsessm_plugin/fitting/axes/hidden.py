@@ -7,16 +7,17 @@ from torch import nn
 
 from sparsessm_plugin.families import get_model_adapter
 from sparsessm_plugin.fitting.axes import Axis, register_axis, shares_of, tile_of
+from sparsessm_plugin.methods.channels_along import choose_along
 
 
 @register_axis
 class Hidden(Axis):
-    """hidden_size; heads go along where the loader ties them and all cannot stay."""
+    """hidden_size; where a loader ties the channels and all cannot stay, some go along."""
 
     name = "hidden"
     order = 20
     modifier = "WidthRemovalModifier"
-    affine = False  # heads that go along make in_proj quadratic in it
+    affine = False  # channels that go along make in_proj quadratic in it
 
     def length(self, model: nn.Module) -> int | None:
         return get_model_adapter(model).hidden_size
@@ -24,6 +25,15 @@ class Hidden(Axis):
     def sizes(self, length: int) -> Sequence[int]:
         return shares_of(length, tile_of(length))
 
-    def config_fields(self, model: nn.Module, size: int) -> dict[str, Any]:
+    def way(self, model: nn.Module, size: int, runtime: str) -> dict[str, Any]:
         adapter = get_model_adapter(model)
-        return adapter.hidden_fields(size, adapter.channels_beside(size))
+        if adapter.expand_field is None:
+            return {}
+        axis = choose_along(adapter, size, runtimes=(runtime,)).axis
+        return {"channels": {None: "kept", "channels": "along"}.get(axis, axis)}
+
+    def config_fields(
+        self, model: nn.Module, size: int, channels: str | None = None
+    ) -> dict[str, Any]:
+        adapter = get_model_adapter(model)
+        return adapter.hidden_fields(size, choose_along(adapter, size, channels).sizes)
