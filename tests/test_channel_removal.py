@@ -98,6 +98,23 @@ def test_groups_of_heads_stay_equal():
         assert len([i for i in layer["removed"] if i < 4]) == 2
 
 
+@pytest.mark.parametrize("family", ["falcon_h1", "nemotron_h"])
+def test_each_head_loses_channels_of_its_own(family):
+    model, generator, closed = tiny_model(family), torch.Generator().manual_seed(0), []
+    for adapter in find_mixers(model):
+        own = [8 * head + torch.randperm(8, generator=generator)[:2] for head in range(8)]
+        closed.append(sorted(torch.cat(own).tolist()))
+        with torch.no_grad():
+            adapter.mixer.in_proj.weight[closed[-1]] = 0  # the gate
+            adapter.mixer.out_proj.weight[:, closed[-1]] = 0
+    modifier = prune(model, axis="head_dim", keep=6)
+    for layer, gone in zip(modifier.report()["layers"], closed, strict=True):
+        assert layer["channels"] == gone
+        assert layer["removed"] == [6, 7]
+        assert layer["error_left"] < 1e-4
+    assert find_mixers(model)[0].sizes.head_dim == 6
+
+
 @pytest.mark.parametrize("family", MAMBA2)
 def test_blocks_are_disjoint_and_cover_all_channels(family):
     adapter = find_mixers(tiny_model(family))[0]

@@ -51,6 +51,7 @@ from sparsessm_plugin.fitting.timing import (
     nonnegative_least_squares,
     time_models,
 )
+from sparsessm_plugin.methods.channels_along import choose_along
 from sparsessm_plugin.methods.run import run_in_turn
 from sparsessm_plugin.recipes import load_recipe, parse_recipe
 
@@ -168,14 +169,13 @@ def removed_for_real(model, sizes, kept):
             gone = [i for i in range(adapter.axis_length("layers")) if i not in kept]
             graph.get_axis_group("layers", gone).prune()
         elif axis.name == "hidden":
-            tied, channels = adapter.channels_beside(size), None
-            if tied is not None:
-                per = find_mixers(model)[0].sizes.head_dim
+            along, channels = choose_along(adapter, size), None
+            if along.axis is not None:
                 channels = {
-                    m.name: _last_of_groups(m, "heads" if per > 1 else "channels", tied // per)
-                    for m in find_mixers(model)
+                    m.name: _last_of_groups(m, along.axis, along.keep) for m in find_mixers(model)
                 }
-            graph.get_axis_group("hidden", range(size, adapter.hidden_size), channels).prune()
+            gone = range(size, adapter.hidden_size)
+            graph.get_axis_group("hidden", gone, channels, along.axis).prune()
         elif axis.name in ("mlp", "kv_groups"):
             graph.get_axis_group(axis.name, range(size, adapter.axis_length(axis.name))).prune()
         else:

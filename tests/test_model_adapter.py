@@ -383,11 +383,17 @@ def hidden_case(family, along):
     return range(3, 11), {mixer.name: gone for mixer in adapter.mixers}
 
 
-@pytest.mark.parametrize("along", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "along"),
+    [
+        *((family, along) for family in FAMILIES for along in (False, True)),
+        *((family, "head_dim") for family in MAMBA2),
+    ],
+)
 def test_narrower_stream_computes_what_remains(family, along, tmp_path):
     dense, model = deep_model(family), deep_model(family)
     removed, channels = hidden_case(family, along)
+    axis = along if isinstance(along, str) else None
     reference, graph = get_model_adapter(dense), ModelDependencyGraph(model)
     for part in reference.parts:
         zero(dense, part.writes(), removed)
@@ -410,11 +416,13 @@ def test_narrower_stream_computes_what_remains(family, along, tmp_path):
                 module.out_proj.weight[:, gone] = 0
                 continue
             rows = [head * P + p for head in gone for p in range(P)]
+            if axis == "head_dim":
+                rows = [head * P + p for head in range(mixer.sizes.num_heads) for p in gone]
             # a closed gate leaves nothing of a head before the norm
             for tensor in (module.in_proj.weight, module.in_proj.bias):
                 if tensor is not None:
                     tensor[rows] = 0
-    group = graph.get_axis_group("hidden", removed, channels)
+    group = graph.get_axis_group("hidden", removed, channels, axis)
     group.prune()
     kept = 32 - len(removed)
     assert graph.adapter.hidden_size == model.config.hidden_size == kept
@@ -725,11 +733,16 @@ def test_the_mlp_is_not_taken_for_the_mixers():
 
 def test_channels_that_follow_hidden_size():
     adapters = {f: get_model_adapter(deep_model(f)) for f in ("mamba", "mamba2", "jamba")}
-    assert adapters["mamba"].tied_channels(24) is None
-    assert adapters["jamba"].tied_channels(23) == 46
-    assert adapters["mamba2"].tied_channels(24) == 48
-    with pytest.raises(SparseSSMError, match=r"40 channels.* multiple of 8"):
-        adapters["mamba2"].tied_channels(20)
+    assert adapters["mamba"].ways_along(24) == {}
+    assert adapters["jamba"].ways_along(23) == {"channels": 46}
+    assert adapters["mamba2"].ways_along(24) == {"head_dim": 6, "heads": 6}
+    assert adapters["mamba2"].ways_along(20) == {"head_dim": 5}  # 5 heads are not as many a group
+    with pytest.raises(SparseSSMError, match=r"36 channels.* 8 equal heads .* multiple of 4 or 8"):
+        adapters["mamba2"].ways_along(18)
+    heads = get_model_adapter(deep_model("zamba")).ways_along
+    assert heads(23) == {"channels": 46}
+    wide = get_model_adapter(deep_model("mamba2", num_heads=16, head_dim=4, n_groups=1))
+    assert wide.ways_along(22) == {"heads": 11}
 
 
 def test_unknown_models_and_modules():

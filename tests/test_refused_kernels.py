@@ -127,7 +127,7 @@ def test_no_pass_asks_kernels_for_what_they_refuse(family, bound, on_a_gpu):
 def test_a_model_is_narrowed_evaluated_and_distilled_there(bound, on_a_gpu):
     bound("mamba2")
     model, ready = tiny_model("mamba2", **WIDE), batches(2)
-    remove_width(model, ready, keep=48, distill_steps=1)
+    remove_width(model, ready, keep=48, channels="heads", distill_steps=1)
     assert find_mixers(model)[0].sizes.num_heads == 12
     assert evaluate_perplexity(model, ready[0]["input_ids"]).perplexity > 1
     remove_layers(model, ready, keep=len(model.backbone.layers) - 1)
@@ -166,7 +166,15 @@ def told(work):
 @pytest.mark.parametrize(
     ("family", "changes", "remove", "settings", "said"),
     [
-        ("mamba2", WIDE, remove_width, {"keep": 48}, "48 of 64 .* 220, .*keep 32 instead"),
+        (
+            "mamba2",
+            WIDE,
+            remove_width,
+            {"keep": 48, "channels": "heads"},
+            "48 of 64 .* 220, .*keep 32 instead",
+        ),
+        ("mamba2", WIDE, remove_width, {"keep": 52}, "52 of 64 .* 237, .*keep 48 or 56 instead"),
+        ("mamba2", WIDE, remove_width, {"keep": 48}, None),
         ("mamba2", WIDE, remove_width, {"keep": 32}, None),
         ("mamba2", NARROW, remove_width, {"keep": 24}, None),  # it fails on the dense model, too
         ("mamba", {}, remove_channels, {"keep": 32}, None),
@@ -194,19 +202,24 @@ def prepared(family, target, axes=("hidden",), **changes):
     return Prepared(Shapes(tiny_model(family, **changes)), settings, torch.device("cpu"))
 
 
-def test_fit_chooses_among_sizes_that_kernels_take():
+def test_fit_chooses_among_sizes_that_kernels_take(monkeypatch):
+    # 16 heads of 7 and 6 channels, where 14 and 12 heads would be refused
+    (ladder,) = prepared("mamba2", "parameters=0.7", **WIDE).space.ladders
+    assert ladder.sizes[:3] == (64, 56, 48)
+    monkeypatch.setattr(AXES["hidden"], "sizes", lambda length: [52, 48])
     found = prepared("mamba2", "parameters=0.9", **WIDE)
     (ladder,) = found.space.ladders
-    assert ladder.sizes == (64, 32)
+    assert ladder.sizes == (64, 48)
     left_out = {entry.size: entry.reason for entry in found.excluded}
-    assert "in_proj has 220 channels" in left_out[48]
+    assert "in_proj has 237 channels" in left_out[52]
+    monkeypatch.undo()
     # of a model that they refuse already, all sizes are as good
     (ladder,) = prepared("mamba2", "parameters=0.9", **NARROW).space.ladders
     assert len(ladder.sizes) > 2
 
 
 def test_fit_takes_other_sizes_where_nothing_else_reaches_the_target(monkeypatch):
-    monkeypatch.setattr(AXES["hidden"], "sizes", lambda length: [48])
+    monkeypatch.setattr(AXES["hidden"], "sizes", lambda length: [52])
     lines = told(lambda: prepared("mamba2", "parameters=0.9", **WIDE))
     assert len(lines) == 1
     assert "no sizes that causal-conv1d takes reach the targets" in lines[-1]

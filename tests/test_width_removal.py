@@ -7,6 +7,7 @@ import torch
 from conftest import (
     EXPERTS,
     FAMILIES,
+    MAMBA2,
     batches,
     check_reload_all,
     logits_of,
@@ -14,16 +15,24 @@ from conftest import (
     run,
     save_with_logits,
     state,
+    tiny_config,
     tiny_model,
 )
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import sparsessm_plugin as plugin
 from sparsessm_plugin.checkpoints.export import export_mamba_ssm
 from sparsessm_plugin.criteria.hidden import Reading, loss_of_basis, magnitude, norm_scale
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import find_mixers, get_model_adapter, get_tensor
+from sparsessm_plugin.fitting import FitSettings, Prepared
+from sparsessm_plugin.fitting.axes import AXES
+from sparsessm_plugin.fitting.shapes import Shapes
+from sparsessm_plugin.fitting.targets import parse_targets
 from sparsessm_plugin.methods import remove_width
+from sparsessm_plugin.methods.channels import reorder
+from sparsessm_plugin.methods.channels_along import choose_along
 from sparsessm_plugin.methods.run import run as directly
 from sparsessm_plugin.methods.stream import StreamSums, reading_points
 from sparsessm_plugin.methods.width_removal import WidthRemoval, WidthSettings
@@ -33,6 +42,7 @@ from sparsessm_plugin.selection.subspaces import best_entries, best_subspace, le
 READY = batches(2, 2, 16, padded=True)
 HYBRIDS = ("jamba", "zamba", "bamba", "zamba2", "granitemoehybrid", "falcon_h1", "nemotron_h")
 TIED = ("mamba2", "bamba", "zamba", "zamba2", "granitemoehybrid", "jamba")  # channels and size
+TIED_HEADS = tuple(family for family in TIED if family in MAMBA2)
 
 
 def spanned(model, basis):
@@ -97,15 +107,36 @@ def test_entries_that_are_zero_cost_nothing(tied):
     assert relative(logits_of(model, READY), dense) < 5e-3
 
 
-@pytest.mark.parametrize("family", TIED)
-def test_heads_go_along_where_the_loader_ties_them(family):
+@pytest.mark.parametrize(
+    ("family", "way"), [*((f, "along") for f in TIED), *((f, "heads") for f in TIED_HEADS)]
+)
+def test_channels_go_along_where_the_loader_ties_them(family, way):
     model = tiny_model(family)
     dense = logits_of(model, READY)
-    remove_width(model, READY, keep=16, channels="along")
+    remove_width(model, READY, keep=16, channels=way)
     assert all(mixer.sizes.intermediate_size == 32 for mixer in find_mixers(model))
+    if family in TIED_HEADS:
+        assert find_mixers(model)[0].sizes.num_heads == (4 if way == "heads" else 8)
     assert relative(logits_of(model, READY), dense) < 1.5
     with pytest.raises(SparseSSMError, match="does not tie the channels of the mixers"):
         remove_width(tiny_model("mamba"), READY, keep=16, channels="along")
+
+
+@pytest.mark.parametrize("family", TIED_HEADS)
+def test_a_head_keeps_what_is_its_own(family):
+    """Only channels go: A_log, D and dt_bias stay, and so do rows of B, C and dt."""
+    model = tiny_model(family)
+    before = [state(mixer.mixer) for mixer in find_mixers(model)]
+    remove_width(model, READY, keep=24)
+    for mixer, old in zip(find_mixers(model), before, strict=True):
+        assert (mixer.sizes.num_heads, mixer.sizes.head_dim) == (8, 6)
+        new = state(mixer.mixer)
+        assert all(torch.equal(new[name], old[name]) for name in ("A_log", "D", "dt_bias"))
+        assert torch.equal(new["conv1d.weight"][48:], old["conv1d.weight"][64:])  # of B and C
+        assert new["in_proj.weight"].shape == (2 * 48 + 2 * 2 * 8 + 8, 24)
+    config = model.config
+    fields = {mixer.num_heads_field: 8, mixer.head_dim_field: 6, mixer.expand_field: 2}
+    assert {name: getattr(config, name) for name in fields} == fields
 
 
 def test_channels_stay_where_their_number_is_a_multiple():
@@ -114,6 +145,127 @@ def test_channels_stay_where_their_number_is_a_multiple():
         remove_width(model, READY, keep=keep)
         assert find_mixers(model)[0].sizes.intermediate_size == channels
         assert model.config.expand * model.config.hidden_size == channels
+
+
+def closed_channels(model, each, seed=0):
+    """Let some channels of every head be nothing, of each head others."""
+    generator = torch.Generator().manual_seed(seed)
+    for mixer in find_mixers(model):
+        H, P = mixer.sizes.num_heads, mixer.sizes.head_dim
+        own = [P * h + torch.randperm(P, generator=generator)[:each] for h in range(H)]
+        with torch.no_grad():
+            mixer.mixer.out_proj.weight[:, torch.cat(own)] = 0
+            for tensor in (mixer.mixer.in_proj.weight, mixer.mixer.in_proj.bias):
+                if tensor is not None:  # the gate, so that the norm does not see them either
+                    tensor[torch.cat(own)] = 0
+
+
+@pytest.mark.parametrize("family", TIED_HEADS)
+def test_each_head_loses_the_channels_that_it_does_not_need(family):
+    model = tiny_model(family, tie_word_embeddings=False)
+    spanned(model, directions(keep=24))
+    closed_channels(model, 2)
+    dense = logits_of(model, READY)
+    remove_width(model, READY, keep=24, channels="head_dim")
+    assert relative(logits_of(model, READY), dense) < 5e-3
+
+
+@pytest.mark.parametrize("family", MAMBA2)
+def test_channels_may_change_places_within_their_heads(family):
+    model = tiny_model(family)
+    dense, generator = logits_of(model, READY), torch.Generator().manual_seed(0)
+    for mixer in find_mixers(model):
+        H, P = mixer.sizes.num_heads, mixer.sizes.head_dim
+        order = [P * h + torch.randperm(P, generator=generator) for h in range(H)]
+        before = mixer.mixer.conv1d.weight.detach().clone()
+        reorder(mixer, torch.cat(order).tolist())
+        assert not torch.equal(mixer.mixer.conv1d.weight, before)
+    assert relative(logits_of(model, READY), dense) < 1e-5
+
+
+SHAPE = {"hidden_size": 512, "num_heads": 16, "head_dim": 64, "n_groups": 1, "state_size": 128}
+
+
+def chosen(keep, wanted=None, runtimes=(), **changes):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config("mamba2", **{**SHAPE, **changes}))
+    return choose_along(get_model_adapter(model), keep, wanted, runtimes).kept
+
+
+@pytest.mark.parametrize(
+    ("keep", "wanted", "runtimes", "found"),
+    [
+        (256, None, (), {}),
+        (256, "along", (), {"head_dim": 32}),
+        (448, None, (), {"head_dim": 56}),
+        (448, "heads", (), {"heads": 14}),
+        (448, None, ("vllm", "mamba-ssm", "mlx-lm"), {"head_dim": 56}),
+        # its scan takes heads of multiples of 16 channels
+        (448, None, ("llama.cpp-cuda",), {"heads": 14}),
+        (384, None, ("llama.cpp-cuda",), {"head_dim": 48}),
+        # conv1d suits neither way, and shorter heads not its scan
+        (480, None, ("llama.cpp-cuda",), {"heads": 15}),
+    ],
+)
+def test_the_way_is_one_that_runtimes_take(keep, wanted, runtimes, found):
+    assert chosen(keep, wanted, runtimes) == found
+
+
+def test_the_way_is_one_that_kernels_take():
+    # 44 heads would make in_proj a width that 8 does not divide
+    assert chosen(704, hidden_size=1024, num_heads=64, head_dim=32) == {"head_dim": 22}
+    # no 12 equal heads make 2 * 260 channels
+    only = {"hidden_size": 384, "num_heads": 12, "state_size": 64}
+    assert chosen(352, **only) == {"heads": 11}
+    assert chosen(354, **only) == {"head_dim": 59}
+
+
+def test_a_runtime_that_wants_twice_the_channels_gets_them():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config("bamba"))
+    adapter = get_model_adapter(model)
+    assert choose_along(adapter, 16).kept == {}
+    assert choose_along(adapter, 16, runtimes=("llama.cpp",)).axis == "head_dim"
+
+
+def test_heads_in_groups_are_planned_for_a_runtime():
+    model = tiny_model("zamba2")
+    remove_width(model, READY, keep=16, channels="heads", runtime="vllm")
+    assert find_mixers(model)[0].sizes.num_heads == 4
+
+
+def test_fit_makes_the_sizes_between():
+    """A removal by the fields of each size has the parameters that were counted for it."""
+    model = tiny_model("granitemoehybrid", hidden_size=64, mamba_d_head=16)
+    settings = FitSettings(parse_targets("parameters=0.6"), axes=("hidden",))
+    shapes = Prepared(Shapes(model), settings, torch.device("cpu")).space.shapes
+    for size, way in ((56, "head_dim"), (48, "head_dim"), (32, "kept")):
+        fields = shapes.way(AXES["hidden"], size)
+        assert fields == {"channels": way}
+        small = tiny_model("granitemoehybrid", hidden_size=64, mamba_d_head=16)
+        remove_width(small, READY, keep=size, **fields)
+        planned = shapes.model({"hidden": size})
+        assert {n: p.shape for n, p in small.named_parameters()} == {
+            n: p.shape for n, p in planned.named_parameters()
+        }
+
+
+def test_stock_transformers_loads_shorter_heads(tmp_path):
+    """With grouped B and C, attention, MLP units and experts, through either way of saving."""
+    for family in TIED_HEADS:
+        model = tiny_model(family, tie_word_embeddings=family == "granitemoehybrid")
+        modifiers = [plugin.WidthRemovalModifier(keep=24, channels="head_dim")]
+        if family in HYBRIDS:
+            modifiers.append(plugin.MLPRemovalModifier(sparsity=0.5))
+            modifiers.append(plugin.AttentionRemovalModifier(sparsity=0.5))
+        if family in ("mamba2", "granitemoehybrid"):  # through LLM Compressor's saving, too
+            run(model, modifiers, READY)
+        else:
+            for modifier in modifiers:
+                directly(modifier.new_method(), model, READY)
+        assert find_mixers(model)[0].sizes.head_dim == 6
+        save_with_logits(model, tmp_path / family)
+    check_reload_all(tmp_path)
 
 
 def test_stock_transformers_loads_every_family(tmp_path):
@@ -141,6 +293,15 @@ def test_experts_read_and_write_the_narrow_stream(family):
     dense = logits_of(model, READY)
     remove_width(model, READY, keep=16)
     assert relative(logits_of(model, READY), dense) < 5e-3
+
+
+def test_mamba_ssm_gets_shorter_heads(tmp_path):
+    model = tiny_model("mamba2", n_groups=1)
+    run(model, plugin.WidthRemovalModifier(keep=24), READY)
+    export_mamba_ssm(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    made = {name: config["ssm_cfg"][name] for name in ("expand", "headdim")}
+    assert (config["d_model"], made) == (24, {"expand": 2, "headdim": 6})
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
@@ -316,7 +477,10 @@ def test_magnitude_of_an_entry_is_that_of_all_its_weights():
         ("mamba", {"keep": 20, "multiple_of": 8}, "keep = 20 is no multiple of 8"),
         ("mamba", {"keep": 16, "saliency": "best"}, "'best' is not known; known: last, magnitude"),
         ("mamba", {"keep": 16, "saliency": "last", "rotate": True}, "rotate has no meaning for"),
-        ("mamba2", {"keep": 20}, "no whole heads of 8 in 2 groups; take a multiple of 8"),
+        ("mamba2", {"keep": 18}, "neither 8 equal heads nor whole heads of 8 in 2 groups; take a"),
+        ("mamba2", {"keep": 20, "channels": "heads"}, "hidden_size=20 of Mamba2ForCausalLM goes"),
+        ("jamba", {"keep": 16, "channels": "heads"}, "the mixers of jamba have no heads"),
+        ("falcon_h1", {"keep": 16, "channels": "heads"}, "does not tie the channels"),
         ("mamba2", {"keep": 24, "channels": "kept"}, "no multiple of hidden_size=24"),
         ("mamba", {"keep": 16, "sparsity": 0.5}, "give either keep or sparsity, got both"),
     ],

@@ -21,7 +21,6 @@ from sparsessm_plugin.methods.removal import Shrunk
 from sparsessm_plugin.methods.runtime_sizes import model_of_fields, new_limits
 
 WAYS = ("kept", "along", "heads", "head_dim")
-_VECTOR = 8  # channels of a head that kernels read at once
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ def choose_along(
 ) -> Along:
     """What of the mixers goes along with the hidden size: the first way that nothing is against.
 
-    All channels stay if they can. Otherwise heads lose channels, or if what they keep would be no
-    multiple of 8, whole heads go. A way that a runtime does not take comes last, before it one
-    that causal-conv1d does not take.
+    All channels stay if they can. Otherwise every head loses channels, which costs less than
+    whole heads, and last of all heads go. A way that causal-conv1d does not take comes after those
+    that it takes, and after these what runtimes do not take, the fewest limits first.
 
     :param adapter: of the model; the meta device will do
     :param hidden_size: the new one
@@ -68,13 +67,13 @@ def choose_along(
     mixer = adapter.mixers[0]
     spared = refused_width(mixer) is None
 
-    def against(way: Along) -> tuple[bool, bool]:
+    def against(way: Along) -> tuple[int, bool]:
         kernels = spared and refused_width(mixer, way.sizes) is not None
         if dense is None:
-            return False, kernels
+            return 0, kernels
         fields = adapter.hidden_fields(hidden_size, way.sizes)
         smaller = ModelFacts.from_model(model_of_fields(adapter.model, fields))
-        return bool(new_limits(runtimes, dense, smaller)), kernels
+        return len(new_limits(runtimes, dense, smaller)), kernels
 
     return min(ways, key=against)
 
@@ -117,8 +116,7 @@ def _tied(adapter: ModelAdapter, hidden_size: int, wanted: str | None) -> Iterat
             f"channels = {wanted!r}: hidden_size={hidden_size} of {adapter.name} goes with "
             f"{others} alone"
         )
-    uneven = ways.get("head_dim", 0) % _VECTOR
-    for axis in ("heads", "head_dim") if uneven else ("head_dim", "heads", "channels"):
+    for axis in ("head_dim", "heads", "channels"):
         if axis in ways and wanted in (None, "along", axis):
             sizes = mixer.sizes.keeping(axis, ways[axis])
             adapter.hidden_fields(hidden_size, sizes)

@@ -12,7 +12,9 @@ class ChannelRemovalModifier(ChannelSettings, RemovalModifier):
 
     in_proj, conv1d, x_proj, dt_proj, A_log, D, norms and out_proj all become smaller, so this
     is what makes a whole model faster. Channels are judged together: greedy elimination of the
-    cost that remains once out_proj (and x_proj) are fitted again, which then happens.
+    cost that remains once out_proj (and x_proj) are fitted again, which then happens. Of
+    ``head_dim`` every head loses as many channels, each its own (by one score of ``saliency``, all
+    the same).
 
     Sample yaml::
 

@@ -14,8 +14,10 @@ class WidthRemovalModifier(WidthSettings, ModelRemovalModifier):
     stream, so that what stays are its first entries; weights that read it are fitted to what
     they read before, and norms are rescaled. A tied head stays tied. Where a loader ties
     channels and hidden size (Mamba2, Bamba, Zamba, Zamba2, GraniteMoeHybrid, Jamba), all
-    channels stay if their number is a multiple of the new size, and otherwise heads (channels in
-    the Mamba-1 layout) go along, chosen and fitted as by ChannelRemovalModifier.
+    channels stay if their number is a multiple of the new size. Otherwise every head loses
+    channels of its own and all heads stay; or, where their channels do not divide or a runtime
+    wants it, whole heads go. In the Mamba-1 layout channels go. All are chosen and fitted as by
+    ChannelRemovalModifier.
 
     All is done when calibration starts, in passes with and without gradients that this modifier
     makes itself. Beside the model: for each norm two float64 matrices of hidden_size squared.
@@ -39,8 +41,10 @@ class WidthRemovalModifier(WidthSettings, ModelRemovalModifier):
         and ``random``
     :param rotate: whether any subspace may stay, or entries of the stream as they are; default
         true for ``output_energy``
-    :param channels: ``along`` or ``kept``, where the loader ties them to the hidden size; default
-        ``kept`` if it can be
+    :param channels: ``kept``, ``head_dim``, ``heads`` or ``along``, where the loader ties them to
+        the hidden size: all stay; as many channels of every head go; whole heads go; one of these
+        two, or channels in the Mamba-1 layout. Default: ``kept`` if it can be, else ``along``. Of
+        what is open, the first that causal-conv1d and ``runtime`` take, in this order
     :param compensate: any of ``readers`` (weights that read the stream) and ``out_proj`` (of
         mixers whose channels go along); ``none``; default both
     :param runtime: one or several of :data:`checkpoints.runtimes.RUNTIMES`: a ``keep`` that they
