@@ -337,7 +337,7 @@ def test_several_removals_are_judged_by_what_they_make_together(monkeypatch):
         recipe.check_model(model)
     parse_recipe(head + channels % runtime + states % ("sparsity: 0.5", runtime)).check_model(model)
     assert find_mixers(model)[0].sizes.state_size == 64  # the model itself is what it was
-    narrow = head + "    WidthRemovalModifier: {keep: 32, channels: along}\n"
+    narrow = head + "    WidthRemovalModifier: {keep: 32, channels: heads}\n"
     parse_recipe(narrow + states % ("keep: 32", runtime)).check_model(model)
 
 
