@@ -31,7 +31,7 @@ class Solver:
 
 # The other files of the folder compute for these, and some are compiled for a device.
 SOLVERS: Registry[Solver] = Registry(
-    "solver", "sparsessm_plugin.solvers", frozenset({"cpu", "gpu", "kernels"})
+    "solver", "sparsessm_plugin.solvers", frozenset({"alternation_gpu", "cpu", "gpu", "kernels"})
 )
 
 
