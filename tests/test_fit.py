@@ -169,7 +169,8 @@ def removed_for_real(model, sizes, kept):
             gone = [i for i in range(adapter.axis_length("layers")) if i not in kept]
             graph.get_axis_group("layers", gone).prune()
         elif axis.name == "hidden":
-            along, channels = choose_along(adapter, size), None
+            way = axis.way(model, size, "transformers").get("channels")
+            along, channels = choose_along(adapter, size, way), None
             if along.axis is not None:
                 channels = {
                     m.name: _last_of_groups(m, along.axis, along.keep) for m in find_mixers(model)

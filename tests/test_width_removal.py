@@ -239,7 +239,7 @@ def test_fit_makes_the_sizes_between():
     model = tiny_model("granitemoehybrid", hidden_size=64, mamba_d_head=16)
     settings = FitSettings(parse_targets("parameters=0.6"), axes=("hidden",))
     shapes = Prepared(Shapes(model), settings, torch.device("cpu")).space.shapes
-    for size, way in ((56, "head_dim"), (48, "head_dim"), (32, "kept")):
+    for size, way in ((56, "head_dim"), (48, "head_dim"), (32, "head_dim")):
         fields = shapes.way(AXES["hidden"], size)
         assert fields == {"channels": way}
         small = tiny_model("granitemoehybrid", hidden_size=64, mamba_d_head=16)
@@ -248,6 +248,17 @@ def test_fit_makes_the_sizes_between():
         assert {n: p.shape for n, p in small.named_parameters()} == {
             n: p.shape for n, p in planned.named_parameters()
         }
+
+
+@pytest.mark.parametrize("family", TIED)
+def test_a_narrower_stream_never_costs_more(family):
+    """Also where all channels could stay beside half of it."""
+    changes = {"hidden_size": 64, "num_heads": 8, "head_dim": 16} if family == "mamba2" else {}
+    settings = FitSettings(parse_targets("parameters=0.6"), axes=("hidden",))
+    prepared = Prepared(Shapes(tiny_model(family, **changes)), settings, torch.device("cpu"))
+    (cost,) = prepared.costs()
+    assert len(cost) > 3
+    assert list(cost) == sorted(cost, reverse=True)
 
 
 def test_stock_transformers_loads_shorter_heads(tmp_path):

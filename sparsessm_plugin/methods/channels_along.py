@@ -47,6 +47,7 @@ def choose_along(
     hidden_size: int,
     wanted: str | None = None,
     runtimes: Sequence[str] = (),
+    kept_last: bool = False,
 ) -> Along:
     """What of the mixers goes along with the hidden size: the first way that nothing is against.
 
@@ -58,6 +59,7 @@ def choose_along(
     :param hidden_size: the new one
     :param wanted: one of :data:`WAYS`; None for any
     :param runtimes: that are to load the model
+    :param kept_last: let all channels stay only where the others are worse, and not first of all
     :raises SparseSSMError: the loader makes no such model, or not in the way that is wanted
     """
     ways = _ways(adapter, hidden_size, wanted)
@@ -75,6 +77,8 @@ def choose_along(
         smaller = ModelFacts.from_model(model_of_fields(adapter.model, fields))
         return len(new_limits(runtimes, dense, smaller)), kernels
 
+    if kept_last:
+        ways.sort(key=lambda way: way.axis is None)
     return min(ways, key=against)
 
 

@@ -12,7 +12,7 @@ from sparsessm_plugin.methods.channels_along import choose_along
 
 @register_axis
 class Hidden(Axis):
-    """hidden_size; where a loader ties the channels and all cannot stay, some go along."""
+    """hidden_size; where a loader ties the channels, some go along."""
 
     name = "hidden"
     order = 20
@@ -29,7 +29,8 @@ class Hidden(Axis):
         adapter = get_model_adapter(model)
         if adapter.expand_field is None:
             return {}
-        axis = choose_along(adapter, size, runtimes=(runtime,)).axis
+        # all channels beside half of the stream would cost more than fewer beside more of it
+        axis = choose_along(adapter, size, runtimes=(runtime,), kept_last=True).axis
         return {"channels": {None: "kept", "channels": "along"}.get(axis, axis)}
 
     def config_fields(
