@@ -11,7 +11,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BASE  := $(VENV)/.installed-base
 
-.PHONY: demo test clients clients-vllm lint check docs install dist wheel clean
+.PHONY: demo test clients clients-vllm bench-quick lint check docs install dist wheel clean
 
 install: $(STAMP)
 
@@ -63,6 +63,10 @@ $(VLLM)/.installed:
 
 clients-vllm: $(STAMP) $(VLLM)/.installed
 	$(BIN)/python -m pytest -q -rs tests/clients/test_vllm.py
+
+# what the documentation states for a CPU, beside what smaller runs measure here, in ten minutes
+bench-quick: $(STAMP)
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/run.py quick
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -19,7 +19,8 @@ from sparsessm_plugin.solvers.projections import SOLVERS
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
-import report_tables  # noqa: E402
+import harness  # noqa: E402
+from reports import tables  # noqa: E402
 from sitegen import docstrings, fields, links  # noqa: E402
 
 PAGES = {
@@ -153,8 +154,8 @@ def test_links_lead_somewhere(page):
 
 
 def test_readme_is_short_and_up_to_date():
-    """Two screens; its table is what `python benchmarks/readme.py` makes of the results."""
-    from readme import rendered
+    """Two screens; its table is what `python benchmarks/run.py readme` makes of the results."""
+    from reports.readme import rendered
 
     text = PAGES["README.md"]
     assert len(text.splitlines()) <= 150
@@ -162,13 +163,13 @@ def test_readme_is_short_and_up_to_date():
     assert rendered(text) == text
 
 
-@pytest.mark.parametrize("name", report_tables.TABLES)
+@pytest.mark.parametrize("name", tables.TABLES)
 def test_tables_of_results(name):
     """Every table that a page may ask for is made, with as many cells in each row."""
-    lines = [line for line in report_tables.table(name).splitlines() if line.startswith("|")]
+    lines = [line for line in tables.table(name).splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) <= 1
     asked = {d for text in PAGES.values() for d in re.findall(r"<!-- results: (\w+) -->", text)}
-    assert asked <= set(report_tables.TABLES)
+    assert asked <= set(tables.TABLES)
 
 
 def test_measured_serving_replaces_the_decode_step(monkeypatch, tmp_path):
@@ -176,13 +177,13 @@ def test_measured_serving_replaces_the_decode_step(monkeypatch, tmp_path):
     models = [{"model": f"N {n}", "speedup": s} for n, s in ((128, 1.0), (64, 1.37), (32, 1.61))]
     row = {"shape": "Mamba-2, 2.7B", "what": "decode", "batch": 128, "models": models}
     content = {"rows": [row], "versions": {"device": "NVIDIA H200"}}
-    for path in report_tables.RESULTS.glob("[!s]*.json"):
+    for path in harness.RESULTS.glob("[!s]*.json"):
         (tmp_path / path.name).symlink_to(path)
-    for path in report_tables.RESULTS.glob("state*.json"):
+    for path in harness.RESULTS.glob("state*.json"):
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "serving_cuda.json").write_text(json.dumps(content))
-    monkeypatch.setattr(report_tables, "RESULTS", tmp_path)
-    table = report_tables.table("front")
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    table = tables.table("front")
     assert "| 1.37 ¹ |" in table
     assert "a whole model of the 2.7B shape" in table
-    assert "| Mamba-2, 2.7B | decode | 128 | 1.00 | 1.37 | 1.61 |" in report_tables.table("serving")
+    assert "| Mamba-2, 2.7B | decode | 128 | 1.00 | 1.37 | 1.61 |" in tables.table("serving")

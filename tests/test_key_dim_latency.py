@@ -1,4 +1,4 @@
-"""benchmarks/key_dim_latency.py: the logic, on a tiny stack."""
+"""The benchmark of fewer key dims: the logic, on a tiny stack."""
 
 import sys
 from pathlib import Path
@@ -7,13 +7,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import key_dim_latency
+from experiments import key_dim_latency
+from run import Common, run_experiment
 
 
-def test_decode_prefill_and_cache_of_a_tiny_stack(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["key_dim_latency.py", "--quick"])
+def test_decode_prefill_and_cache_of_a_tiny_stack(capsys):
     with pytest.raises(SystemExit) as stopped:
-        key_dim_latency.main()
+        run_experiment("key_dim_latency", key_dim_latency.EXPERIMENT, {}, Common(quick=True))
     shown = capsys.readouterr().out
     assert stopped.value.code == 0, shown
     for batch in (1, 2):

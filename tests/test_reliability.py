@@ -1,4 +1,4 @@
-"""The campaign of benchmarks/reliability.py: what it calls right, and that cases come again."""
+"""The benchmark of reliability: what it calls right, and that cases come again."""
 
 import random
 import shutil
@@ -9,7 +9,7 @@ import pytest
 from conftest import DEMO
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from reliability import Ran, case_folder, draw, judge, make_case, problem_of, snapshot
+from reliability_cases.processes import Ran, case_folder, draw, judge, make_case, problem_of, snapshot
 
 from sparsessm_plugin.files import REPORT_NAME, list_files, write_json
 

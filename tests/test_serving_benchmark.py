@@ -9,15 +9,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import common
-import serving
+import harness
+from experiments import serving
+from run import Common, run_experiment
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels of a GPU refuse the CPU")
 def test_every_row_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
-    command = ["serving.py", "--device", "cpu", "--name", "x", "--resume"]
-    monkeypatch.setattr(sys, "argv", [*command, "--time-limit", "0.0001"])
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
     failing = iter([RuntimeError("of a first attempt")])
     work = serving.decode_row
 
@@ -26,14 +25,16 @@ def test_every_row_once(tmp_path, monkeypatch):
             raise error
         return work(*arguments)
 
-    monkeypatch.setattr(serving, "decode_row", sometimes)
-    with pytest.raises(SystemExit) as ended:  # no time, or for the first row alone
-        serving.main()
-    monkeypatch.setattr(sys, "argv", command)
-    for code in (0 if ended.value.code == 1 else 1, 0):
+    def go_on(budget=float("inf")):
         with pytest.raises(SystemExit) as ended:
-            serving.main()
-        assert ended.value.code == code
+            common = Common(name="x", resume=True, budget=budget)
+            run_experiment("serving", serving.EXPERIMENT, {"device": "cpu"}, common)
+        return ended.value.code
+
+    monkeypatch.setattr(serving, "decode_row", sometimes)
+    assert go_on(budget=0) == 0  # no time
+    assert go_on() == 1
+    assert go_on() == 0
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
     found = [{k: row[k] for k in ("shape", "what", "batch", "N") if k in row} for row in rows]
     assert sorted(map(str, found)) == sorted(map(str, serving.keys("cpu")))

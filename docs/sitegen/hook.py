@@ -20,8 +20,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs"), str(ROOT / "benchmarks")]
 
-import report_plots  # noqa: E402
-import report_tables  # noqa: E402
+import harness  # noqa: E402
+from reports import plots, tables  # noqa: E402
 
 from sitegen import docstrings, fields, links, mathml  # noqa: E402
 
@@ -46,7 +46,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         uri = f"measurements/{path.name}"
         files.append(File.generated(config, uri, content=path.read_bytes()))
-    for name, svg in report_plots.all_plots():
+    for name, svg in plots.all_plots():
         files.append(File.generated(config, f"{_PLOTS}/{name}.svg", content=svg))
     return files
 
@@ -57,12 +57,12 @@ def measurements() -> str:
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.md")):
         name = path.stem
         raw = f"[JSON]({name}.json)" if path.with_suffix(".json").exists() else ""
-        found = report_tables.load(name).get("versions", {}) if raw else {}
+        found = harness.load(name).get("versions", {}) if raw else {}
         lines.append([f"[{name}]({name}.md)", raw, found.get("device", "")])
     head = (
         "# All tables\n\nEach as its benchmark wrote it, beside the numbers it was made from.\n\n"
     )
-    return head + report_tables.markdown(["table", "numbers", "device"], lines) + "\n"
+    return head + harness.markdown(["table", "numbers", "device"], lines) + "\n"
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -75,11 +75,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             if kind == "fields":
                 return fields.table(key)
             if kind == "results":
-                return report_tables.table(key)
+                return tables.table(key)
             if kind == "plot":
                 if files.get_file_from_path(f"{_PLOTS}/{key}.svg") is None:
                     raise KeyError(key)
-                return f"![{report_plots.TITLES[key]}]({depth}{_PLOTS}/{key}.svg)"
+                return f"![{plots.TITLES[key]}]({depth}{_PLOTS}/{key}.svg)"
         except (KeyError, ValueError) as error:
             raise PluginError(f"{page.file.src_uri}: {match[0]}: {error!r}") from error
         return match[0]

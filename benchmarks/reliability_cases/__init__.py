@@ -1,0 +1,1 @@
+"""Commands that are killed, and recipes and checkpoints that are right or wrong, by number."""

@@ -1,0 +1,1 @@
+"""Tables and plots of README and documentation, made from the result files."""
