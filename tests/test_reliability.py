@@ -9,7 +9,15 @@ import pytest
 from conftest import DEMO
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from reliability_cases.processes import Ran, case_folder, draw, judge, make_case, problem_of, snapshot
+from reliability_cases.processes import (
+    Ran,
+    case_folder,
+    draw,
+    judge,
+    make_case,
+    problem_of,
+    snapshot,
+)
 
 from sparsessm_plugin.files import REPORT_NAME, list_files, write_json
 

@@ -26,8 +26,8 @@ def test_every_row_once(tmp_path, monkeypatch):
         return work(*arguments)
 
     def go_on(budget=float("inf")):
+        common = Common(name="x", resume=True, budget=budget)
         with pytest.raises(SystemExit) as ended:
-            common = Common(name="x", resume=True, budget=budget)
             run_experiment("serving", serving.EXPERIMENT, {"device": "cpu"}, common)
         return ended.value.code
 
