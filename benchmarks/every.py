@@ -8,26 +8,25 @@ so that a few share a GPU.
 import os
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import harness
 
-PLACES = 3  # of a GPU; a job takes one or all of them
+PLACES = 3  # jobs that share a GPU
 GRACE = 60  # seconds that a job may run on after its budget, for the run it is in
 
 
 def jobs() -> dict[str, str]:
-    """Result file -> experiment, of all that is measured on a GPU."""
-    return {
+    """Result file -> experiment, of all that is measured on a GPU, but for what torchrun starts."""
+    found = {
         result: name
         for name in harness.names()
         for result in harness.experiment(name).results
-        if "GPU" in harness.experiment(name).device
-        and not result.endswith("cpu")
-        and name != "distributed"  # which torchrun starts
+        if "GPU" in harness.experiment(name).device and name != "distributed"
     }
+    return {k: v for k, v in found.items() if "CPU" not in harness.load(k)["versions"]["device"]}
 
 
 def run_all(seconds: float, wanted: list[str], gpus: list[str], logs: Path) -> None:
@@ -37,34 +36,25 @@ def run_all(seconds: float, wanted: list[str], gpus: list[str], logs: Path) -> N
     :param logs: folder for a log of each
     """
     logs.mkdir(parents=True, exist_ok=True)
-    names, waiting = jobs(), list(wanted)
-    places = {n: PLACES if harness.experiment(names[n]).alone else 1 for n in wanted}
-    end = time.monotonic() + seconds
-    free = dict.fromkeys(gpus, PLACES)
-    changed = threading.Condition()
+    names, end = jobs(), time.monotonic() + seconds
+    waiting: dict[bool, list[str]] = {True: [], False: []}
+    for name in wanted:
+        waiting[harness.experiment(names[name]).alone].append(name)
 
-    def work(name: str, gpu: str) -> None:
-        print(f"{name}: {run(names[name], name, gpu, end, logs)}", flush=True)
-        with changed:
-            free[gpu] += places[name]
-            changed.notify()
+    def go_on(gpu: str, alone: bool) -> None:
+        while waiting[alone] and end - time.monotonic() > GRACE:
+            name = waiting[alone].pop(0)
+            print(f"{name}: {run(names[name], name, gpu, end, logs)}", flush=True)
 
-    threads = []
-    with changed:
-        while waiting and end - time.monotonic() > GRACE:
-            fitting = [(name, gpu) for name in waiting for gpu in gpus if free[gpu] >= places[name]]
-            if not fitting:
-                changed.wait(end - time.monotonic())
-                continue
-            name, gpu = max(fitting, key=lambda pair: (-waiting.index(pair[0]), free[pair[1]]))
-            waiting.remove(name)
-            free[gpu] -= places[name]
-            threads.append(threading.Thread(target=work, args=(name, gpu)))
-            threads[-1].start()
-    for thread in threads:
-        thread.join()
-    if waiting:
-        print(f"not begun: {', '.join(waiting)}")
+    def use(gpu: str) -> None:
+        go_on(gpu, alone=True)
+        with ThreadPoolExecutor(PLACES) as pool:
+            list(pool.map(lambda _: go_on(gpu, alone=False), range(PLACES)))
+
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        list(pool.map(use, gpus))
+    if left := waiting[True] + waiting[False]:
+        print(f"not begun: {', '.join(left)}")
 
 
 def run(experiment: str, name: str, gpu: str, end: float, logs: Path) -> str:

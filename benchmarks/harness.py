@@ -240,7 +240,8 @@ def begin(one: Experiment, name: str, configuration: Any) -> dict[str, Any]:
     if differing := [k for k in here if found.get(k) != here[k] and k != "cpu"]:
         raise SystemExit(f"{path} was made with other {', '.join(differing)}")
     chosen = configuration.model_dump(mode="json")
-    before = content.pop("configuration", chosen)
+    known = one.configuration(**one.results.get(name, {})) if name in one.results else configuration
+    before = content.pop("configuration", known.model_dump(mode="json"))
     free = ("remark", *one.extends)
     if differing := [k for k in chosen if k not in free and before.get(k) != chosen[k]]:
         told = ", ".join(f"{k} {before.get(k)}" for k in differing)

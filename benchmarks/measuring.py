@@ -6,22 +6,29 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from harness import Row, assets
+from harness import Configuration, Row, assets
 from pydantic import Field
 
-from sparsessm_plugin.evaluation.data import read_texts, tokenize, windows
+from sparsessm_plugin.evaluation.data import calibration_loader, read_texts, tokenize, windows
 from sparsessm_plugin.recipes import CheckedRecipe, parse_recipe
+from sparsessm_plugin.recipes.pruning import ModelSource, prune
 
 CALIBRATION = "corpus/calibration.jsonl"
 TEXTS = {"corpus": "corpus/validation.jsonl", "wikitext2": "wikitext2/test.detok.txt"}
 HELD_BACK = 100 * 512  # tokens at the end of the calibration text, for development
 RECALL = ("lookup", "repeat", "bigram")
 
-SEEDS = Field(3, description="draws of calibration text")
-LENGTH = "tokens a calibration window"
-EVALUATE = Field(2048, description="tokens a window of evaluation")
-EVALUATE_WINDOWS = Field(None, description="of a text, at most so many")
-DEVELOPMENT = Field(False, description="evaluate on the end of the calibration text")
+
+class OfTexts(Configuration):
+    """What is calibrated and evaluated on."""
+
+    models: list[str] = Field(["mamba-25m"], description="checkpoints of the assets")
+    seeds: int = Field(3, description="draws of calibration text")
+    windows: int = Field(256, description="calibration windows")
+    length: int = Field(512, description="tokens a calibration window")
+    batch_size: int = Field(16, description="windows")
+    evaluate: int = Field(2048, description="tokens a window of evaluation")
+    evaluate_windows: int | None = Field(None, description="of a text, at most so many")
 
 
 def stream_of(path: str, tokenizer: Any) -> torch.Tensor:
@@ -34,20 +41,39 @@ def windows_of(path: str, tokenizer: Any, length: int, most: int | None = None) 
     return windows(stream_of(path, tokenizer), length, path)[:most]
 
 
-def tests_of(stream: torch.Tensor, tokenizer: Any, chosen: Any) -> dict[str, torch.Tensor]:
-    """Windows of the texts that are evaluated, or of the end of the calibration text.
+class Checkpoint:
+    """A checkpoint of the assets, windows to calibrate on, and the texts that it is evaluated on.
 
-    :param stream: (tokens,) of the calibration text
-    :param chosen: has the fields evaluate, evaluate_windows and development
+    :param chosen: has the fields of :class:`OfTexts`
+    :param batch_size: windows of evaluation
     """
-    if chosen.development:
+
+    def __init__(self, name: str, chosen: Any, batch_size: int):
+        self.name, self.chosen, self.batch_size = name, chosen, batch_size
+        self.source = ModelSource(str(assets() / "models" / name))
+        self.tokenizer: Any = self.source.load_tokenizer()
+        stream = stream_of(CALIBRATION, self.tokenizer)
+        self.samples = windows(stream[:-HELD_BACK], chosen.length, CALIBRATION)
         streams = {"development": stream[-HELD_BACK:]}
-    else:
-        streams = {kind: stream_of(path, tokenizer) for kind, path in TEXTS.items()}
-    return {
-        kind: windows(tokens, chosen.evaluate, kind)[: chosen.evaluate_windows]
-        for kind, tokens in streams.items()
-    }
+        if not getattr(chosen, "development", False):
+            streams = {kind: stream_of(path, self.tokenizer) for kind, path in TEXTS.items()}
+        self.tests = {
+            kind: windows(tokens, chosen.evaluate, kind)[: chosen.evaluate_windows]
+            for kind, tokens in streams.items()
+        }
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Perplexity on each text."""
+        return perplexities(model, self.tests, self.batch_size)
+
+    def loader(self, count: int, seed: int) -> Any:
+        """Batches of so many calibration windows."""
+        return calibration_loader(self.samples, count, self.chosen.batch_size, seed)
+
+    def prune(self, built: CheckedRecipe, count: int, seed: int, model: Any = None) -> Any:
+        """The checkpoint, or the model that it is, after a recipe."""
+        model = self.source.load() if model is None else model
+        return prune(model, built, self.loader(count, seed), self.tokenizer)
 
 
 def perplexities(model: Any, tests: dict[str, Any], batch_size: int) -> dict[str, float]:

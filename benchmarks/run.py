@@ -119,7 +119,8 @@ def run_experiment(name: str, one: Experiment, given: dict[str, Any], common: Co
         return
     preset = one.results.get(result, {})
     if common.quick:
-        result, preset = next(iter(one.quick.items()))
+        result = result if result in one.quick else next(iter(one.quick))
+        preset = one.quick[result]
     configuration = one.configuration(**{**preset, **given})
     own, parts = (int(number) for number in common.part.split("/"))
     if parts > 1 and not common.name:
@@ -191,6 +192,18 @@ def readme() -> None:
     from reports.readme import write
 
     write()
+
+
+@app.command()
+def plots(
+    output: Annotated[Path, typer.Option(help="folder")] = Path("build/plots"),
+) -> None:
+    """Draw the plots of the documentation, as SVG."""
+    from reports.plots import all_plots
+
+    output.mkdir(parents=True, exist_ok=True)
+    for name, svg in all_plots():
+        write_bytes(output / f"{name}.svg", svg)
 
 
 @app.command("all")

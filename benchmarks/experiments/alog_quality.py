@@ -14,10 +14,7 @@ from sparsessm_plugin.evaluation.data import calibration_loader
 from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.recipes.pruning import ModelSource, prune
 
-TEXTS = {
-    "wikitext2 test": "wikitext2/test.raw.txt",
-    "corpus validation": "corpus/validation.jsonl",
-}
+TEXTS = {"wikitext2 test": "wikitext2/test.raw.txt", "corpus validation": "corpus/validation.jsonl"}
 # name in the table, saliency, aggregation
 CRITERIA = (
     ("magnitude", "magnitude", None),

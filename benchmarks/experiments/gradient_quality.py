@@ -6,46 +6,26 @@ evaluates on these.
 """
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from harness import (
-    Configuration,
-    Experiment,
-    Job,
-    Row,
-    assets,
-    joined,
-    load,
-    not_measured,
-    section,
-)
+from harness import Experiment, Job, Row, joined, load, not_measured, section
 from measuring import (
-    CALIBRATION,
-    DEVELOPMENT,
-    EVALUATE,
-    EVALUATE_WINDOWS,
-    HELD_BACK,
-    LENGTH,
-    SEEDS,
     TEXTS,
+    Checkpoint,
+    OfTexts,
     add_run,
     mean_and_spread,
-    perplexities,
     recipe,
     row_of,
-    stream_of,
-    tests_of,
 )
 from pydantic import Field
 from torch import Tensor
 
 from sparsessm_plugin.criteria.importance import choose_pruned, importance
-from sparsessm_plugin.evaluation.data import calibration_loader, windows
 from sparsessm_plugin.families import MixerAdapter, find_mixers, get_tensor
 from sparsessm_plugin.methods.gradient import tuned_parameters
-from sparsessm_plugin.recipes.pruning import ModelSource, prune
 from sparsessm_plugin.training.budget import Plan
 from sparsessm_plugin.training.gradients import mean_gradients
 from sparsessm_plugin.training.tuner import Tuner
@@ -69,28 +49,23 @@ TUNED = {
 PROBE_STEPS = 6
 
 
-class Fields(Configuration):
-    """Of the sections, the gradients, the steps and the evaluation."""
+class Fields(OfTexts):
+    """And the sections, the gradients and the steps."""
 
-    models: list[str] = Field(["mamba-25m"], description="checkpoints of the assets")
     sections: list[str] = Field(["prune", "tune", "components"], description="in this order")
     methods: list[str] = Field(list(METHODS), description="training-free")
     tuned: list[str] = Field(list(TUNED), description="with steps")
     fields: str = Field("", description="further fields of the modifier, as YAML")
     sparsity: float = Field(0.7, description="share of all weights")
     component_sparsity: float = Field(0.8, description="share of one component")
-    seeds: int = SEEDS
     windows: int = Field(128, description="windows for the gradients")
-    length: int = Field(512, description=LENGTH)
     batch_size: int = Field(8, description="windows")
     tune_seconds: float = Field(240, description="of gradient steps a run")
     tune_steps: int | None = Field(None, description="steps a round, instead")
     tune_windows: int = Field(32, description="for the gradients of a round")
     tune_seeds: int = Field(1, description="draws where tuned")
-    evaluate: int = EVALUATE
-    evaluate_windows: int | None = EVALUATE_WINDOWS
     evaluate_batch_size: int = Field(4, description="windows of evaluation")
-    development: bool = DEVELOPMENT
+    development: bool = Field(False, description="evaluate on the end of the calibration text")
 
 
 def run(job: Job) -> Iterator[Any]:
@@ -102,35 +77,22 @@ def run(job: Job) -> Iterator[Any]:
             yield from SECTIONS[kind](one)
 
 
-class Run:
-    """One model, its texts and its dense perplexity."""
+class Run(Checkpoint):
+    """One model and its dense perplexity."""
 
     def __init__(self, name: str, job: Job):
-        self.name, self.job = name, job
-        self.chosen: Fields = job.configuration
-        self.source = ModelSource(str(assets() / "models" / name))
-        self.tokenizer = self.source.load_tokenizer()
-        stream = stream_of(CALIBRATION, self.tokenizer)
-        self.samples = windows(stream[:-HELD_BACK], self.chosen.length, CALIBRATION)
-        self.tests = tests_of(stream, self.tokenizer, self.chosen)
+        super().__init__(name, job.configuration, job.configuration.evaluate_batch_size)
+        self.job = job
         every = job.numbers.setdefault("dense", {})
-        self.dense = every.setdefault(name, {}) or every[name]
-        if not self.dense:
-            self.dense.update(self.evaluate(self.source.load()))
+        self.dense = every.get(name) or self.evaluate(self.source.load())
+        every[name] = self.dense
         job.numbers.setdefault("tokens", {})[name] = self.samples.numel()
 
-    def evaluate(self, model: Any) -> dict[str, float]:
-        return perplexities(model, self.tests, self.chosen.evaluate_batch_size)
-
-    def loader(self, count: int, seed: int) -> Any:
-        return calibration_loader(self.samples, count, self.chosen.batch_size, seed)
-
-    def rows(
-        self, methods: dict[str, str], seeds: int, loader: Callable[[int], Any]
-    ) -> Iterator[Any]:
+    def rows(self, methods: dict[str, str], seeds: int, count: int) -> Iterator[Any]:
         """A run a method and seed.
 
         :param methods: fields of the modifier by name
+        :param count: calibration windows
         """
         rows: list[Row] = self.job.numbers.setdefault("rows", [])
         for seed in range(seeds):
@@ -142,14 +104,14 @@ class Run:
                 if seed in row["seeds"] or not self.job.in_time(label):
                     continue
                 with self.job.case(label):
-                    self.add(row, fields, seed, loader(seed))
+                    self.add(row, fields, count, seed)
                     yield f"{label} {row}"
 
-    def add(self, row: Row, fields: str, seed: int, loader: Any) -> None:
+    def add(self, row: Row, fields: str, count: int, seed: int) -> None:
         """One run, added to its row."""
         given = [f"sparsity: {self.chosen.sparsity}", fields, self.chosen.fields]
         built = recipe("GradientMagnitudeModifier", ", ".join(filter(None, given)))
-        pruned = prune(self.source.load(), built, loader, self.tokenizer)
+        pruned = self.prune(built, count, seed)
         add_run(row, self.evaluate(pruned.model), pruned.seconds, seed)
         settings = pruned.reports[0]["settings"]
         if settings["distill_steps"]:
@@ -174,8 +136,7 @@ def by_kind(layers: list[dict[str, Any]]) -> dict[str, float]:
 def training_free(one: Run) -> Iterator[Any]:
     """Methods that look at gradients, or at none."""
     methods = {method: METHODS[method] for method in one.chosen.methods}
-    loader = lambda seed: one.loader(one.chosen.windows, seed)  # noqa: E731
-    yield from one.rows(methods, one.chosen.seeds, loader)
+    yield from one.rows(methods, one.chosen.seeds, one.chosen.windows)
 
 
 def tuned(one: Run) -> Iterator[Any]:
@@ -188,8 +149,7 @@ def tuned(one: Run) -> Iterator[Any]:
         rounds = 1 if "1 round" in method else 8
         steps = chosen.tune_steps or max(1, int(chosen.tune_seconds / seconds / rounds))
         methods[method] = f"{TUNED[method]}, distill_steps: {steps}, calibration_batches: {batches}"
-    loader = lambda seed: one.loader(len(one.samples), seed)  # noqa: E731
-    yield from one.rows(methods, chosen.tune_seeds, loader)
+    yield from one.rows(methods, chosen.tune_seeds, len(one.samples))
 
 
 def seconds_a_step(one: Run) -> float:

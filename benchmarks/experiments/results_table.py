@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import ROOT, Configuration, Experiment, Job, assets, first_line
-from measuring import CALIBRATION, EVALUATE_WINDOWS, SEEDS, windows_of
+from measuring import CALIBRATION, windows_of
 from pydantic import Field
 
 from sparsessm_plugin.errors import SparseSSMError
@@ -54,10 +54,7 @@ SECTIONS = {
         f"{HERE}/whole-70-paper.yaml",
         f"{HERE}/whole-70.yaml",
     ],
-    "Half of all weights": [
-        f"{HERE}/magnitude-50-global.yaml",
-        "gradient-50",
-    ],
+    "Half of all weights": [f"{HERE}/magnitude-50-global.yaml", "gradient-50"],
     "70 % of all weights": [
         f"{HERE}/magnitude-70-global.yaml",
         f"{HERE}/gradient-70-untuned.yaml",
@@ -75,11 +72,11 @@ class Fields(Configuration):
 
     models: list[str] = Field(["mamba-25m"], description="checkpoints of the assets")
     recipes: list[str] = Field(ALL, description="built-in ones or files of benchmarks/recipes")
-    seeds: int = SEEDS
+    seeds: int = Field(3, description="draws of calibration text")
     windows: int = Field(32, description="calibration windows")
     length: int = Field(2048, description="tokens a window")
     batch_size: int = Field(4, description="windows")
-    evaluate_windows: int | None = EVALUATE_WINDOWS
+    evaluate_windows: int | None = Field(None, description="of a text, at most so many")
     tasks: list[str] = Field(list(TASKS), description="of the assets")
     tasks_batch_size: int = Field(256, description="sentences")
     limit: int | None = Field(None, description="documents a task at most")

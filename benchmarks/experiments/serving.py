@@ -56,15 +56,7 @@ def shapes_of(device: str) -> dict[str, Any]:
         "Mamba-2, tiny": Mamba2Config(
             **small, hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, n_groups=1
         ),
-        "Granite-4-H, tiny": granite(
-            *(6, 32),
-            **small,
-            shared_intermediate_size=48,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            mamba_n_heads=4,
-            mamba_d_head=16,
-        ),
+        "Granite-4-H, tiny": granite(6, 32, 96, mlp=48, attention=(4, 2), heads=4),
     }
 
 

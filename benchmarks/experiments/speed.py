@@ -542,7 +542,6 @@ class Fields(Configuration):
     shapes: list[str] = Field(list(SHAPES), description="of the A_log stage; the pipeline's last")
     repeats: int = Field(3, description="that take turns")
     tiny: bool = Field(False, description="the logic only")
-    memory: float | None = Field(None, description="GiB of the GPU's that may be used")
 
     @property
     def sizes(self) -> dict[str, Shape]:
@@ -568,10 +567,6 @@ class Fields(Configuration):
 
 def run(job: Job) -> Iterator[Any]:
     """The sections."""
-    if job.configuration.memory:
-        total = torch.cuda.get_device_properties(0).total_memory
-        share = job.configuration.memory * 2**30 / total
-        torch.cuda.set_per_process_memory_fraction(share)
     job.numbers["load"] = os.getloadavg()[0]
     for name in job.configuration.sections:
         yield from SECTIONS[name](job)

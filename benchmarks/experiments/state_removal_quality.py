@@ -8,14 +8,11 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from harness import Configuration, Experiment, Job, Row, assets, joined, markdown
+from harness import Experiment, Job, Row, assets, joined, markdown
 from measuring import (
-    EVALUATE,
-    EVALUATE_WINDOWS,
     HELD_BACK,
-    LENGTH,
     RECALL,
-    SEEDS,
+    OfTexts,
     add_run,
     mean_and_range,
     perplexities,
@@ -70,10 +67,9 @@ RATE_OF_CHANNELS = 3e-4
 DATA_FREE = ("magnitude", "last", "random", "out_proj_norm")
 
 
-class Fields(Configuration):
-    """Of the removal, the calibration and the evaluation."""
+class Fields(OfTexts):
+    """And the removal."""
 
-    models: list[str] = Field(["mamba-25m"], description="checkpoints of the assets")
     calibration: list[str] = Field(list(TEXTS), description="texts")
     keep: list[int] = Field(
         [],
@@ -82,16 +78,10 @@ class Fields(Configuration):
     )
     channels: float | None = Field(None, description="remove this share of the channels instead")
     criteria: list[str] = Field([], description="default all")
-    seeds: int = SEEDS
-    windows: int = Field(256, description="calibration windows")
-    length: int = Field(512, description=LENGTH)
-    batch_size: int = Field(16, description="windows")
     steps: int = Field(200, description="of reconstruct")
     distill: int = Field(600, description="steps where distilled")
     distill_rate: float | None = Field(None, description="learning rate for these")
     distill_windows: int | None = Field(None, description="for these; default all there are")
-    evaluate: int = EVALUATE
-    evaluate_windows: int | None = EVALUATE_WINDOWS
     recall: int = Field(0, description="sequences a probe of recall and distance; 32 are enough")
 
 

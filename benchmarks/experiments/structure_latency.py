@@ -13,12 +13,7 @@ from typing import Any, Literal
 import torch
 from harness import Configuration, Experiment, Job, markdown, needs_gpu
 from pydantic import Field
-from transformers import (
-    AutoModelForCausalLM,
-    GraniteMoeHybridConfig,
-    Mamba2Config,
-    MambaConfig,
-)
+from transformers import AutoModelForCausalLM, GraniteMoeHybridConfig, Mamba2Config, MambaConfig
 
 from sparsessm_plugin.evaluation.latency import describe_kernels
 from sparsessm_plugin.families import find_mixers
@@ -38,22 +33,33 @@ SHALLOW = {"cuda": (6, 12), "cpu": (4, 8)}  # layers of the models that the cost
 TINY = {"num_hidden_layers": 12, "hidden_size": 64, "vocab_size": 128}
 
 
-def granite(layers: int, hidden: int, **changes: Any) -> Any:
-    """A Granite-4-H shape without experts: every tenth layer attends, from the sixth on."""
+def granite(
+    layers: int, hidden: int, vocabulary: int, mlp: int, attention: tuple[int, int], heads: int
+) -> Any:
+    """A Granite-4-H shape without experts: every tenth layer attends, from the sixth on.
+
+    :param mlp: intermediate units
+    :param attention: heads of queries, and of keys and values
+    :param heads: of the mixers
+    """
     types = ["attention" if i % 10 == 5 else "mamba" for i in range(layers)]
-    fields = {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "layer_types": types,
-        "num_local_experts": 0,
-        "mamba_n_groups": 1,
-        "mamba_d_state": 128,
-        "mamba_expand": 2,
-        "position_embedding_type": None,
-        "tie_word_embeddings": True,
-        **changes,
-    }
-    return GraniteMoeHybridConfig(**fields)
+    return GraniteMoeHybridConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        layer_types=types,
+        shared_intermediate_size=mlp,
+        num_attention_heads=attention[0],
+        num_key_value_heads=attention[1],
+        mamba_n_heads=heads,
+        mamba_d_head=2 * hidden // heads,
+        num_local_experts=0,
+        mamba_n_groups=1,
+        mamba_d_state=128,
+        mamba_expand=2,
+        position_embedding_type=None,
+        tie_word_embeddings=True,
+    )
 
 
 def shapes_of(device: str) -> dict[str, Any]:
@@ -63,46 +69,20 @@ def shapes_of(device: str) -> dict[str, Any]:
             "Mamba, tiny": MambaConfig(**TINY),
             # its groups do not divide its heads
             "Mamba-2, broken": Mamba2Config(**TINY, num_heads=8, head_dim=16, n_groups=3),
-            "Granite-4-H, tiny": granite(
-                *(12, 64),
-                vocab_size=128,
-                shared_intermediate_size=64,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                mamba_n_heads=8,
-                mamba_d_head=16,
-            ),
+            "Granite-4-H, tiny": granite(12, 64, 128, mlp=64, attention=(4, 2), heads=8),
         }
     if device == "cpu":
+        like = {"hidden_size": 512, "num_hidden_layers": 12, "vocab_size": 8192}
         return {
-            "Mamba, 25M": MambaConfig(hidden_size=512, num_hidden_layers=12, vocab_size=8192),
-            "Mamba-2, 25M": Mamba2Config(
-                hidden_size=512, num_hidden_layers=12, vocab_size=8192, num_heads=16, n_groups=1
-            ),
-            "Granite-4-H, 16M": granite(
-                *(10, 384),
-                vocab_size=8192,
-                shared_intermediate_size=1024,
-                num_attention_heads=8,
-                num_key_value_heads=4,
-                mamba_n_heads=24,
-                mamba_d_head=32,
-            ),
+            "Mamba, 25M": MambaConfig(**like),
+            "Mamba-2, 25M": Mamba2Config(**like, num_heads=16, n_groups=1),
+            "Granite-4-H, 16M": granite(10, 384, 8192, mlp=1024, attention=(8, 4), heads=24),
         }
+    like = {"hidden_size": 2560, "num_hidden_layers": 64}
     return {
-        "Mamba, 2.8B": MambaConfig(hidden_size=2560, num_hidden_layers=64, vocab_size=50280),
-        "Mamba-2, 2.7B": Mamba2Config(
-            hidden_size=2560, num_hidden_layers=64, vocab_size=50288, num_heads=80, n_groups=1
-        ),
-        "Granite-4-H, 3B": granite(
-            *(40, 2048),
-            vocab_size=100352,
-            shared_intermediate_size=8192,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            mamba_n_heads=64,
-            mamba_d_head=64,
-        ),
+        "Mamba, 2.8B": MambaConfig(**like, vocab_size=50280),
+        "Mamba-2, 2.7B": Mamba2Config(**like, vocab_size=50288, num_heads=80, n_groups=1),
+        "Granite-4-H, 3B": granite(40, 2048, 100352, mlp=8192, attention=(32, 8), heads=64),
     }
 
 

@@ -18,26 +18,11 @@ from typing import Any
 
 import harness
 import yaml
-from harness import Configuration, Experiment, Job, Row, assets, first_line, joined, markdown
-from measuring import (
-    CALIBRATION,
-    EVALUATE,
-    EVALUATE_WINDOWS,
-    HELD_BACK,
-    LENGTH,
-    SEEDS,
-    TEXTS,
-    add_run,
-    mean_and_range,
-    perplexities,
-    relative,
-    row_of,
-    windows_of,
-)
+from harness import Experiment, Job, Row, assets, first_line, joined, markdown
+from measuring import TEXTS, Checkpoint, OfTexts, add_run, mean_and_range, relative, row_of
 from pydantic import Field
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.evaluation.data import calibration_loader
 from sparsessm_plugin.files import write_json
 from sparsessm_plugin.fitting import FitSettings, Prepared, make_plan, split
 from sparsessm_plugin.fitting.axes import AXES, in_order
@@ -45,7 +30,6 @@ from sparsessm_plugin.fitting.losses import HeldBack, distillation_fields
 from sparsessm_plugin.fitting.shapes import Shapes
 from sparsessm_plugin.fitting.targets import parse_targets
 from sparsessm_plugin.recipes import parse_recipe
-from sparsessm_plugin.recipes.pruning import ModelSource, prune
 from sparsessm_plugin.training.memory import needed
 
 TASK = "blimp_local"
@@ -78,26 +62,20 @@ WHOLE = ("layers", "hidden", "mlp")  # whose modifiers distil all of the model u
 NEAR = 0.06  # how far a share may be from the one asked for
 
 
-class Fields(Configuration):
-    """Of the rows, the fit and the evaluation."""
+class Fields(OfTexts):
+    """And the rows and the fit."""
 
-    models: list[str] = Field(["mamba-25m"], description="checkpoints of the assets")
+    batch_size: int = Field(32, description="windows")
     shares: list[float] = Field([0.75, 0.5], description="of the parameters")
     minutes: list[float] = Field([0, 1, 3], description="of distillation")
-    seeds: int = SEEDS
     rows: list[str] = Field([], description="axes, or 'axis: method'; default all")
-    windows: int = Field(256, description="that layers are fitted over")
     distill_windows: int | None = Field(None, description="that are distilled; default all")
-    length: int = Field(512, description=LENGTH)
-    batch_size: int = Field(32, description="windows")
     rate: float = Field(1e-3, description="learning rate of distillation")
     weights: str = Field("auto", description="distill_weights")
     fit_minutes: float | None = Field(
         None, description="whose half a mix is sought for; default 1 on a GPU, 5"
     )
     search_tokens: int | None = Field(None, description="that a trial of the search fits by")
-    evaluate: int = EVALUATE
-    evaluate_windows: int | None = EVALUATE_WINDOWS
     tasks: bool = Field(False, description="BLiMP, too")
     limit: int | None = Field(None, description="sentences a paradigm of BLiMP")
 
@@ -137,23 +115,16 @@ def wanted_rows(chosen: "Fields") -> Iterator[tuple[float, str, str, float, int]
                         yield share, axis, method, minutes, seed
 
 
-class Run:
+class Run(Checkpoint):
     """All rows of a checkpoint."""
 
     def __init__(self, name: str, job: Job) -> None:
-        self.name, self.job = name, job
         chosen: Fields = job.configuration
-        self.source = ModelSource(str(assets() / "models" / name))
-        self.tokenizer: Any = self.source.load_tokenizer()
+        super().__init__(name, chosen, max(1, 32768 // chosen.evaluate))
+        self.job = job
         self.skeleton = self.source.load_skeleton()
         self.shapes = Shapes(self.skeleton)
         self.whole = count(self.skeleton)
-        held = max(1, HELD_BACK // chosen.length)
-        self.samples = windows_of(CALIBRATION, self.tokenizer, chosen.length)[:-held]
-        self.tests = {
-            kind: windows_of(path, self.tokenizer, chosen.evaluate, chosen.evaluate_windows)
-            for kind, path in TEXTS.items()
-        }
         self.tasks: Any = None
         if chosen.tasks:
             from sparsessm_plugin.evaluation.tasks import load_tasks
@@ -173,8 +144,7 @@ class Run:
 
     def add(self, row: Row, seed: int, model: Any, seconds: float, noted: Row) -> str:
         """Measure a model."""
-        batch_size = max(1, 32768 // self.job.configuration.evaluate)
-        measured: dict[str, Any] = dict(perplexities(model, self.tests, batch_size))
+        measured: dict[str, Any] = dict(self.evaluate(model))
         if self.tasks is not None:
             from sparsessm_plugin.evaluation.tasks import evaluate_tasks
 
@@ -224,9 +194,8 @@ class Run:
                 last["distill_weights"] = chosen.weights
         text = yaml.safe_dump({"prune_stage": {"prune_modifiers": modifiers}}, sort_keys=False)
         count_of = (chosen.distill_windows or 10**9) if minutes else chosen.windows
-        loader = calibration_loader(self.samples, count_of, chosen.batch_size, seed)
         model = copy.deepcopy(self.model)
-        result = prune(model, parse_recipe(text, "benchmark"), loader, self.tokenizer)
+        result = self.prune(parse_recipe(text, "benchmark"), count_of, seed, model)
         distilled: dict[str, Any] = {}
         for report in result.reports:
             distilled = report.get("distillation") or distilled
@@ -292,8 +261,7 @@ class Run:
         started = time.monotonic()
         device = self.model.device
         minutes = chosen.fit_minutes or (1.0 if device.type == "cuda" else 5.0)
-        loader = calibration_loader(self.samples, chosen.windows, chosen.batch_size, 0)
-        batches, held = split(list(loader))
+        batches, held = split(list(self.loader(chosen.windows, 0)))
         targets = parse_targets(f"parameters={share:g}")
         settings = FitSettings(targets, minutes=minutes, search_tokens=chosen.search_tokens)
         prepared = Prepared(self.shapes, settings, device)

@@ -7,7 +7,7 @@ package's or mamba-ssm's kernels; ``captured``, the same in one CUDA graph.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from typing import Any, Literal
 from unittest import mock
@@ -54,7 +54,6 @@ class Fields(Configuration):
     batch: int = Field(32, description="windows a step")
     length: int = Field(512, description="tokens a window")
     seconds: float = Field(3.0, description="of steps a row")
-    profile: bool = Field(False, description="print what a step's time goes to, too")
     device: Literal["cuda", "cpu"] = Field("cuda", description="where")
 
 
@@ -92,37 +91,45 @@ def run(job: Job) -> Iterator[Any]:
 
 def scans_of_channels(chosen: Fields) -> list[dict[str, Any]]:
     """Milliseconds by implementation, and how far gradients are apart."""
-    device = torch.device(chosen.device)
-    ways: dict[str, Callable[[MixerQuantities], torch.Tensor]] = {"torch": differentiable.in_chunks}
-    large = {N: quantities(chosen.batch, chosen.length, 1024, N, device) for N in (16, 8, 4)}
-    if device.type == "cuda":
+    large, exact, small = inputs(MixerQuantities, (1024,), (16, 8, 4), (2, 100, (70,), 16), chosen)
+    ways: dict[str, Any] = {"torch": differentiable.in_chunks}
+    if chosen.device == "cuda":
         from sparsessm_plugin.recurrence import gpu_gradient
 
         ways["Triton"] = gpu_gradient.scan
         if kernels.available(large[16]):
             ways["mamba-ssm"] = kernels.scan
-    exact = quantities(2, 100, 70, 16, device, torch.float64)
-    small = quantities(2, 100, 70, 16, device)
     return timed_scans("Mamba-1", ways, differentiable.in_chunks, exact, small, large)
 
 
 def scans_of_heads(chosen: Fields) -> list[dict[str, Any]]:
     """The same for the layout of Mamba-2, 16 heads of 64 channels, by precision of products."""
-    device = torch.device(chosen.device)
-    ways: dict[str, Callable[[HeadQuantities], torch.Tensor]] = {"torch": ssd.scan}
-    if device.type == "cuda":
+    large, exact, small = inputs(HeadQuantities, (16, 64), (128, 32), (2, 150, (4, 64), 96), chosen)
+    ways: dict[str, Any] = {"torch": ssd.scan}
+    if chosen.device == "cuda":
         from sparsessm_plugin.recurrence import ssd_gpu
 
         ways["Triton"] = ssd_gpu.scan
-    exact = heads(2, 150, 4, 64, 96, device, torch.float64)
-    small = heads(2, 150, 4, 64, 96, device)
-    large = {N: heads(chosen.batch, chosen.length, 16, 64, N, device) for N in (128, 32)}
     found = []
     for products in ("float32", "TF32"):
         with tf32() if products == "TF32" else nullcontext():
             name = f"Mamba-2, {products}"
             found += timed_scans(name, ways, ssd.scan, exact, small, large)
     return found
+
+
+def inputs(
+    kind: Any, sizes: tuple[int, ...], states: tuple[int, ...], small: Any, chosen: Fields
+) -> tuple[dict[int, Any], Any, Any]:
+    """By N what is timed; what errors are measured of, in float64 and in float32."""
+    large = {
+        N: quantities(kind, chosen.batch, chosen.length, sizes, N, chosen.device, torch.float32)
+        for N in states
+    }
+    exact, single = (
+        quantities(kind, *small, chosen.device, dtype) for dtype in (torch.float64, torch.float32)
+    )
+    return large, exact, single
 
 
 def timed_scans(
@@ -152,47 +159,30 @@ def timed_scans(
     return rows
 
 
-def heads(
-    batch: int, length: int, H: int, P: int, N: int, device: torch.device, dtype: Any = None
-) -> HeadQuantities:
-    dtype = dtype or torch.float32
+def quantities(
+    kind: Any, batch: int, length: int, sizes: tuple[int, ...], N: int, device: Any, dtype: Any
+) -> Any:
+    """Random inputs of a recurrence whose gradients are asked for.
+
+    :param kind: MixerQuantities, of D channels, or HeadQuantities, of H heads of P in one group
+    :param sizes: (D,) or (H, P)
+    """
     generator = torch.Generator().manual_seed(0)
+    H, P, group = sizes[0], sizes[-1] if len(sizes) > 1 else 1, (1,) * (len(sizes) - 1)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_(True)
 
     with torch.no_grad():
         dt = torch.nn.functional.softplus(normal(batch, length, H) - 3)
-        A = -torch.exp(0.5 * normal(H) + 1)
-    return HeadQuantities(
+        A = -torch.exp(0.5 * normal(*((H,) if group else (H, N))) + 1)
+    return kind(
         u=normal(batch, length, H * P),
         dt=dt.requires_grad_(True),
         A=A.requires_grad_(True),
-        B=normal(batch, length, 1, N),
-        C=normal(batch, length, 1, N),
+        B=normal(batch, length, *group, N),
+        C=normal(batch, length, *group, N),
         D=normal(H),
-        z=torch.zeros(1, device=device),
-    )
-
-
-def quantities(
-    batch: int, length: int, D: int, N: int, device: torch.device, dtype: Any = torch.float32
-) -> MixerQuantities:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_(True)
-
-    with torch.no_grad():
-        dt = torch.nn.functional.softplus(normal(batch, length, D) - 3)
-        A = -torch.exp(0.5 * normal(D, N) + 1)
-    return MixerQuantities(
-        u=normal(batch, length, D),
-        dt=dt.requires_grad_(True),
-        A=A.requires_grad_(True),
-        B=normal(batch, length, N),
-        C=normal(batch, length, N),
-        D=normal(D),
         z=torch.zeros(1, device=device),
     )
 
@@ -243,10 +233,10 @@ def steps(name: str, way: str, chosen: Fields) -> dict[str, Any]:
             loss_fn=distillation.loss,
             capturable=distillation_module._is_capturable,
         )
-        return rate(tuner, way, chosen)
+        return rate(tuner, chosen)
 
 
-def rate(tuner: Any, way: str, chosen: Fields) -> dict[str, Any]:
+def rate(tuner: Any, chosen: Fields) -> dict[str, Any]:
     """Steps a second, after the warm-up so many seconds of them."""
     cuda = chosen.device == "cuda"
     first: list[float] = []
@@ -278,8 +268,6 @@ def rate(tuner: Any, way: str, chosen: Fields) -> dict[str, Any]:
         loss = tuner.take({})
         found = (tuner.budget.done - WARMUP) / (ended[-1] - ended[0])
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-        if chosen.profile and way != "torch":
-            profile_of(tuner, chosen)
     return {
         "steps_per_second": found,
         "milliseconds": 1e3 / found,
@@ -287,36 +275,6 @@ def rate(tuner: Any, way: str, chosen: Fields) -> dict[str, Any]:
         "mean_loss": loss,
         "first_step_seconds": first[0],
     }
-
-
-def profile_of(tuner: Any, chosen: Fields) -> None:
-    """Print what the time of 5 steps goes to."""
-    from torch.profiler import ProfilerActivity, profile
-
-    until = tuner.budget.done + 5
-
-    def reached(*_: Any) -> bool:
-        return tuner.budget.done >= until
-
-    activities = [ProfilerActivity.CPU]
-    if chosen.device == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with (
-        mock.patch.object(tuner.budget, "reached", reached),
-        mock.patch.object(tuner_module, "_WORTHWHILE", 0),
-        profile(activities=activities) as found,
-    ):
-        tuner.take({})
-        synchronize()
-    key = "cuda" if chosen.device == "cuda" else "cpu"
-    table = found.key_averages().table(
-        sort_by=f"self_{key}_time_total", row_limit=15, max_name_column_width=70
-    )
-    for line in table.splitlines():
-        cells = line.split("  ")
-        print(" | ".join(cell.strip() for cell in cells if cell.strip())[:230])
-    kernels_run = sum(e.count for e in found.key_averages() if e.self_device_time_total)
-    print(f"kernels and copies in 5 steps: {kernels_run}", flush=True)
 
 
 # -- reconstruction of layers ----------------------------------------------------------------

@@ -11,30 +11,20 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from harness import Configuration, Experiment, Job, Row, assets, joined, markdown
+from harness import Experiment, Job, Row, joined, markdown
 from measuring import (
-    CALIBRATION,
-    DEVELOPMENT,
-    EVALUATE,
-    EVALUATE_WINDOWS,
-    HELD_BACK,
-    LENGTH,
-    SEEDS,
     TEXTS,
+    Checkpoint,
+    OfTexts,
     add_run,
     mean_and_range,
     mean_and_spread,
-    perplexities,
     recipe,
     row_of,
-    stream_of,
-    tests_of,
 )
 from pydantic import Field
 
-from sparsessm_plugin.evaluation.data import calibration_loader, windows
 from sparsessm_plugin.families.fast_forward import fast_forward
-from sparsessm_plugin.recipes.pruning import ModelSource, prune
 
 OURS, UPSTREAM = "SensitivitySparseGPTModifier", "SparseGPTModifier"
 REFERENCE = "SparseGPT uniform"
@@ -67,20 +57,16 @@ EVERYWHERE = {
 }
 
 
-class Fields(Configuration):
-    """Of the methods, the calibration and the evaluation."""
+class Fields(OfTexts):
+    """And the methods."""
 
-    models: list[str] = Field(["mamba-25m"], description="checkpoints of the assets")
+    windows: int = Field(32, description="calibration windows")
+    length: int = Field(2048, description="tokens a calibration window")
+    batch_size: int = Field(4, description="windows")
     cases: list[str] = Field(list(CASES), description="shares of zeros")
     methods: list[str] = Field(list(METHODS), description="beside each other")
     everywhere: bool = Field(False, description="prune the layers of MLP and attention, too")
-    seeds: int = SEEDS
-    windows: int = Field(32, description="calibration windows")
-    length: int = Field(2048, description=LENGTH)
-    batch_size: int = Field(4, description="windows")
-    evaluate: int = EVALUATE
-    evaluate_windows: int | None = EVALUATE_WINDOWS
-    development: bool = DEVELOPMENT
+    development: bool = Field(False, description="evaluate on the end of the calibration text")
 
 
 def run(job: Job) -> Iterator[Any]:
@@ -93,16 +79,11 @@ def run_model(name: str, job: Job) -> Iterator[Any]:
     """The runs of a checkpoint."""
     chosen: Fields = job.configuration
     rows: list[Row] = job.numbers.setdefault("rows", [])
-    source = ModelSource(str(assets() / "models" / name))
-    tokenizer = source.load_tokenizer()
-    stream = stream_of(CALIBRATION, tokenizer)
-    samples = windows(stream[:-HELD_BACK], chosen.length, CALIBRATION)
-    tests = tests_of(stream, tokenizer, chosen)
-    dense = row_of(rows, {"model": name, "case": "", "method": "dense"}, tests)
+    one = Checkpoint(name, chosen, chosen.batch_size)
+    dense = row_of(rows, {"model": name, "case": "", "method": "dense"}, one.tests)
     if not dense["seeds"]:
-        for kind, value in perplexities(source.load(), tests, chosen.batch_size).items():
-            dense[kind].append(value)
-        dense["seeds"].append(0)
+        dense.update({kind: [value] for kind, value in one.evaluate(one.source.load()).items()})
+        dense["seeds"] = [0]
         yield dense
     for seed, case, method in itertools.product(range(chosen.seeds), chosen.cases, chosen.methods):
         modifier, fields = METHODS[method]
@@ -114,16 +95,15 @@ def run_model(name: str, job: Job) -> Iterator[Any]:
             continue
         if (case == "2:4" and method.startswith("paper")) or not job.mine():
             continue
-        row = row_of(rows, {"model": name, "case": label, "method": method}, tests)
+        row = row_of(rows, {"model": name, "case": label, "method": method}, one.tests)
         if seed in row["seeds"] or not job.in_time(f"{name} {label} {method} seed {seed}"):
             continue
-        loader = calibration_loader(samples, chosen.windows, chosen.batch_size, seed)
         built = recipe(modifier, ", ".join(filter(None, [CASES[case], fields])))
-        model = source.load()
+        model = one.source.load()
         # before the first pass the fast path must be there for upstream's modifier, too
         with fast_forward(model):
-            result = prune(model, built, loader, tokenizer)
-        values = perplexities(result.model, tests, chosen.batch_size)
+            result = one.prune(built, chosen.windows, seed, model)
+        values = one.evaluate(result.model)
         add_run(row, values, result.seconds, seed)
         told = {kind: round(value, 3) for kind, value in values.items()}
         yield f"{name} {label} {method} seed {seed} {told} {result.seconds:.1f} s"

@@ -140,12 +140,7 @@ def end_children(leader: int) -> list[str]:
 def environment(place: Path) -> dict[str, str]:
     """Of a command: offline, one thread, with a folder of its own for temporary files."""
     own = {k: v for k, v in os.environ.items() if QUIET.get(k) != v}
-    return {
-        **own,
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "TMPDIR": str(place / "tmp"),
-    }
+    return {**own, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TMPDIR": str(place / "tmp")}
 
 
 def start(arguments: list[str], place: Path) -> "subprocess.Popen[bytes]":

@@ -157,12 +157,8 @@ def projections() -> str:
 
 def gradient() -> str:
     """70 % of all weights: training-free, and with steps after each round."""
-    lines = []
-    for name, dense in (
-        ("gradient_quality", load("whole_model_quality_mamba-25m")["rows"][0]),
-        ("gradient_quality_tuned", load("whole_model_quality_mamba-25m")["rows"][0]),
-        ("gradient_quality_tuned_short", load("whole_model_quality_mamba-25m")["rows"][0]),
-    ):
+    lines, dense = [], load("whole_model_quality_mamba-25m")["rows"][0]
+    for name in ("gradient_quality", "gradient_quality_tuned", "gradient_quality_tuned_short"):
         for row in load(name)["rows"]:
             cells = [number(fmean(row[k]) / fmean(dense[k])) for k in ("corpus", "wikitext2")]
             steps = ", ".join(f"{s:,}" for s in row.get("steps", []))
@@ -308,13 +304,6 @@ def runs_of(model: str, recipe: str) -> list[Row]:
     return [run for run in runs if run["recipe"] == recipe]
 
 
-def decode_step(states: int) -> float:
-    """Speed-up of Mamba-2's decode step: D 5120, batch 128, states in bfloat16."""
-    rows = load("state_removal_latency")["Mamba-2 decode step (selective_state_update)"]
-    wanted = ["5120", "bfloat16", "128"]
-    return next(r["speedup"] for r in rows if r["labels"] == wanted and r["states"] == states)
-
-
 def served() -> dict[tuple[str, str, int], dict[str, float]]:
     """Speed-ups of whole models on a GPU: (shape, phase, batch or states) -> N -> speed-up."""
     found: dict[tuple[str, str, int], dict[str, float]] = {}
@@ -374,13 +363,7 @@ def front() -> str:
     """README's table, with its notes."""
     whole = whole_models()["2.8B-shaped"]
     model = [f"{whole[recipe][512]:.2f} ²" for recipe in ("state-50", "channels-25")]
-    key = ("Mamba-2, 2.7B", "decode", 128)
-    if {"N 64", "N 32"} <= set(served().get(key, {})):
-        half, quarter = (served()[key][f"N {n}"] for n in (64, 32))
-        note = "a whole model of the 2.7B shape, batch 128"
-    else:
-        half, quarter = (decode_step(n) for n in (64, 32))
-        note = "the decode step of a mixer alone, 5,120 channels, batch 128"
+    half, quarter = (served()["Mamba-2, 2.7B", "decode", 128][f"N {n}"] for n in (64, 32))
     rows = [
         *front_rows(
             "Mamba-2",
@@ -405,7 +388,7 @@ def front() -> str:
             "",
             "Perplexity on held-out text, in brackets relative to dense. Decode: how many times as "
             "fast as",
-            f"dense on one GPU; ¹ {note};",
+            "dense on one GPU; ¹ a whole model of the 2.7B shape, batch 128;",
             "² a whole model of the 2.8B shape, batch 512, from a CUDA graph.",
         ]
     )
