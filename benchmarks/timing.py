@@ -1,4 +1,4 @@
-"""What timing has in common: works that take turns, CUDA graphs, ratios of paired repeats."""
+"""What timing has in common: random models, works that take turns, CUDA graphs, paired ratios."""
 
 import statistics
 import time
@@ -6,8 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from transformers import AutoModelForCausalLM
 
 Key = TypeVar("Key")
+
+
+def random_model(config: Any, device: str, dtype: torch.dtype | None = None) -> Any:
+    """A causal language model of random weights, made on the device itself.
+
+    :param dtype: by default bfloat16, on a CPU float32
+    """
+    torch.manual_seed(0)
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def synchronize() -> None:

@@ -1,5 +1,6 @@
 """The experiments of benchmarks/: result files render to the tables that stand there."""
 
+import dataclasses
 import inspect
 import re
 import sys
@@ -11,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import harness
 import run
+import stated
 from harness import Configuration, Experiment, Job
 from pydantic import Field
 
@@ -139,6 +141,21 @@ def test_parts_are_put_together(toy):
 def test_quick_writes_nothing(toy):
     assert toy(quick=True) == 0
     assert not list(harness.RESULTS.iterdir())
+
+
+def test_what_is_stated_stands_beside_what_is_measured(toy, monkeypatch):
+    def of_numbers(numbers):
+        return {f"power of {row['number']}": row["values"][0] for row in numbers["rows"]}
+
+    assert toy() == 0
+    quick = {"powers": {"rows": [2], "power": 1}}
+    one = dataclasses.replace(TOY, quick=quick, ratios=of_numbers)
+    monkeypatch.setattr(harness, "experiment", lambda name: one)
+    shown = stated.compare(60, ["powers"])
+    assert "| powers | power of 2 | 0.250 | 0.500 |" in shown
+    assert "| powers | power of 3 | 0.111 | not measured |" in shown
+    assert "| 0.500 |" not in stated.compare(-1, ["powers"])
+    assert harness.load("powers")["configuration"]["power"] == 2
 
 
 def test_a_seed_is_merged_once():

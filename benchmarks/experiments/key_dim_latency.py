@@ -24,9 +24,9 @@ from harness import (
     section,
 )
 from pydantic import Field
-from timing import captured, paired, take_turns
+from timing import captured, paired, random_model, spread_of, take_turns
 from torch import Tensor
-from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, StaticCache
+from transformers import Qwen3_5TextConfig, StaticCache
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
 from sparsessm_plugin.evaluation.state_cache import cache_bytes
@@ -83,20 +83,6 @@ def rules_in_torch() -> Iterator[None]:
     finally:
         for name, function in before.items():
             setattr(modeling, name, function)
-
-
-def build(shape: dict[str, Any], key_dim: int, device: str) -> Any:
-    """A stack of random weights in bfloat16 (float32 on the CPU), made on the device itself."""
-    config = Qwen3_5TextConfig(**shape, linear_key_head_dim=key_dim)
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    default = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(dtype)
-        with torch.device(device):
-            return Qwen3_5ForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(default)
 
 
 class Decode:
@@ -159,13 +145,14 @@ class Fields(Configuration):
 @torch.inference_mode()
 def run(job: Job) -> Iterator[Any]:
     """Steps of every stack, then whole prompts; what a file holds is not run again."""
-    tiny = job.configuration.tiny
+    tiny, shape = job.configuration.tiny, job.configuration.shape
     if not tiny:
         needs_gpu()
     device, sizes = ("cpu", (16, 8, 4)) if tiny else ("cuda", KEY_DIMS)
     steps, batches = ((1, 2), (1, 2)) if tiny else (DECODE_BATCHES, PREFILL_BATCHES)
     job.numbers["packages"] = package_versions("flash-linear-attention", "causal-conv1d", "triton")
-    models = {n: build(job.configuration.shape, n, device) for n in sizes}
+    configs = {n: Qwen3_5TextConfig(**shape, linear_key_head_dim=n) for n in sizes}
+    models = {n: random_model(config, device) for n, config in configs.items()}
     job.numbers["graphs"] = not tiny
     job.numbers.setdefault("eager", [])
     wanted = [("decode", decode, kind, batch) for kind in reversed(kinds()) for batch in steps]
@@ -223,7 +210,7 @@ def lines_of(rows: list[dict[str, Any]], tokens: int) -> list[list[str]]:
             [
                 *(str(row[name]) for name in ("delta rule", "batch", "dk")),
                 f"{1e3 * median:.2f}",
-                f"{(max(seconds) - min(seconds)) / (2 * median):.1%}",
+                f"{spread_of(seconds):.1%}",
                 f"{row['batch'] * tokens / median:,.0f}",
                 f"{row['speedup']:.2f}",
             ]

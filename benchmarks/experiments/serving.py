@@ -19,8 +19,8 @@ os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # processes share what wa
 import torch
 from harness import Configuration, Experiment, Job, markdown, needs_gpu, package_versions
 from pydantic import Field
-from timing import paired, seconds_of, spread_of
-from transformers import AutoModelForCausalLM, Mamba2Config
+from timing import paired, random_model, seconds_of, spread_of
+from transformers import Mamba2Config
 
 from experiments.structure_latency import granite
 from experiments.structure_latency import shapes_of as large_shapes
@@ -63,11 +63,7 @@ def shapes_of(device: str) -> dict[str, Any]:
 def build(config: Any, states: int, device: str) -> Any:
     """A random model with so many states, made on the device itself."""
     name = "mamba_d_state" if hasattr(config, "mamba_d_state") else "state_size"
-    changed = type(config)(**{**config.to_dict(), name: states})
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(changed, dtype=dtype).eval()
+    return random_model(type(config)(**{**config.to_dict(), name: states}), device)
 
 
 class Models:
@@ -344,9 +340,7 @@ def render(numbers: dict[str, Any], chosen: Fields) -> str:
 
 def bound_of(device: str) -> dict[str, str]:
     """The kernels that transformers has bound for a model of the first shape."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(next(iter(shapes_of(device).values())))
-    return bound_kernels(model)
+    return bound_kernels(random_model(next(iter(shapes_of(device).values())), "meta"))
 
 
 EXPERIMENT = Experiment(

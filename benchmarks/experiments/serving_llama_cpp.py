@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from harness import ROOT, Configuration, Experiment, Job, markdown
 from pydantic import Field
-from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
+from timing import random_model
+from transformers import Mamba2Config, MambaConfig
 
 SCRIPTS = ROOT / "tests" / "clients"
 SHAPE = {"hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50288}
@@ -45,9 +46,7 @@ def make(folder: Path, family: str, states: int, tiny: bool) -> None:
     else:
         heads = {"num_heads": 2 * shape["hidden_size"] // 64, "n_groups": 1}
         config = Mamba2Config(**shape, state_size=states, **heads)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
-    model.save_pretrained(folder)
+    random_model(config, "cpu", torch.float16).save_pretrained(folder)
 
 
 def convert(folders: list[Path], llama: Path) -> None:

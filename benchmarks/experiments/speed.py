@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from harness import Configuration, Experiment, Job, joined, not_measured, section
 from pydantic import Field
-from timing import seconds_of
+from timing import random_model, seconds_of
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from sparsessm_plugin.backends.products import project
@@ -65,12 +65,7 @@ LENGTH, SAMPLES, BATCH = 2048, 32, 4
 
 def make_mixer(hidden_size: int, states: int = STATES) -> MixerAdapter:
     """One random mixer, made on the device itself."""
-    config = MambaConfig(
-        hidden_size=hidden_size,
-        state_size=states,
-        num_hidden_layers=1,
-        time_step_rank=math.ceil(hidden_size / 16),
-    )
+    config = MambaConfig(hidden_size=hidden_size, state_size=states, num_hidden_layers=1)
     torch.manual_seed(0)
     with torch.device(DEVICE):
         mixer = MambaMixer(config, layer_idx=0).to(DTYPE).eval()
@@ -285,15 +280,9 @@ def make_model(
 ) -> Any:
     """A random model, made on the device itself."""
     config = MambaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden_size,
-        state_size=states,
-        num_hidden_layers=layers,
-        time_step_rank=math.ceil(hidden_size / 16),
+        vocab_size=vocabulary, hidden_size=hidden_size, state_size=states, num_hidden_layers=layers
     )
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
+    model = random_model(config, DEVICE)
     config.save_pretrained(folder)  # oneshot() reads it once more
     model.config._name_or_path = model.name_or_path = folder
     return model

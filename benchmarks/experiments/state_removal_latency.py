@@ -23,8 +23,8 @@ from harness import (
     section,
 )
 from pydantic import Field
-from timing import captured, paired, spread_of, take_turns
-from transformers import AutoModelForCausalLM, MambaConfig
+from timing import captured, paired, random_model, spread_of, take_turns
+from transformers import MambaConfig
 
 from sparsessm_plugin.evaluation.latency import (
     DECODE,
@@ -231,10 +231,7 @@ def build(shape: dict[str, int], device: str, **changes: int) -> Any:
     config = MambaConfig(**{"vocab_size": 50280, **shape})
     for field, value in changes.items():
         setattr(config, field, value)  # after construction: the constructor derives the channels
-    torch.manual_seed(0)
-    with torch.device(device):
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return random_model(config, device)
 
 
 def variants(shape: dict[str, int], device: str) -> dict[str, Any]:
