@@ -41,13 +41,14 @@ from sparsessm_plugin.fitting.choice import (
 )
 from sparsessm_plugin.fitting.costs import Census, Ladder, Space, counted
 from sparsessm_plugin.fitting.losses import Copies, HeldBack, Shared, Trials
-from sparsessm_plugin.fitting.shapes import Shapes
+from sparsessm_plugin.fitting.shapes import Shapes, shallow_shapes
 from sparsessm_plugin.fitting.targets import parse_target, parse_targets
 from sparsessm_plugin.fitting.timing import (
     FEATURES,
     SpeedModel,
     Timed,
     Workload,
+    features_of,
     nonnegative_least_squares,
     time_models,
 )
@@ -271,12 +272,10 @@ def test_times_are_fitted_by_what_never_is_negative():
 def test_the_speed_model_predicts_what_follows_its_parts():
     space = Space(Shapes(tiny_model("mamba")), [Ladder("states", (8, 6, 4, 2))])
     workload, grid = Workload(4, 16), space.quantities()
-    from sparsessm_plugin.fitting.timing import features_of
-
     features = features_of(grid, workload)
     assert features.shape == (4, len(FEATURES))
     assert features[0, 1] == 2
-    weights = np.array([2.0, 0.5, 30.0, 10.0, 4.0, 1.0])
+    weights = np.array([2.0, 0.5, 30.0, 10.0, 4.0, 1.0, 3.0])
     model = SpeedModel(workload, "cpu")
     model.add([Timed({}, 2, float(row @ weights), tuple(row)) for row in features[[0, 1, 3]]])
     assert model.milliseconds(grid) == pytest.approx(features @ weights)
@@ -292,14 +291,39 @@ def test_models_of_other_sizes_and_depths_are_timed(family, phase):
     timed = time_models(space, mixes, workload, device, repeats=1)
     assert [entry.layers for entry in timed] == [3, 3, 2]
     assert all(entry.milliseconds > 0 for entry in timed)
-    constant, layers, weights, _, states, attending = timed[0].features
+    constant, layers, weights, _, states, attending, attended = timed[0].features
     assert (constant, layers, attending) == (1, 3, float(family == "bamba"))
+    assert (attended > 0) == (family == "bamba")
     assert timed[1].features[2] < weights
     assert timed[1].features[4] < states
     shallow = space.shapes.shallow(2)
     (found,) = time_models(space, mixes[-1:], workload, device, repeats=1, shapes=shallow)
     assert found.layers == 2
     assert found.features[5] == float(family == "bamba")  # every kind of layer is among them
+
+
+def test_shallow_models_tell_layers_of_each_kind_apart():
+    """A hybrid of another share of attention is predicted by times that follow its parts."""
+    kinds = ["attention" if index % 5 == 4 else "mamba" for index in range(20)]
+    model = tiny_model("granitemoehybrid", num_hidden_layers=20, layer_types=kinds)
+    space = Space(Shapes(model), [Ladder("states", (8, 4))])
+    workload = Workload(128, 2048)
+
+    def milliseconds(counts):  # states are read and written, what attention keeps is read
+        _, _, recurrent, attended, layers, *_, attending = counts
+        return (layers - attending) + 7 * attending + recurrent / 1e4 + attended / 1e3
+
+    timed = []
+    for shapes in shallow_shapes(space.shapes, (3, 6)):
+        for sizes in ({}, {"states": 4}):
+            counts = Census.of(shapes.model(sizes)).total()
+            row = tuple(features_of(counts, workload))
+            timed.append(Timed(sizes, 0, milliseconds(counts), row))
+    speed = SpeedModel(workload, "cpu")
+    speed.add(timed)
+    assert speed.error() < 1e-6
+    whole = space.dense.total()
+    assert float(speed.milliseconds(whole)) == pytest.approx(milliseconds(whole), rel=0.01)
 
 
 # -- targets ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from sparsessm_plugin.evaluation.latency import describe_kernels
 from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.fitting.axes.layers import Layers
 from sparsessm_plugin.fitting.costs import Census, Ladder, Space
-from sparsessm_plugin.fitting.shapes import Shapes
+from sparsessm_plugin.fitting.shapes import Shapes, shallow_shapes
 from sparsessm_plugin.fitting.timing import (
     SpeedModel,
     Timed,
@@ -127,11 +127,9 @@ class Pair:
         self.sizes: dict[str, int] = {}
         self.shallow: dict[str, Any] = {}
         self.counts: list[Any] = []  # of the shallow ones
-        low, high = SHALLOW[device.type]
-        for layers, rare in ((low, 1), (high, 2)):  # how time grows with layers, and rarer kinds
-            shapes = space.shapes.shallow(layers, rare)
+        for number, shapes in enumerate(shallow_shapes(space.shapes, SHALLOW[device.type])):
             for sizes in ({}, {"states": space.ladders[1].sizes[1]}):
-                self.shallow[f"{layers} {sizes}"] = shapes.random(sizes, device)
+                self.shallow[f"{number} {sizes}"] = shapes.random(sizes, device)
                 self.counts.append(Census.of(shapes.model(sizes)).total())
 
     def cost_model(self, workload: Workload) -> SpeedModel:

@@ -146,6 +146,24 @@ class Shapes:
         return made
 
 
+def shallow_shapes(shapes: Shapes, depths: tuple[int, int]) -> list[Shapes]:
+    """Models of a few layers that tell apart what layers of each kind take.
+
+    Two depths with equally many layers of the rarer kinds, and the greater depth with one more of
+    these: were their share the same in all, a model of another share could not be predicted.
+
+    :param shapes: of the whole model
+    :param depths: layers of the shallower and of the deeper ones
+    :return: the first a deeper one with as few of the rarer kinds as there can be
+    :raises SparseSSMError: no config says so few
+    """
+    low, high = depths
+    adapter = get_model_adapter(shapes.dense)
+    wanted = ((high, 1), (low, 1), (high, 2))
+    kept = dict.fromkeys(_shallow(adapter, layers, rare) for layers, rare in wanted)
+    return [shapes.only(layers) for layers in kept]
+
+
 def _shallow(adapter: ModelAdapter, count: int, rare: int) -> tuple[int, ...]:
     """Indices of so many layers: a few of each rare kind, the rest of the commonest."""
     kinds = signatures(adapter)

@@ -20,14 +20,15 @@ from sparsessm_plugin.evaluation.latency import (
     measure_latency,
 )
 from sparsessm_plugin.fitting.costs import Array, Census, Space, state_bytes
-from sparsessm_plugin.fitting.shapes import Shapes
+from sparsessm_plugin.fitting.shapes import Shapes, shallow_shapes
 
 Phase = Literal["decode", "prefill"]
 # What time is made of, times what is at least 0: a constant, layers, bytes of their weights,
-# bytes of the head, bytes of all states, and layers with attention.
-FEATURES = ("constant", "layers", "weights", "head", "states", "attending")
+# bytes of the head, bytes of all states, layers with attention, and bytes of what these have kept
+# of the text, which are read and not, as states are, written, too.
+FEATURES = ("constant", "layers", "weights", "head", "states", "attending", "attended")
 _WHOLE = {"cuda": 6e9, "cpu": 1e9}  # bytes of all timed models up to which none is made shallow
-_SHALLOW = (6, 12)  # layers of models that are too large to be timed as they are
+SHALLOW = (6, 12)  # layers of models that are too large to be timed as they are
 _DECODE_STEPS = {"cuda": 16, "cpu": 8}
 _SHORT = 8  # tokens of a prompt before decoding; its length does not matter for the states
 
@@ -123,7 +124,8 @@ class SpeedModel:
 
 def features_of(quantities: Array, workload: Workload) -> Array:
     """(..., features) in units that are of the order of 1 in small models."""
-    states = state_bytes(quantities, workload.length) * workload.batch
+    states = state_bytes(quantities, 0) * workload.batch
+    attended = state_bytes(quantities, workload.length) * workload.batch - states
     parts = (
         np.ones(quantities.shape[:-1]),
         quantities[..., 4],
@@ -131,6 +133,7 @@ def features_of(quantities: Array, workload: Workload) -> Array:
         quantities[..., 6] / 1e6,
         states / 1e6,
         quantities[..., 7],
+        attended / 1e6,
     )
     found: Array = np.stack(parts, axis=-1)
     return found
@@ -282,11 +285,9 @@ def speed_model(space: Space, workload: Workload, device: torch.device) -> Speed
     else:
         others = [{k: v for k, v in mix.items() if k != "layers"} for mix in mixes]
         distinct = [dict(items) for items in dict.fromkeys(tuple(o.items()) for o in others)]
-        low, high = _SHALLOW
-        timed = time_models(space, distinct, workload, device, shapes=space.shapes.shallow(high))
-        # how time grows with layers, and with those of the rarer kinds
-        for layers, rare in ((low, 1), (high, 2)):
-            shapes = space.shapes.shallow(layers, rare)
+        first, *rest = shallow_shapes(space.shapes, SHALLOW)
+        timed = time_models(space, distinct, workload, device, shapes=first)
+        for shapes in rest:
             timed += time_models(space, distinct[:1], workload, device, shapes=shapes)
     model.add(timed)
     return model
