@@ -41,6 +41,7 @@ METHODS: dict[str, dict[str, str]] = {
     "mix": {"fit": ""},
     "layers": {
         "loss after the fit": "",
+        "loss after the fit, 600 steps a layer": "reconstruct_steps: 600",
         "perplexity, greedy, nothing fitted": "saliency: perplexity, compensate: none",
         "block influence, nothing fitted": "saliency: block_influence, compensate: none",
         "random, nothing fitted": "saliency: random, seed: {seed}, compensate: none",
