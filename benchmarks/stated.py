@@ -20,7 +20,7 @@ def compare(budget: float, names: Iterable[str]) -> str:
         for result, fields in one.quick.items():
             if one.ratios is None or result not in one.results:
                 continue
-            begun = time.monotonic()
+            begun, processor = time.monotonic(), time.process_time()
             left = budget - (begun - started)
             job = Job(result, one.configuration(**fields), budget=left)
             try:
@@ -33,6 +33,8 @@ def compare(budget: float, names: Iterable[str]) -> str:
             for label, value in one.ratios(harness.load(result)).items():
                 measured = f"{now[label]:.3f}" if label in now else "not measured"
                 lines.append([result, label, f"{value:.3f}", measured])
-            remarks.append(f"{result}: {time.monotonic() - begun:.0f} s")
+            spent = time.monotonic() - begun, time.process_time() - processor
+            remarks.append(f"{result}: {spent[0]:.0f} s, {spent[1]:.0f} s of the processor")
+            print(remarks[-1], flush=True)
     head = ["result file", "ratio", "stated", "measured now, on less"]
     return "\n\n".join(["# Stated and measured", markdown(head, lines), "; ".join(remarks)])

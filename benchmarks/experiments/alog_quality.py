@@ -162,6 +162,6 @@ EXPERIMENT = Experiment(
         },
         "alog_quality_mamba-6m": SMALL,
     },
-    quick={"alog_quality_mamba-6m": {**SMALL, "windows": 8}},
+    quick={"alog_quality_mamba-6m": {**SMALL, "samples": 8, "windows": 4}},
     ratios=ratios,
 )

@@ -246,8 +246,9 @@ QUICK = {
     "remark": "",
     "calibration": ["corpus"],
     "seeds": 1,
-    "windows": 16,
-    "evaluate_windows": 4,
+    "windows": 8,
+    "evaluate_windows": 2,
+    "steps": 50,
 }
 EXPERIMENT = Experiment(
     measures="perplexity with fewer states, key dims or channels, by criterion",

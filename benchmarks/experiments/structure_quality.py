@@ -331,7 +331,7 @@ def ratios(numbers: dict[str, Any]) -> dict[str, float]:
 
 
 OF_CPU = {"models": ["mamba-6m"], "minutes": [0], "shares": [0.75], "seeds": 1}
-QUICK = {**OF_CPU, "windows": 16, "batch_size": 8, "evaluate_windows": 4}
+QUICK = {**OF_CPU, "windows": 8, "batch_size": 8, "evaluate_windows": 2}
 EXPERIMENT = Experiment(
     measures="perplexity and BLiMP at a share of the parameters, by axis and method",
     device="CPU or GPU",
