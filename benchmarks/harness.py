@@ -90,9 +90,13 @@ def experiment(name: str) -> Experiment:
     return found
 
 
-def configured(name: str, result: str, content: Mapping[str, Any]) -> Any:
-    """The configuration that a result file was made with: it says so, or the experiment does."""
-    one = experiment(name)
+def configured(one: Experiment, result: str, content: Mapping[str, Any] | None = None) -> Any:
+    """The configuration that a result file was made with: it says so, or the experiment does.
+
+    :param content: of the file; None to look whether there is one
+    """
+    if content is None:
+        content = load(result) if (RESULTS / f"{result}.json").exists() else {}
     return one.configuration(**content.get("configuration", one.results.get(result, {})))
 
 
@@ -240,11 +244,11 @@ def begin(one: Experiment, name: str, configuration: Any) -> dict[str, Any]:
     if differing := [k for k in here if found.get(k) != here[k] and k != "cpu"]:
         raise SystemExit(f"{path} was made with other {', '.join(differing)}")
     chosen = configuration.model_dump(mode="json")
-    known = one.configuration(**one.results.get(name, {})) if name in one.results else configuration
-    before = content.pop("configuration", known.model_dump(mode="json"))
+    before = configured(one, name, content).model_dump(mode="json")
+    content.pop("configuration", None)
     free = ("remark", *one.extends)
-    if differing := [k for k in chosen if k not in free and before.get(k) != chosen[k]]:
-        told = ", ".join(f"{k} {before.get(k)}" for k in differing)
+    if differing := [k for k in chosen if k not in free and before[k] != chosen[k]]:
+        told = ", ".join(f"{k} {before[k]}" for k in differing)
         raise SystemExit(f"{path} was made with another configuration: {told}")
     return content
 

@@ -117,10 +117,13 @@ def run_experiment(name: str, one: Experiment, given: dict[str, Any], common: Co
     if common.merge or common.render:
         print(render_result(name, result))
         return
-    preset = one.results.get(result, {})
     if common.quick:
         result = result if result in one.quick else next(iter(one.quick))
-        preset = one.quick[result]
+        preset = dict(one.quick[result])
+    else:
+        preset = harness.configured(one, result).model_dump(exclude_unset=True)
+        if not common.resume:  # it tells how the earlier run was made
+            preset.pop("remark", None)
     configuration = one.configuration(**{**preset, **given})
     own, parts = (int(number) for number in common.part.split("/"))
     if parts > 1 and not common.name:
@@ -134,8 +137,8 @@ def run_experiment(name: str, one: Experiment, given: dict[str, Any], common: Co
 def render_result(name: str, result: str) -> str:
     """Write the Markdown of a result file."""
     content = harness.load(result)
-    configuration = harness.configured(name, result, content)
-    text = harness.rendered(harness.experiment(name), content, configuration)
+    one = harness.experiment(name)
+    text = harness.rendered(one, content, harness.configured(one, result, content))
     write_bytes(harness.RESULTS / f"{result}.md", text.encode())
     return text
 

@@ -28,9 +28,8 @@ def tables(text):
 @pytest.mark.parametrize("name", RESULTS)
 def test_numbers_render_to_their_tables(name):
     content = harness.load(name)
-    owner = harness.owner(name)
-    configuration = harness.configured(owner, name, content)
-    text = harness.rendered(harness.experiment(owner), content, configuration)
+    one = harness.experiment(harness.owner(name))
+    text = harness.rendered(one, content, harness.configured(one, name))
     written = (harness.RESULTS / f"{name}.md").read_text(encoding="utf-8")
     assert tables(text) == tables(written)
 
@@ -114,6 +113,9 @@ def test_rows_are_saved_and_gone_on_from(toy):
     assert "Powers of 2: 2\n" in (harness.RESULTS / "powers.md").read_text()
     assert "power 2" in toy({"power": 3}, resume=True)  # another configuration
     assert numbers() == [1, 2]
+    assert toy({"power": 3, "rows": [1]}) == 0  # anew
+    assert toy(resume=True) == 0  # as it was made
+    assert harness.load("powers")["configuration"]["power"] == 3
 
 
 def test_an_interrupt_keeps_what_is_done(toy, monkeypatch):

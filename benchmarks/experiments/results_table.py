@@ -227,7 +227,7 @@ EXPERIMENT = Experiment(
     measures="all recipes beside each other: perplexity, tasks, time and memory",
     device="CPU or GPU",
     seconds=3000,
-    subjects="mamba-25m, mamba2-25m",
+    subjects="mamba-25m, mamba2-25m, granite-hybrid-16m",
     configuration=Fields,
     run=run,
     render=render,
@@ -239,6 +239,13 @@ EXPERIMENT = Experiment(
             "takes.",
         }
         for model in ("mamba-25m", "mamba2-25m")
+    }
+    | {
+        "results_table_granite-hybrid-16m": {
+            "models": ["granite-hybrid-16m"],
+            "tasks": ["blimp_local"],
+            "limit": 50,
+        }
     },
     quick={
         "": {

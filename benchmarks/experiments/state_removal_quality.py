@@ -254,7 +254,7 @@ EXPERIMENT = Experiment(
     measures="perplexity with fewer states, key dims or channels, by criterion",
     device="CPU or GPU",
     seconds=3000,
-    subjects="mamba-25m, mamba2-25m, qwen3_5-15m, mamba-6m, mamba2-6m",
+    subjects="mamba-25m, mamba2-25m, granite-hybrid-16m, qwen3_5-15m, mamba-6m, mamba2-6m",
     configuration=Fields,
     run=run,
     render=render,
@@ -269,6 +269,11 @@ EXPERIMENT = Experiment(
             "recall": 32,
             "remark": "One H200 that other jobs shared, so seconds are high. Recall: of the runs "
             "made after the task existed.",
+        },
+        "state_removal_quality_granite-hybrid-16m": {
+            "models": ["granite-hybrid-16m"],
+            "calibration": ["corpus"],
+            "recall": 32,
         },
         "channel_removal_quality_mamba-25m": {
             "channels": 0.25,

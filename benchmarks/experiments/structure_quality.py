@@ -330,6 +330,7 @@ def ratios(numbers: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+OF_GPU = {"minutes": [3, 0], "seeds": 1, "tasks": True, "limit": 50}
 OF_CPU = {"models": ["mamba-6m"], "minutes": [0], "shares": [0.75], "seeds": 1}
 QUICK = {**OF_CPU, "windows": 8, "batch_size": 8, "evaluate_windows": 2}
 EXPERIMENT = Experiment(
@@ -342,16 +343,11 @@ EXPERIMENT = Experiment(
     render=render,
     results={
         "structure_quality_25m": {
+            **OF_GPU,
             "models": ["mamba-25m", "mamba2-25m"],
-            "minutes": [0],
-            "rows": ["layers", "hidden"],
-            "seeds": 1,
-            "tasks": True,
-            "limit": 50,
-            "remark": "Training-free, one draw, one H200 that other jobs shared, so seconds are "
-            "high. Channels of Mamba and widths of Mamba-2 could not be run: causal-conv1d takes "
-            "no such size.",
+            "shares": [0.793, 0.75, 0.5],
         },
+        "structure_quality_granite-hybrid-16m": {**OF_GPU, "models": ["granite-hybrid-16m"]},
         "structure_quality_mamba-6m_cpu": {**OF_CPU, "rows": ["layers", "hidden"]},
         "structure_quality_layers_mamba-6m_cpu": {
             **OF_CPU,

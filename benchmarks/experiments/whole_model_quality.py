@@ -171,13 +171,19 @@ EXPERIMENT = Experiment(
     measures="perplexity with zeros in all projections, by method",
     device="CPU or GPU",
     seconds=1200,
-    subjects="mamba-25m, mamba2-25m",
+    subjects="mamba-25m, mamba2-25m, granite-hybrid-16m",
     configuration=Fields,
     run=run,
     render=render,
     results={
         f"whole_model_quality_{model}": {"models": [model], "methods": SHOWN, "remark": ALONE}
         for model in ("mamba-25m", "mamba2-25m")
+    }
+    | {
+        "whole_model_quality_granite-hybrid-16m": {
+            "models": ["granite-hybrid-16m"],
+            "everywhere": True,
+        }
     },
     quick={
         "": {
