@@ -77,6 +77,11 @@ def _recipes():
             "independent",
             [partial(m.SensitivitySparseGPTModifier, sparsity=0.5)],
         ),
+        "projections-groups": (
+            _MAMBA,
+            "independent",
+            [partial(m.SensitivitySparseGPTModifier, mask_structure="2:4", solver="sparsegpt")],
+        ),
         "projections-dense": (
             partial(tiny_model, "bamba"),
             "independent",
@@ -124,6 +129,7 @@ RECIPES = (
     "heads",
     "layers",
     "projections",
+    "projections-groups",
     "projections-dense",
     "width",
     "quantized",

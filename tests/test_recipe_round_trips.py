@@ -11,7 +11,7 @@ from sparsessm_plugin.recipes import load_recipe, parse_recipe, recipe_names, re
 
 # One layer wide enough for groups of 128 weights, and for a quarter of the channels to go in 64s.
 WIDE = {
-    "mamba": {"hidden_size": 128, "num_hidden_layers": 1, "time_step_rank": 8},
+    "mamba": {"hidden_size": 128, "num_hidden_layers": 1, "time_step_rank": 16},
     "mamba2": {
         "hidden_size": 128, "num_hidden_layers": 1, "num_heads": 8, "head_dim": 32, "n_groups": 1,
     },

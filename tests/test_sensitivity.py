@@ -80,7 +80,12 @@ def test_pipelines(pipeline, target_output):
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2", "nemotron_h"])
 def test_semi_structured(family):
     model = tiny_model(family)
-    run(model, SensitivitySparseGPTModifier(mask_structure="2:4", solver="sparsegpt"))
+    fields = {"mask_structure": "2:4", "solver": "sparsegpt"}
+    run(model, SensitivitySparseGPTModifier(**fields))
+    for name, weight in weights(model).items():
+        gone = 0 if name.endswith("conv1d") else 2
+        assert ((weight == 0).unflatten(-1, (-1, 4)).sum(-1) == gone).all()
+    run(model, SensitivitySparseGPTModifier(**fields, targets=["re:.*(mixer|mamba)$"]))
     for weight in weights(model).values():
         assert ((weight == 0).unflatten(-1, (-1, 4)).sum(-1) == 2).all()
 
@@ -376,7 +381,7 @@ def test_bad_settings(fields, message):
         (
             "mamba",
             {"mask_structure": "2:5", "sparsity": 0.4},
-            "groups of 5, got 4 in backbone.layers.0.mixer.conv1d; add",
+            "groups of 5, got 32 in backbone.layers.0.mixer.in_proj; add",
         ),
     ],
 )

@@ -106,6 +106,15 @@ class TensorAxis:
     period: int = 0
     gap: int = 0
 
+    def grid(self, length: int) -> Tensor:
+        """(repeat, block, length) int64 positions of every index of an axis of this length."""
+        index = torch.arange(length)
+        first = self.start + index * self.block
+        if self.period:
+            first = first + index // self.period * self.gap
+        repeats = self.stride * torch.arange(self.repeat)[:, None, None]
+        return repeats + torch.arange(self.block)[:, None] + first
+
     def positions(self, indices: Iterable[int]) -> list[int]:
         """Entries along ``dim`` that belong to the given indices of the axis, ascending.
 

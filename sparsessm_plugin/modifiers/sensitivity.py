@@ -41,12 +41,18 @@ class SensitivitySparseGPTModifier(ProjectionSettings, MethodModifier):
         tokens x hidden_size numbers. Linear layers elsewhere have ``own``
     :param targets: mixers, their projections, or Linear layers elsewhere, by name, class name,
         ``re:`` pattern, or the projection's bare name such as ``in_proj``; a mixer stands for all
-        its projections. Default all projections of all mixers. A weight that several layers
-        share, as the attention blocks of Zamba do, is pruned once, after its last use, by the
-        sum of their Hessians
+        its projections. Default all projections of all mixers; with n:m all but conv1d, whose
+        zeros no kernel skips: ``re:.*mixer$`` or the mixers' class name names that, too. A weight
+        that several layers share, as the attention blocks of Zamba do, is pruned once, after its
+        last use, by the sum of their Hessians
     :param ignore: what to leave alone, likewise; of layers that share a weight, all with one
     :param block_size: columns whose mask SparseGPT chooses together
     :param dampening_frac: added to each Hessian's diagonal, of its mean
+    :param permute_channels: with n:m, first put channels, entries of the residual stream and
+        units of MLPs into an order whose groups of m lose little. All tensors with these follow,
+        and the dense model computes the same; what was made for the order before, such as a LoRA
+        adapter in a file of its own, no longer fits. Weights that hold n:m zeros already keep
+        their order. Default true with n:m
     :param offload_hessians: keep all Hessians in main memory between batches: slower. By default
         those wait there that would leave less than half of the accelerator's free
     :param report_path: ``.json`` file to write the report to

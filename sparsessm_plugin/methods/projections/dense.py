@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from compressed_tensors.offload import get_execution_device
 from torch import Tensor, nn
 
+from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration import CalibrationBatches
 from sparsessm_plugin.calibration.contexts import hooks_disabled, quantization_disabled
 from sparsessm_plugin.calibration.inputs import CalibrationInputs
@@ -19,7 +20,7 @@ from sparsessm_plugin.families.fast_forward import offer
 from sparsessm_plugin.families.prunable import PrunableWeight
 from sparsessm_plugin.methods.base import Watch, what_enters
 from sparsessm_plugin.methods.projections.statistics import (
-    HessianSums,
+    InputEnergies,
     hessian_shape,
     input_of,
     mask_for,
@@ -28,6 +29,13 @@ from sparsessm_plugin.progress import Stage
 
 # On a GPU, so many bytes of the dense model's Hessians are held at once; others wait their turn.
 _MOST_HESSIANS = 8 * 2**30
+
+
+class Sums(Protocol):
+    """Takes in what projections multiply, such as :class:`HessianSums`."""
+
+    def add(self, projection: PrunableWeight, x: Tensor, mask: Tensor | None) -> None:
+        """Add a batch; see :func:`gram_of`."""
 
 
 class _Seen(Exception):
@@ -73,16 +81,18 @@ class DensePass:
     def run(
         self,
         group: Sequence[PrunableWeight],
-        sums: HessianSums,
+        sums: Sums,
         keep: Sequence[MixerAdapter] = (),
         inputs_of: Callable[[str], CalibrationInputs] | None = None,
+        most_tokens: int | None = None,
     ) -> None:
         """Run the model.
 
-        :param group: the projections whose Hessians are summed up
+        :param group: the projections whose inputs are summed up
         :param sums: where they are
         :param keep: mixers whose inputs are kept
         :param inputs_of: gives where, by name of the mixer
+        :param most_tokens: no further batch is read once so many tokens were
         """
         mixers = {p.adapter.name: p.adapter for p in group if p.adapter}
         linears = [p for p in group if p.adapter is None]
@@ -108,7 +118,11 @@ class DensePass:
                 quantization_disabled(self._model),
                 Stage(f"{self._who}: dense model", len(self._batches)) as stage,
             ):
+                tokens = 0
                 for index, batch in enumerate(self._batches):
+                    if most_tokens is not None and tokens >= most_tokens:
+                        break
+                    tokens += batch["input_ids"].numel()
                     self._batch = index
                     with suppress(_Seen):
                         self._model(**{key: value.to(device) for key, value in batch.items()})
@@ -117,11 +131,21 @@ class DensePass:
             for handle in handles:
                 handle.remove()
 
+    def energies(self, group: Sequence[PrunableWeight], most_tokens: int) -> dict[str, Tensor]:
+        """Sums of squares of what projections multiply, over all ranks, by name.
+
+        :param group: the projections
+        :param most_tokens: see :meth:`run`
+        """
+        sums = InputEnergies()
+        self.run(group, sums, most_tokens=-(-most_tokens // distributed.world_size()))
+        return distributed.reduce_sum("energies of inputs", sums.energies)
+
     def _see_mixer(
         self,
         adapter: MixerAdapter,
         members: list[PrunableWeight],
-        sums: HessianSums,
+        sums: Sums,
         keep: CalibrationInputs | None,
         last: bool,
         module: nn.Module,
@@ -152,7 +176,7 @@ class DensePass:
     def _see_linear(
         self,
         projection: PrunableWeight,
-        sums: HessianSums,
+        sums: Sums,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],

@@ -26,6 +26,11 @@ from sparsessm_plugin.families.prunable import PrunableWeight
 from sparsessm_plugin.families.shared_weights import of_several_names
 from sparsessm_plugin.methods.base import MixerMethod, Watch
 from sparsessm_plugin.methods.projections.dense import DensePass, in_groups
+from sparsessm_plugin.methods.projections.permutation import (
+    PermutedAxis,
+    permute_channels,
+    stream_kept,
+)
 from sparsessm_plugin.methods.projections.ranks import (
     of_all_ranks,
     owners_of,
@@ -100,6 +105,7 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         self._mixer_data: dict[str, MixerData] = {}
         self._linear_sums = HessianSums(settings.offload_hessians)
         self._pruned: list[PrunedProjection] = []
+        self._permuted: list[PermutedAxis] = []
         self._first_pass_seconds = 0.0
         self._gather_seconds = 0.0
 
@@ -137,6 +143,9 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
                 for projection in self._linears.pending.values()
                 for module in projection.uses.values()
             ]
+        if self.settings.permute_channels:
+            with torch.no_grad(), self.cost.stage("permute"):
+                self._permute()
         counts_zeros = self.settings.allocation == "optimal"
         self._candidates = {
             p.name: Candidate(
@@ -158,10 +167,20 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
 
     # -- the dense model -------------------------------------------------------------
 
+    def _permute(self) -> None:
+        """Put channels into an order in which groups of n:m lose little; nothing else changes."""
+        dense = None
+        if self.settings.watches_data:
+            dense = DensePass(self._model, self.batches, self.finite, self.who)
+        projections, structure = list(self._projections.values()), self.settings.mask_structure
+        self._permuted = permute_channels(self._model, projections, structure, dense)
+
     def _study_dense_model(self) -> None:
         """Find what the sparsities follow from, and what enters the mixers of the dense model."""
         dense = DensePass(self._model, self.batches, self.finite, self.who)
         keep = self.settings.keeps_dense_inputs
+        if keep:
+            self._restore.enter_context(stream_kept(self._model))
         probe = None
         for group in self._groups():
             sums = HessianSums(self.settings.offload_hessians)
@@ -446,7 +465,9 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         total = ProjectionTotal.of_pruned(
             self._pruned, self._first_pass_seconds, self._gather_seconds
         )
-        return ProjectionResult(tuple(self._pruned), total, self.cost.to_dict())
+        return ProjectionResult(
+            tuple(self._pruned), total, self.cost.to_dict(), tuple(self._permuted)
+        )
 
     def release(self) -> None:
         super().release()

@@ -1,10 +1,11 @@
 """What projection pruning did."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sparsessm_plugin.methods.base import MethodResult
+from sparsessm_plugin.methods.projections.permutation import PermutedAxis
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,18 @@ class ProjectionTotal:
 
 @dataclass(frozen=True)
 class ProjectionResult(MethodResult):
-    """Of projections: ``layers`` are :class:`PrunedProjection`."""
+    """Of projections: ``layers`` are :class:`PrunedProjection`.
+
+    :param permuted: the orders of channels that were looked at
+    """
+
+    permuted: tuple[PermutedAxis, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         found = super().to_dict()
         for layer in found["layers"]:
             if not layer["shared_with"]:
                 del layer["shared_with"]
+        if self.permuted:
+            found["permuted"] = [asdict(axis) for axis in self.permuted]
         return found

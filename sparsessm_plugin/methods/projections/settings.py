@@ -22,8 +22,8 @@ _TARGET_SHARE = {"own": 0.0, "mixer": 1.0, "half_way": 0.5, "dense": 1.0}
 class ProjectionSettings(TargetSettings):
     """The fields of :class:`sparsessm_plugin.SensitivitySparseGPTModifier`, which describes them.
 
-    ``sparsity``, ``allocation``, ``target_output`` and, for ``paper``, ``alpha`` are never None
-    once they are checked.
+    ``sparsity``, ``allocation``, ``target_output``, ``permute_channels`` and, for ``paper``,
+    ``alpha`` are never None once they are checked.
     """
 
     sparsity: float | None = None
@@ -34,6 +34,7 @@ class ProjectionSettings(TargetSettings):
     target_output: Literal["own", "mixer", "half_way", "dense"] | None = None
     block_size: int = Field(default=128, ge=1)
     dampening_frac: float = Field(default=DAMPENING, ge=0.0, allow_inf_nan=False)
+    permute_channels: bool | None = None
     offload_hessians: bool = False
 
     @property
@@ -100,6 +101,12 @@ class ProjectionSettings(TargetSettings):
                 f"allocation {self.allocation!r} varies the sparsity, which mask_structure "
                 f"{self.mask_structure} fixes; only uniform is allowed with it"
             )
+        if self.permute_channels and not m:
+            raise ValueError(
+                "permute_channels has no meaning without groups: set mask_structure to n:m"
+            )
+        if self.permute_channels is None:
+            self.permute_channels = bool(m)
         self._check_alpha(self.sparsity)
         if self.target_output is None:
             self.target_output = "mixer" if solver.updates else "own"

@@ -114,6 +114,26 @@ class HessianSums:
             check_seen(name, self.tokens[name])
 
 
+class InputEnergies:
+    """Sums of squares of what projections multiply: the diagonals of their Hessians.
+
+    Attributes: ``energies``, by name: (in,) float64, of a matrix for each head (heads, in).
+    """
+
+    def __init__(self) -> None:
+        self.energies: dict[str, Tensor] = {}
+
+    def add(self, projection: PrunableWeight, x: Tensor, mask: Tensor | None) -> None:
+        """Add a batch of what a projection multiplies; see :func:`gram_of`."""
+        squares = x.float().square()
+        if mask is not None:
+            squares = squares * mask.view(*mask.shape, *[1] * (squares.ndim - mask.ndim))
+        inputs = projection.weight.ndim - 1  # dimensions of an input; a matrix a head has two
+        energy = squares.flatten(0, -1 - inputs).sum(0, dtype=torch.float64)
+        name = projection.name
+        self.energies[name] = self.energies[name] + energy if name in self.energies else energy
+
+
 @dataclass
 class MixerData:
     """What entered one mixer, until it is pruned.

@@ -13,7 +13,7 @@ from sparsessm_plugin.families.prunable import (
 )
 from sparsessm_plugin.families.shared_weights import weight_holders
 from sparsessm_plugin.methods.projections.settings import ProjectionSettings
-from sparsessm_plugin.selection.masks import check_structure
+from sparsessm_plugin.selection.masks import check_structure, parse_structure
 
 
 def matching_projections(
@@ -51,7 +51,11 @@ def matching_projections(
         if not found and not matched:
             raise SparseSSMError(f"{who}.ignore: {shown(pattern)} matches nothing in the model")
         ignored |= found | matched
-    names = {n for n, p in known.items() if p.adapter} if not settings.targets else set()
+    names: set[str] = set()
+    if not settings.targets:
+        # no kernel skips zeros of a depthwise convolution, and n:m costs most there
+        dense = ("conv1d",) if parse_structure(settings.mask_structure)[1] else ()
+        names = {n for n, p in known.items() if p.adapter and p.kind not in dense}
     never = vocabulary_names(model) if settings.targets else set()
     for target in settings.targets:
         found, matched = named(target)
