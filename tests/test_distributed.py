@@ -80,7 +80,14 @@ def _recipes():
         "projections-groups": (
             _MAMBA,
             "independent",
-            [partial(m.SensitivitySparseGPTModifier, mask_structure="2:4", solver="sparsegpt")],
+            [
+                partial(
+                    m.SensitivitySparseGPTModifier,
+                    mask_structure="2:4",
+                    solver="sparsegpt",
+                    targets=["in_proj", "x_proj", "out_proj"],
+                )
+            ],
         ),
         "projections-dense": (
             partial(tiny_model, "bamba"),
