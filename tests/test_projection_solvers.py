@@ -102,6 +102,21 @@ def test_inverse_factor_is_of_the_dampened_inverse(scale):
     torch.testing.assert_close(inverse @ expected, torch.eye(6).double().expand(2, 6, 6))
 
 
+def test_inverse_factor_in_float32():
+    x = inputs(24)
+    exact = damped_inverse_cholesky(x.T @ x)
+    found = damped_inverse_cholesky((x.T @ x).float(), dtype=torch.float32)
+    assert found.factor.dtype == found.hessian.dtype == torch.float32
+    torch.testing.assert_close(found.factor.double(), exact.factor, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.hessian.double(), exact.hessian, rtol=1e-5, atol=1e-5)
+    assert found.dampening_frac.tolist() == exact.dampening_frac.tolist()
+    # what float32 cannot factorise is left to float64, and dampened more if that cannot either
+    singular = torch.ones(5, 5)
+    with pytest.warns(RuntimeWarning, match="dampening was raised"):
+        raised = damped_inverse_cholesky(singular, 0.0, torch.float32)
+    assert raised.factor.dtype == torch.float64
+
+
 @pytest.mark.parametrize("solver", UPDATING)
 def test_singular_hessian_without_dampening_warns_once(solver):
     x = inputs(8, samples=2)

@@ -1,6 +1,7 @@
 """SensitivitySparseGPTModifier through llmcompressor's own oneshot()."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,8 +22,12 @@ from torch import nn
 
 from sparsessm_plugin import SensitivitySparseGPTModifier, find_mixers
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.methods.projections import ProjectionPruning
-from sparsessm_plugin.methods.projections.dense import DensePass
+from sparsessm_plugin.methods.projections import (
+    ProjectionPruning,
+    ProjectionSettings,
+    matching_projections,
+)
+from sparsessm_plugin.methods.projections.dense import DensePass, enough_tokens
 from sparsessm_plugin.solvers.objective import relative_error
 from sparsessm_plugin.solvers.projections import SOLVERS
 
@@ -574,13 +579,45 @@ def test_few_weights_are_kept_where_they_matter(sparsity):
     assert max(kept.values()) > 1.2 * (1 - sparsity)
 
 
+@pytest.mark.parametrize(
+    ("fields", "read"),
+    [
+        ({}, 2),
+        ({"allocation": "paper"}, 3),  # traces of different layers are compared
+        ({"target_output": "half_way"}, 3),  # which reads what enters the dense mixers
+    ],
+)
+def test_sparsities_follow_from_enough_tokens(monkeypatch, fields, read):
+    """Of three batches with 48 tokens each; no projection has more than 64 inputs."""
+    monkeypatch.setattr("sparsessm_plugin.methods.projections.dense._TOKENS_AN_INPUT", 1)
+    seen = []
+    once = DensePass.run
+
+    def counted(self, group, sums, *args, **kwargs):
+        once(self, group, sums, *args, **kwargs)
+        seen.append(set(sums.tokens.values()))
+
+    monkeypatch.setattr(DensePass, "run", counted)
+    model = tiny_model("mamba")
+    assert max(w.shape[-1] for w in weights(model).values()) == 64
+    run(model, modifier(**{"allocation": "optimal", **fields}))
+    assert seen == [{48 * read}]
+
+
+def test_experts_see_all_tokens_before_sparsities_are_chosen():
+    model = tiny_model("mamba")
+    own = matching_projections(model, ProjectionSettings(sparsity=0.5), "test")
+    assert enough_tokens(own) == 8 * 64
+    assert enough_tokens([*own, replace(own[0], adapter=None)]) is None
+
+
 def test_hessians_a_few_layers_at_a_time_change_nothing(monkeypatch):
     """As on a GPU whose memory does not take them all."""
     once, passes, found = DensePass.run, [], []
 
-    def counted(self, group, sums, keep, inputs_of):
+    def counted(self, group, sums, keep, inputs_of, **kwargs):
         passes.append(bool(keep))
-        once(self, group, sums, keep, inputs_of)
+        once(self, group, sums, keep, inputs_of, **kwargs)
 
     def one_by_one(self):
         return [[projection] for projection in self._projections.values()]

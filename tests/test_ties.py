@@ -6,6 +6,7 @@ import torch
 from sparsessm_plugin.criteria.importance import choose_pruned
 from sparsessm_plugin.criteria.states import lowest
 from sparsessm_plugin.selection.masks import (
+    _keep_in_long_rows,
     _keep_largest_unasked,
     choose_mask,
     keep_largest,
@@ -32,6 +33,7 @@ OF_FOUR = torch.tensor([0, 0, 1, 1] * 2).bool().expand(2, 8)
         (lambda s: keep_largest(s.flatten(), 8).view(2, 8), ALL),
         (lambda s: keep_largest(s.bfloat16().flatten(), 8).view(2, 8), ALL),
         (lambda s: _keep_largest_unasked(s.flatten(), 8).view(2, 8), ALL),
+        (lambda s: _keep_in_long_rows(s, [0, 4, 8]), ROWS),
         (lambda s: keep_largest_of_each(s, torch.tensor([4, 4])), ROWS),
         (lambda s: ~Unstructured(0.5).lowest(s[None])[0], ALL),
         (lambda s: ~SemiStructured.parse("2:4").lowest(s[None])[0], OF_FOUR),
@@ -66,3 +68,11 @@ def test_an_exhaustive_search_prunes_the_first_of_equal_weights(structure):
 def test_zeros_tie_with_one_another():
     weight = torch.tensor([[0.0, 0.0, 3.0, 0.0]])
     assert choose_mask(weight.abs(), 0.5).tolist() == [[False, False, True, True]]
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.04, 0.5, 0.77, 1.0])
+def test_rows_are_cut_alike_with_sorting_and_without(sparsity):
+    scores = torch.randint(0, 9, (7, 13), generator=torch.Generator().manual_seed(0)).double()
+    expected = choose_mask(scores, sparsity, per_row=True)
+    ends = [round(sparsity * 13 * row) for row in range(8)]
+    assert torch.equal(_keep_in_long_rows(scores, ends), expected)

@@ -57,8 +57,9 @@ class Solved:
 class InverseCholesky(NamedTuple):
     """The inverse of a dampened Hessian, as a factor.
 
-    :param factor: (..., in, in) float64 upper triangular U with ``U^T U = (H + damp)^-1``
-    :param hessian: (..., in, in) float64 ``H + damp``
+    :param factor: (..., in, in) upper triangular U with ``U^T U = (H + damp)^-1``, float64 unless
+        asked for otherwise
+    :param hessian: (..., in, in) ``H + damp``, likewise
     :param dead: (..., in) bool, inputs that were always zero
     :param dampening_frac: (...) what was needed, at least what was asked for
     """
@@ -169,15 +170,20 @@ def _check_hessian(hessian: Tensor) -> None:
         raise SparseSSMError(f"the Hessian's diagonal must not be negative, got {lowest:g}")
 
 
-def dampen(hessian: Tensor, dampening_frac: float | Tensor = DAMPENING) -> tuple[Tensor, Tensor]:
+def dampen(
+    hessian: Tensor,
+    dampening_frac: float | Tensor = DAMPENING,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
     """H plus a multiple of the identity; inputs that were always zero stand alone.
 
     :param hessian: (..., in, in) sum of x x^T
     :param dampening_frac: of the mean diagonal entry over inputs that are not dead; a number
         or (...)
-    :return: (..., in, in) float64, and dead inputs (..., in) bool
+    :param dtype: of the sum
+    :return: (..., in, in), and dead inputs (..., in) bool
     """
-    H = hessian.double()
+    H = hessian.to(dtype)
     H = (H + H.mT) / 2
     diagonal = H.diagonal(dim1=-2, dim2=-1)
     dead = diagonal == 0
@@ -189,7 +195,9 @@ def dampen(hessian: Tensor, dampening_frac: float | Tensor = DAMPENING) -> tuple
     return H + torch.diag_embed(added), dead
 
 
-def damped_inverse_cholesky(hessian: Tensor, dampening_frac: float = DAMPENING) -> InverseCholesky:
+def damped_inverse_cholesky(
+    hessian: Tensor, dampening_frac: float = DAMPENING, dtype: torch.dtype = torch.float64
+) -> InverseCholesky:
     """The Cholesky factor of ``(H + damp)^-1`` along which SparseGPT walks.
 
     See arXiv 2301.00774, Section 3. Dampening is raised tenfold, with one warning, until the
@@ -197,10 +205,17 @@ def damped_inverse_cholesky(hessian: Tensor, dampening_frac: float = DAMPENING) 
 
     :param hessian: (..., in, in) sum of x x^T
     :param dampening_frac: of the mean diagonal entry over inputs that are not dead
+    :param dtype: float32 where a few digits do; what has no factor then is computed in float64
     :raises SparseSSMError: H is not finite, has a negative diagonal entry, or is so indefinite
         that no dampening helps
     """
     _check_hessian(hessian)
+    if dtype == torch.float32:
+        H, dead = dampen(hessian, dampening_frac, dtype)
+        factor, failed = _inverse_factor(H, torch.zeros((), device=H.device))
+        if not bool(failed.any()) and bool(torch.isfinite(factor).all()):
+            fracs = torch.full(failed.shape, dampening_frac, dtype=torch.float64, device=H.device)
+            return InverseCholesky(factor, H, dead, fracs)
     # what a singular H of this precision may have for pivots by rounding alone
     noise = hessian.shape[-1] * torch.finfo(hessian.dtype).eps
 

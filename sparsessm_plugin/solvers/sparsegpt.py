@@ -27,6 +27,9 @@ from sparsessm_plugin.solvers.objective import (
 )
 from sparsessm_plugin.solvers.projections import register_solver
 
+# Times the rows that a curve samples: those whose losses stand for the losses of all rows.
+_SORTED = 16
+
 # scores of a block (..., out, columns) and its first column -> True where kept
 _Choose = Callable[[Tensor, int], Tensor]
 
@@ -223,15 +226,15 @@ def error_curve(
     if rows is not None and rows < 1:
         raise SparseSSMError(f"error_curve must sample at least one row, got {rows}")
     m = parse_structure(structure)[1]
-    inverse = damped_inverse_cholesky(hessian, dampening_frac)
+    inverse = damped_inverse_cholesky(hessian, dampening_frac, working_dtype(weight, hessian))
     sample, ratio = weight, torch.ones(len(sparsities), dtype=torch.float64, device=weight.device)
     if weight.dim() == 2 and rows is not None and rows < len(weight):
         losses = _losses(weight, inverse)
-        # evenly over the rows in order of what they matter
-        position = (torch.arange(rows, device=weight.device) + 0.5) * len(weight) / rows
-        chosen = losses.sum(1).argsort()[position.long()]
+        order = losses.sum(1).argsort()
+        chosen, many = _spread(order, rows), _spread(order, _SORTED * rows)
         sample = weight[chosen]
-        of_all, of_sample = (_lowest(part, sparsities) for part in (losses, losses[chosen]))
+        of_all, of_sample = (_lowest(losses[part], sparsities) for part in (many, chosen))
+        of_all *= len(weight) / len(many)
         ratio = torch.where(of_sample > 0, of_all / of_sample, ratio * len(weight) / rows)
     if block_size < 1:
         raise SparseSSMError(f"block_size must be at least 1, got {block_size}")
@@ -261,6 +264,13 @@ def _in_group(sparsity: float, m: int) -> int:
     if abs(n - sparsity * m) > 1e-6:
         raise SparseSSMError(f"sparsity {sparsity} of groups of {m} is not a whole number of zeros")
     return n
+
+
+def _spread(order: Tensor, count: int) -> Tensor:
+    """So many rows, or all, evenly over all in the order of what they matter."""
+    count = min(count, len(order))
+    position = (torch.arange(count, device=order.device) + 0.5) * len(order) / count
+    return order[position.long()]
 
 
 def _losses(weight: Tensor, inverse: InverseCholesky) -> Tensor:

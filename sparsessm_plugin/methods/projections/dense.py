@@ -15,6 +15,7 @@ from sparsessm_plugin.calibration.contexts import hooks_disabled, quantization_d
 from sparsessm_plugin.calibration.inputs import CalibrationInputs
 from sparsessm_plugin.calibration.overflow import FiniteCheck
 from sparsessm_plugin.calibration.passes import forward_context
+from sparsessm_plugin.cost import has_room
 from sparsessm_plugin.families import MixerAdapter, read_out
 from sparsessm_plugin.families.fast_forward import offer
 from sparsessm_plugin.families.prunable import PrunableWeight
@@ -27,8 +28,10 @@ from sparsessm_plugin.methods.projections.statistics import (
 )
 from sparsessm_plugin.progress import Stage
 
-# On a GPU, so many bytes of the dense model's Hessians are held at once; others wait their turn.
-_MOST_HESSIANS = 8 * 2**30
+# On a GPU, so many bytes of the dense model's Hessians are held at once; others wait their turn,
+# which is another pass. The larger number where it leaves half of the GPU free.
+_MOST_HESSIANS, _MOST_WITH_ROOM = 8 * 2**30, 16 * 2**30
+_TOKENS_AN_INPUT = 8  # of the widest projection, in the Hessians that sparsities follow from
 
 
 class Sums(Protocol):
@@ -48,15 +51,30 @@ def in_groups(
     """The projections in parts whose Hessians a GPU holds at once."""
     groups: list[list[PrunableWeight]] = [[]]
     held = 0
+    devices = {get_execution_device(projection.module) for projection in projections}
+    roomy = all(has_room(device, _MOST_WITH_ROOM) for device in devices)
+    # ranks make the same groups
+    most = _MOST_WITH_ROOM if all(distributed.gather("room", roomy)) else _MOST_HESSIANS
     for projection in projections:
         on_gpu = get_execution_device(projection.module).type == "cuda"
         size = 4 * hessian_shape(projection).numel() if on_gpu else 0
-        if groups[-1] and not in_main_memory and held + size > _MOST_HESSIANS:
+        if groups[-1] and not in_main_memory and held + size > most:
             groups.append([])
             held = 0
         groups[-1].append(projection)
         held += size
     return groups
+
+
+def enough_tokens(group: Sequence[PrunableWeight]) -> int | None:
+    """How many tokens of this rank say what zeros in these projections cost; None for all.
+
+    All where there are Linear layers outside of mixers: a router may send few to an expert.
+    """
+    if any(p.adapter is None for p in group):
+        return None
+    widest = max((p.weight.shape[-1] for p in group), default=0)
+    return -(-_TOKENS_AN_INPUT * widest // distributed.world_size())
 
 
 class DensePass:

@@ -25,7 +25,7 @@ from sparsessm_plugin.families.fast_forward import offer
 from sparsessm_plugin.families.prunable import PrunableWeight
 from sparsessm_plugin.families.shared_weights import of_several_names
 from sparsessm_plugin.methods.base import MixerMethod, Watch
-from sparsessm_plugin.methods.projections.dense import DensePass, in_groups
+from sparsessm_plugin.methods.projections.dense import DensePass, enough_tokens, in_groups
 from sparsessm_plugin.methods.projections.permutation import (
     PermutedAxis,
     permute_channels,
@@ -186,7 +186,9 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
             sums = HessianSums(self.settings.offload_hessians)
             with self.cost.stage("first_pass"):
                 adapters = list(self._pending.values()) if keep else []
-                dense.run(group, sums, adapters, self._dense_inputs)
+                chooses = self.settings.allocation == "optimal" and not keep
+                most = enough_tokens(group) if chooses else None
+                dense.run(group, sums, adapters, self._dense_inputs, most_tokens=most)
                 self._check_sums(group, sums.hessians)
             with self.cost.stage("allocate"):
                 probe = self._measure(group, sums, probe)

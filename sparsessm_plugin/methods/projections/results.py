@@ -19,7 +19,8 @@ class PrunedProjection:
     :param pruned: entries that are zero now, those of earlier stages among them
     :param zero_before: entries that were zero before
     :param sparsity: share of ``pruned``
-    :param hessian_trace: of the dense model's Hessian; None where nothing asked for it
+    :param hessian_trace: of the dense model's Hessian, over the tokens that were looked at for the
+        allocation; None where nothing asked for it
     :param relative_error: ``|(W - W') X|^2 / |W X|^2`` for the inputs X that the pruned layers
         before leave, None without data; with a target other than ``own`` W' is not made to keep
         it small
