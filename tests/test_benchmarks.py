@@ -169,6 +169,21 @@ def test_a_seed_is_merged_once():
     ]
 
 
+def test_rows_of_structures_come_by_their_worth():
+    """The mix after the longest distillation first, then axes; only those that are asked for."""
+    from experiments.structure_quality import METHODS, Fields, wanted_rows
+
+    every = list(wanted_rows(Fields(shares=[0.5], seeds=2)))
+    assert len(set(every)) == len(every) == 2 * 3 * sum(map(len, METHODS.values()))
+    assert every[:2] == [(0.5, "mix", "fit", 3, 0), (0.5, "layers", "loss after the fit", 3, 0)]
+    asked = Fields(minutes=[0], seeds=1, rows=["mix", "hidden: magnitude"])
+    assert list(wanted_rows(asked)) == [
+        (share, axis, method, 0, 0)
+        for axis, method in (("mix", "fit"), ("hidden", "magnitude"))
+        for share in (0.75, 0.5)
+    ]
+
+
 def test_options_that_take_several():
     line = ["alog", "--models", "a", "b", "--seeds", "3", "--models", "c"]
     spread = run.spread(line, {"--models"})

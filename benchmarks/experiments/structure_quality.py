@@ -14,6 +14,7 @@ import copy
 import json
 import time
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import harness
@@ -107,13 +108,9 @@ def wanted_rows(chosen: "Fields") -> Iterator[tuple[float, str, str, float, int]
     parts += [(ours, shorter), (others, [longest] if longest else []), (others, shorter)]
     for seed in range(chosen.seeds):
         for methods, lengths in parts:
-            for minutes in lengths:
-                for axis, method in methods:
-                    chosen = chosen.rows
-                    if chosen and axis not in chosen and f"{axis}: {method}" not in chosen:
-                        continue
-                    for share in chosen.shares:
-                        yield share, axis, method, minutes, seed
+            for minutes, (axis, method), share in product(lengths, methods, chosen.shares):
+                if not chosen.rows or {axis, f"{axis}: {method}"} & set(chosen.rows):
+                    yield share, axis, method, minutes, seed
 
 
 class Run(Checkpoint):
