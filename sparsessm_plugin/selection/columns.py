@@ -7,12 +7,14 @@ different groups (arXiv 2110.15352, "Channel Permutations for N:M Sparsity").
 import torch
 from torch import Tensor
 
+from sparsessm_plugin.selection.masks import keep_in_groups, ranks_in_groups
+
 # Groups among which columns are dealt out anew at once. All groups of a wide weight would be dealt
 # out at a cost of the cube of their number; which groups meet is drawn anew in every round.
-_TOGETHER = 128
+_TOGETHER = 64
 _ROUNDS = 16
 # The search ends with a round that takes less than this share of what the first order loses.
-_LEAST_GAIN = 1e-3
+_LEAST_GAIN = 3e-3
 
 
 def lost_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
@@ -20,7 +22,7 @@ def lost_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
 
     :param scores: (rows, columns) not negative
     """
-    return scores.unflatten(-1, (-1, m)).topk(n, -1, largest=False).values.sum()
+    return scores.masked_fill(keep_in_groups(scores, n, m), 0).sum()
 
 
 def order_columns(scores: Tensor, n: int, m: int, blocks: int = 1) -> Tensor:
@@ -93,7 +95,11 @@ def _dealt_anew(scores: Tensor, order: Tensor, n: int, m: int) -> Tensor:
     for place in range(m):
         values = scores[:, order.flatten().to(scores.device)].view(-1, *order.shape)
         rest = [i for i in range(m) if i != place]
-        bound = values[..., rest].kthvalue(n, dim=-1).values  # (rows, parts, groups)
+        others = values[..., rest]  # (rows, parts, groups, m - 1)
+        if scores.is_cuda:  # where a selection of its own for each row and group is slow
+            bound = others.masked_fill(ranks_in_groups(others) != n - 1, 0).sum(-1)
+        else:
+            bound = others.kthvalue(n, dim=-1).values
         bound, moved = (x.permute(1, 2, 0).contiguous() for x in (bound, values[..., place]))
         # what a group loses with a column, but for what it loses with any: (parts, groups, columns)
         both = bound.sum(-1)[..., :, None] + moved.sum(-1)[..., None, :]

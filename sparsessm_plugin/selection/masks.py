@@ -158,13 +158,23 @@ def keep_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
     if m > _COUNTED:
         gone = groups.argsort(dim=-1, stable=True)[..., :n]
         return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, gone, False).flatten(-2)
-    # m comparisons of whole tensors are far quicker than millions of sorts of m entries
+    return (ranks_in_groups(groups) >= n).flatten(-2)
+
+
+def ranks_in_groups(groups: Tensor) -> Tensor:
+    """How many entries of the last dimension stand below each, of equal ones those before it.
+
+    For a few entries: m comparisons of whole tensors are far quicker than millions of sorts.
+
+    :param groups: (..., m)
+    :return: (..., m) uint8
+    """
     rank = torch.zeros_like(groups, dtype=torch.uint8)
-    for i in range(m):
+    for i in range(groups.shape[-1]):
         entry = groups[..., i : i + 1]
         rank += entry < groups
         rank[..., i + 1 :] += entry == groups[..., i + 1 :]
-    return (rank >= n).flatten(-2)
+    return rank
 
 
 def _keep_in_rows(scores: Tensor, sparsity: float) -> Tensor:

@@ -26,7 +26,7 @@ from sparsessm_plugin.selection.masks import parse_structure
 # Calibration tokens whose inputs are looked at; only sums of their squares are needed.
 _TOKENS = 4096
 # Scores that are looked at to choose one order; of more, every k-th row of each weight.
-_MOST_SCORES = 2**23
+_MOST_SCORES = 2**22
 # Models of which a method of the same run holds what entered the dense mixers.
 _KEPT_STREAMS: WeakSet[nn.Module] = WeakSet()
 
