@@ -28,7 +28,7 @@ from sparsessm_plugin.methods.projections import (
     matching_projections,
 )
 from sparsessm_plugin.methods.projections.dense import DensePass, enough_tokens
-from sparsessm_plugin.solvers.objective import relative_error
+from sparsessm_plugin.solvers.objective import damped_inverse_cholesky, relative_error
 from sparsessm_plugin.solvers.projections import SOLVERS
 
 UNIFORM = {"sparsity": 0.5, "solver": "sparsegpt", "allocation": "uniform", "target_output": "own"}
@@ -577,6 +577,37 @@ def test_few_weights_are_kept_where_they_matter(sparsity):
     kept = {name: 1 - share for name, share in shares.items()}
     assert kept[useless] == pytest.approx((1 - sparsity) / 4, abs=2 / sizes[useless])
     assert max(kept.values()) > 1.2 * (1 - sparsity)
+
+
+def test_projections_that_read_the_same_share_a_hessian_and_its_inverse(monkeypatch):
+    """Of a gated delta net: all that read what enters the mixer."""
+    inverted, found = [], []
+    once = damped_inverse_cholesky
+
+    def counted(hessian, dampening_frac):
+        inverted.append(hessian)
+        return once(hessian, dampening_frac)
+
+    monkeypatch.setattr(
+        "sparsessm_plugin.methods.projections.inverses.damped_inverse_cholesky", counted
+    )
+    fields = {"solver": "alps", "target_output": "half_way"}
+    for alone in (False, True):
+        if alone:
+            monkeypatch.setattr(
+                "sparsessm_plugin.methods.projections.statistics._first_alike",
+                lambda projection, members, adapter: projection,
+            )
+        model = tiny_model("qwen3_next")
+        run(model, modifier(**fields))
+        found.append((weights(model), len(inverted)))
+        inverted.clear()
+    (shared, few), (each, many) = found
+    mixers = len(list(find_mixers(model)))
+    assert few < many == len(each)
+    assert (many - few) % mixers == 0
+    for name, weight in each.items():
+        assert torch.equal(shared[name], weight), name
 
 
 @pytest.mark.parametrize(

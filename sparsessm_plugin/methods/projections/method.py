@@ -26,6 +26,7 @@ from sparsessm_plugin.families.prunable import PrunableWeight
 from sparsessm_plugin.families.shared_weights import of_several_names
 from sparsessm_plugin.methods.base import MixerMethod, Watch
 from sparsessm_plugin.methods.projections.dense import DensePass, enough_tokens, in_groups
+from sparsessm_plugin.methods.projections.inverses import LastInverse
 from sparsessm_plugin.methods.projections.permutation import (
     PermutedAxis,
     permute_channels,
@@ -52,11 +53,7 @@ from sparsessm_plugin.methods.projections.statistics import (
 )
 from sparsessm_plugin.methods.projections.targets import matching_projections
 from sparsessm_plugin.methods.run import run
-from sparsessm_plugin.solvers.objective import (
-    damped_inverse_cholesky,
-    dense_target,
-    relative_error,
-)
+from sparsessm_plugin.solvers.objective import dense_target, relative_error
 from sparsessm_plugin.solvers.projections import SOLVERS
 
 
@@ -371,9 +368,11 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
 
         :return: with the weights as they are stored, on every rank
         """
-        rank = distributed.rank()
+        rank, inverses = distributed.rank(), LastInverse(self.settings.dampening_frac)
         solved = {
-            p.name: self._solve(p, hessians[p.name], crosses.get(p.name), tokens.get(p.name, 0))
+            p.name: self._solve(
+                p, hessians[p.name], crosses.get(p.name), tokens.get(p.name, 0), inverses
+            )
             for p in projections
             if owners[p.name] == rank
         }
@@ -392,22 +391,27 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         return weights
 
     def _solve(
-        self, projection: PrunableWeight, hessian: Tensor, cross: Tensor | None, tokens: int
+        self,
+        projection: PrunableWeight,
+        own: Tensor,
+        cross: Tensor | None,
+        tokens: int,
+        inverses: LastInverse,
     ) -> tuple[Tensor, PrunedProjection]:
         """The pruned weight of a projection as it is to be stored, and what became of it."""
         started = time.perf_counter()
         settings = self.settings
         weight, name = projection.weight, projection.name
-        hessian = hessian.to(weight.device, torch.float32)
+        hessian = own.to(weight.device, torch.float32)
         zeros_before = weight == 0
         keep = ~zeros_before if bool(zeros_before.any()) else None
         try:
             target, known = weight.float(), {}
-            if cross is not None:
-                inverse = damped_inverse_cholesky(hessian, settings.dampening_frac)
-                moved = dense_target(target, hessian, cross.float(), inverse)
-                target = target.lerp(moved, settings.target_share)
-                known = {"inverse": inverse}
+            if SOLVERS[settings.solver].updates:
+                known = {"inverse": inverses.of(own, hessian)}
+                if cross is not None:
+                    moved = dense_target(target, hessian, cross.float(), known["inverse"])
+                    target = target.lerp(moved, settings.target_share)
             solved = SOLVERS[settings.solver](
                 target,
                 hessian,

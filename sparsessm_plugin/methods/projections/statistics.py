@@ -153,7 +153,7 @@ class MixerData:
 class StageSums:
     """Of some projections of a mixer, by name; float64 unless tensor cores sum.
 
-    :param hessians: products of their inputs
+    :param hessians: products of their inputs; one tensor for all that read the same
     :param crosses: products of their dense inputs, as rows, and their inputs; empty where nothing
         is to be compared with a dense mixer
     """
@@ -181,7 +181,8 @@ def stage_sums(
     sums = StageSums({}, {})
     device = pruned.A_log.device
     dtype = None if device.type == "cuda" else torch.float32  # as the mixers are
-    for p in members:
+    firsts = [p for p in members if _first_alike(p, members, pruned) is p]
+    for p in firsts:
         # solvers choose: a sum in another order, as ranks make it, must not choose otherwise; what
         # tensor cores sum is never that exact
         exact = torch.float32 if _in_half(p, device) else torch.float64
@@ -202,12 +203,31 @@ def stage_sums(
                 dense_xs, _ = _inputs_of(kinds | makes, dense, *source.get(i, device, dtype))
                 if makes:
                     data.dense_out[i] = dense_xs[exit_kind]
-        for p in members:
+        for p in firsts:
             x = xs[p.kind]
             sums.hessians[p.name] += gram_of(p, x, x, mask)
             if dense is not None:
                 sums.crosses[p.name] += gram_of(p, dense_xs[p.kind], x, mask)
+    for p in members:  # ranks add up what each has, in place
+        first = _first_alike(p, members, pruned)
+        for found in (sums.hessians, sums.crosses):
+            if p is not first and first.name in found:
+                own = found[first.name]
+                found[p.name] = own.clone() if distributed.world_size() > 1 else own
     return sums
+
+
+def _first_alike(
+    projection: PrunableWeight, members: list[PrunableWeight], adapter: MixerAdapter
+) -> PrunableWeight:
+    """The first that multiplies what a projection does: all that read what enters a mixer do."""
+
+    def key(p: PrunableWeight) -> tuple[bool, bool, torch.dtype]:
+        return p.kind in adapter.entry_kinds, p.weight.ndim == 2, p.weight.dtype
+
+    if key(projection)[:2] != (True, True):
+        return projection
+    return next(p for p in members if key(p) == key(projection))
 
 
 def _inputs_of(
