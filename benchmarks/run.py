@@ -36,7 +36,9 @@ class Common(BaseModel):
     render: bool = Field(False, description="only write the tables of the result file")
     quick: bool = Field(False, description="small, on a CPU, saved nowhere")
     budget: float = Field(float("inf"), description="seconds after which no new row begins")
-    part: str = Field("0/1", description="i/n: only every n-th run, from the i-th")
+    part: str = Field(
+        "0/1", pattern=r"^\d+/[1-9]\d*$", description="i/n: only every n-th run, from the i-th"
+    )
     merge: list[Path] = Field([], description="only put these .json files together")
 
 
@@ -112,7 +114,8 @@ def run_experiment(name: str, one: Experiment, given: dict[str, Any], common: Co
     result = common.name or next(iter(one.results), name)
     if common.merge:
         content = harness.merge(common.merge)
-        content["configuration"] = {**content.get("configuration", {}), **given}
+        made = content.get("configuration", one.results.get(result, {}))
+        content["configuration"] = {**made, **given}
         write_json(harness.RESULTS / f"{result}.json", content)
     if common.merge or common.render:
         print(render_result(name, result))
@@ -136,6 +139,8 @@ def run_experiment(name: str, one: Experiment, given: dict[str, Any], common: Co
 
 def render_result(name: str, result: str) -> str:
     """Write the Markdown of a result file."""
+    if not (path := harness.RESULTS / f"{result}.json").exists():
+        raise SystemExit(f"error: there is no {path}")
     content = harness.load(result)
     one = harness.experiment(name)
     text = harness.rendered(one, content, harness.configured(one, result, content))

@@ -3,6 +3,7 @@
 import time
 import traceback
 from collections.abc import Iterable
+from contextlib import suppress
 
 import harness
 from harness import Job, markdown
@@ -29,7 +30,9 @@ def compare(budget: float, names: Iterable[str]) -> str:
             except (Exception, SystemExit) as error:  # the others still run
                 traceback.print_exc()
                 remarks.append(f"{result}: {error}")
-            now = one.ratios(job.numbers) if job.numbers else {}
+            now: dict[str, float] = {}
+            with suppress(KeyError):  # of what was not begun
+                now = one.ratios(job.numbers)
             for label, value in one.ratios(harness.load(result)).items():
                 measured = f"{now[label]:.3f}" if label in now else "not measured"
                 lines.append([result, label, f"{value:.3f}", measured])

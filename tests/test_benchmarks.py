@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import harness
 import run
 import stated
+import typer
 from harness import Configuration, Experiment, Job
 from pydantic import Field
 
@@ -138,6 +139,26 @@ def test_parts_are_put_together(toy):
     run.run_experiment("powers", TOY, {"remark": "in parts"}, run.Common(merge=paths))
     assert numbers() == [1, 3, 2]
     assert (harness.RESULTS / "powers.md").read_text().startswith("in parts\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["--render", "--name", "none"], "there is no "),
+        (["--part", "1"], "--part: "),
+        (["--batch-size", "many"], ""),
+        (["--device", "tpu"], "--device: "),
+    ],
+)
+def test_bad_options_get_a_line(monkeypatch, capsys, line, said):
+    name = "alog_quality" if "--batch-size" in line else "serving"
+    monkeypatch.setattr(sys, "argv", ["run.py", name, *line])
+    monkeypatch.setattr(run, "app", typer.Typer(pretty_exceptions_enable=False))
+    run.app.callback()(lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert said in str(ended.value)
+    assert ended.value.code not in (0, None)
 
 
 def test_quick_writes_nothing(toy):
