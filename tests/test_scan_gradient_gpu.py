@@ -10,7 +10,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import SCAN_LEAVES, random_quantities, scan_gradients
+from conftest import SCAN_LEAVES, Guarded, random_quantities, scan_gradients
 
 from sparsessm_plugin.recurrence import differentiable, reference
 from sparsessm_plugin.recurrence.quantities import GroupedQuantities, MixerQuantities
@@ -36,6 +36,28 @@ def test_in_tritons_interpreter():
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=os.path.dirname(__file__),
     )
+
+
+LAUNCHED = {
+    "backends.gpu": ("_convolve", "_softplus"),
+    "backends.gpu_gradient": (
+        "_convolve_back",
+        "_correlate",
+        "_softplus_back",
+        "_norm",
+        "_norm_back",
+    ),
+    "recurrence.gpu_gradient": ("_hand_over", "_hand_back", "_gradients"),
+}
+
+
+@pytest.fixture(autouse=True)
+def guards(monkeypatch):
+    """No kernel of these tests touches anything outside of its tensors."""
+    for module, names in LAUNCHED.items() if CUDA or INTERPRETER else ():
+        module = import_module(f"sparsessm_plugin.{module}")
+        for name in names:
+            monkeypatch.setattr(module, name, Guarded(getattr(module, name)))
 
 
 def kernels():

@@ -4,6 +4,7 @@ As in ``test_scan_gpu``, the interpreter needs a process of its own.
 """
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -11,7 +12,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import SCAN_LEAVES, random_heads, scan_gradients
+from conftest import SCAN_LEAVES, Guarded, random_heads, scan_gradients
 
 from sparsessm_plugin.errors import SparseSSMWarning
 from sparsessm_plugin.recurrence import differentiable, ssd
@@ -19,6 +20,8 @@ from sparsessm_plugin.recurrence import differentiable, ssd
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETER
 DEVICE = "cuda" if CUDA else "cpu"
+
+KERNELS = ("_end_chunks", "_hand_on", "_outputs", "_gradients")
 
 kernels_run = pytest.mark.skipif(
     not (CUDA or INTERPRETER), reason="no CUDA device; run in the interpreter by another test"
@@ -69,6 +72,59 @@ def check(q, tolerance=2e-5):
 )
 def test_gradients(batch, length, shape):
     check(random_heads(batch, length, **shape))
+
+
+# what removal leaves: heads and states of any size, and a last chunk that is not full
+@kernels_run
+@pytest.mark.parametrize(
+    ("length", "shape"),
+    [
+        (66, {"groups": 1, "per_group": 2, "P": 16, "N": 64}),
+        (64, {"groups": 2, "per_group": 2, "P": 8, "N": 48}),
+        (65, {"groups": 1, "per_group": 1, "P": 24, "N": 16}),
+        (63, {"groups": 2, "per_group": 1, "P": 48, "N": 12}),
+        (67, {"groups": 1, "per_group": 1, "P": 54, "N": 65}),
+    ],
+)
+def test_nothing_is_touched_outside_of_the_tensors(length, shape, monkeypatch):
+    for name in KERNELS:
+        monkeypatch.setattr(kernels(), name, Guarded(getattr(kernels(), name)))
+    check(random_heads(2, length, **shape))
+
+
+def products(name, channels, states):
+    """Columns of the tensor cores' products of a kernel, as compiled for Hopper."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    kernel = getattr(kernels(), name)
+    block_p, block_n = kernels()._blocks(channels, states)
+    fixed = {"STEPS": kernels().STEPS, "BLOCK_P": block_p, "BLOCK_N": block_n}
+    fixed |= {"PRECISION": "tf32", "C_SIDE": False}
+    types = dict.fromkeys((*kernels()._SIZES, "channels", "states"), "i32")
+    types |= dict.fromkeys(fixed, "constexpr") | {"logarithm": "*fp64"}
+    names = kernel.arg_names
+    aligned = [name for name in names if types.get(name, "*")[0] == "*"]
+    aligned += [name for name, n in (("channels", channels), ("states", states)) if n % 16 == 0]
+    source = triton.compiler.ASTSource(
+        kernel,
+        {name: types.get(name, "*fp32") for name in names},
+        {(i,): fixed[name] for i, name in enumerate(names) if name in fixed},
+        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
+    )
+    options = {"num_warps": kernels()._WARPS, "num_stages": 1}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return [int(n) for n in re.findall(r"wgmma\.mma_async\S*\.m64n(\d+)k8", compiled.asm["ptx"])]
+
+
+@pytest.mark.skipif(INTERPRETER, reason="nothing is compiled")
+@pytest.mark.parametrize("shape", [(16, 64), (5, 3)])
+def test_no_product_reads_past_its_tile_on_hopper(shape, tmp_path, monkeypatch):
+    """Of 8 columns it does: see ``_SHORTEST``."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    columns = [n for name in ("_outputs", "_gradients") for n in products(name, *shape)]
+    assert columns
+    assert min(columns) >= 16
 
 
 @kernels_run
@@ -135,6 +191,21 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch):
     monkeypatch.setattr(kernels(), "scan", lambda q: 1.1 * ssd.scan(q))
     with pytest.warns(SparseSSMWarning, match="from plain torch, relative"):
         assert not kernels().usable(type(q)(**moved))
+    kernels()._usable.cache_clear()
+
+
+@kernels_run
+def test_a_gpu_that_kernels_have_lost_is_no_reason_for_plain_torch(monkeypatch):
+    def fail(q):
+        raise RuntimeError("an illegal memory access was encountered\nSearch for")
+
+    q = random_heads(1, 3)
+    moved = {k: v.to(DEVICE) for k, v in vars(q).items() if isinstance(v, torch.Tensor)}
+    monkeypatch.setattr(kernels(), "scan", fail)
+    monkeypatch.setattr(kernels(), "_answers", lambda device: False)
+    kernels()._usable.cache_clear()
+    with pytest.raises(RuntimeError, match=r"can no longer use .*: an illegal memory access.*\Z"):
+        kernels().usable(type(q)(**moved))
     kernels()._usable.cache_clear()
 
 

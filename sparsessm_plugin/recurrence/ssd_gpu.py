@@ -33,6 +33,12 @@ MOST_CHANNELS = 128  # of a head
 _STATES = 64  # that are in registers at once
 _NUMBERS = 1024  # of a state that a program hands on
 _WARPS = 8
+# Of a tile's sides. Hopper multiplies in groups of 4 warps, and Triton divides the columns of a
+# product of 64 rows between the two groups here. Of 16 columns each would take 8, and that TF32
+# instruction (m64n8k8) is known to read past its rows of shared memory, which Triton does not pad
+# (https://github.com/triton-lang/triton/pull/7981, /issues/10629): an illegal access where they
+# are the last, after which the process cannot use the GPU.
+_SHORTEST = 4 * _WARPS
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Never 1 and never a multiple of 16 to the compiler: one binary for all lengths and heads. Rows of
 # channels and states may be such multiples, and are then loaded in vectors.
@@ -48,7 +54,10 @@ def takes(quantities: HeadQuantities) -> bool:
 
 
 def usable(quantities: HeadQuantities) -> bool:
-    """Whether they compile on this GPU and compute what plain torch does; asked once a shape."""
+    """Whether they compile on this GPU and compute what plain torch does; asked once a shape.
+
+    :raises RuntimeError: if a kernel has failed while it ran, after which nothing computes there
+    """
     q = quantities
     return _usable(q.u.device, *_blocks(q.u.shape[-1] // len(q.A), q.B.shape[-1]), _precision())
 
@@ -160,8 +169,8 @@ class _Work:
 
 
 def _blocks(channels: int, states: int) -> tuple[int, int]:
-    """Channels and states of a tile; no side of a matrix product is shorter than 16."""
-    block_p, block_n = (max(16, triton.next_power_of_2(size)) for size in (channels, states))
+    """Channels and states of a tile, as powers of 2; what a head has less of is masked."""
+    block_p, block_n = (max(_SHORTEST, triton.next_power_of_2(n)) for n in (channels, states))
     return block_p, min(_STATES, block_n)
 
 
@@ -200,12 +209,29 @@ def _usable(device: torch.device, block_p: int, block_n: int, precision: str) ->
         if not apart < 0.01:
             raise RuntimeError(f"they are {apart:.2g} from plain torch, relative")
     except Exception as error:  # whatever a compiler may fail with
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        kernels = f"Triton's kernels for tiles of {block_p} channels and {block_n} states"
+        if not _answers(device):
+            raise RuntimeError(
+                f"{kernels} of Mamba-2 scans with gradients failed while they ran, and this "
+                f"process can no longer use {device}: {reason}"
+            ) from error
         warnings.warn(
-            f"gradients of Mamba-2 scans run in plain torch, which is slower: Triton's kernels for "
-            f"heads of {block_p} channels: {type(error).__name__}: {error}",
+            f"gradients of Mamba-2 scans run in plain torch, which is slower: {kernels}: {reason}",
             SparseSSMWarning,
             stacklevel=2,
         )
+        return False
+    return True
+
+
+def _answers(device: torch.device) -> bool:
+    """Whether a device still computes: what fails while it runs on a GPU ends all use of it."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
         return False
     return True
 
