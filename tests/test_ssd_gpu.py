@@ -202,7 +202,7 @@ def test_a_gpu_that_kernels_have_lost_is_no_reason_for_plain_torch(monkeypatch):
     q = random_heads(1, 3)
     moved = {k: v.to(DEVICE) for k, v in vars(q).items() if isinstance(v, torch.Tensor)}
     monkeypatch.setattr(kernels(), "scan", fail)
-    monkeypatch.setattr(kernels(), "_answers", lambda device: False)
+    monkeypatch.setattr(kernels(), "answers", lambda device: False)
     kernels()._usable.cache_clear()
     with pytest.raises(RuntimeError, match=r"can no longer use .*: an illegal memory access.*\Z"):
         kernels().usable(type(q)(**moved))

@@ -53,6 +53,20 @@ def kernels_for(x: Tensor) -> Any:
     return import_module(modules[name]) if name in modules else None
 
 
+def answers(device: torch.device) -> bool:
+    """Whether a device still computes: a kernel that fails while it runs on a GPU ends that.
+
+    :param device: waited for
+    """
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _warn_once(device_type: str, reason: str) -> None:
     if device_type not in _warned:
         _warned.add(device_type)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sparsessm_plugin.backends.choice import answers
 from sparsessm_plugin.errors import SparseSSMWarning
 from sparsessm_plugin.recurrence import ssd
 from sparsessm_plugin.recurrence.quantities import HeadQuantities
@@ -211,7 +212,7 @@ def _usable(device: torch.device, block_p: int, block_n: int, precision: str) ->
     except Exception as error:  # whatever a compiler may fail with
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         kernels = f"Triton's kernels for tiles of {block_p} channels and {block_n} states"
-        if not _answers(device):
+        if not answers(device):
             raise RuntimeError(
                 f"{kernels} of Mamba-2 scans with gradients failed while they ran, and this "
                 f"process can no longer use {device}: {reason}"
@@ -221,17 +222,6 @@ def _usable(device: torch.device, block_p: int, block_n: int, precision: str) ->
             SparseSSMWarning,
             stacklevel=2,
         )
-        return False
-    return True
-
-
-def _answers(device: torch.device) -> bool:
-    """Whether a device still computes: what fails while it runs on a GPU ends all use of it."""
-    if device.type != "cuda":
-        return True
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
         return False
     return True
 
