@@ -79,6 +79,7 @@ def show_messages(show: Callable[[str, str], Any], verbose: bool) -> None:
         os.environ.setdefault("DATASETS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         os.environ.setdefault("AR_LOG_LEVEL", "ERROR")  # AutoRound sets its level when imported
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler says that it starts
         for name in _TALKATIVE:
             logging.getLogger(name).setLevel(logging.ERROR)
     if logging.lastResort is not None:  # of libraries that set up nothing

@@ -1,4 +1,4 @@
-"""A process that ends with the one that started it."""
+"""What a process of the command asks of the system, before torch is imported."""
 
 import ctypes
 import os
@@ -23,3 +23,14 @@ def end_with_parent() -> None:
         return  # no Linux
     if str(os.getppid()) != parent:  # it has ended before it was asked for
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def wait_passively() -> None:
+    """Let threads that have nothing to do sleep, unless ``OMP_WAIT_POLICY`` says otherwise.
+
+    GNU's OpenMP, which torch computes with on the CPU, lets them turn in a loop until the others
+    are there. Where another program has one of the cores, each small operation then waits for a
+    turn of the scheduler. The variable is read once, when torch is imported; what this process
+    starts inherits it.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -28,6 +28,31 @@ def run_alone(*arguments, **environment):
     return subprocess.run(command, check=False, capture_output=True, text=True, env=surrounding)
 
 
+# -- threads ------------------------------------------------------------------------------
+
+_WATCHED = """
+import os, sys
+class Watch:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            print("torch sees", os.environ.get("OMP_WAIT_POLICY"))
+sys.meta_path.insert(0, Watch)
+import sparsessm_plugin.cli as cli
+print("imported", os.environ.get("OMP_WAIT_POLICY"))
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("given", "seen"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_sleep_where_others_work_too(given, seen):
+    """The command asks for it before torch is there; importing the package asks for nothing."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    command = [sys.executable, "-c", _WATCHED, "inspect", "/nowhere"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines() == [f"imported {given}", f"torch sees {seen}"]
+
+
 # -- help ----------------------------------------------------------------------------------
 
 

@@ -197,7 +197,7 @@ def test_bench_in_vllm(sparsessm, refused, small, tmp_path, monkeypatch):
 
 
 def test_bench_bad_memory(refused):
-    assert "memory must be" in refused("bench", DEMO, "--memory", "80 apples")
+    assert "error: --memory must be" in refused("bench", DEMO, "--memory", "80 apples")
     much = ("--memory", "2000000GB", "--at-capacity")
     assert "less than --memory" in refused("bench", DEMO, *much)
     assert "--context must be" in refused("bench", DEMO, "--context", "-1")
@@ -207,6 +207,7 @@ def test_bench_bad_memory(refused):
 def test_bench_without_cuda(refused):
     assert "no CUDA device" in refused("bench", DEMO, "--device", "cuda")
     assert "CUDA graphs" in refused("bench", DEMO, "--cuda-graphs", *SHORT)
+    assert "needs --memory" in refused("bench", DEMO, "--at-capacity")
 
 
 # -- export --------------------------------------------------------------------------------

@@ -158,9 +158,9 @@ def test_command_writes_numbers_and_a_picture(sparsessm, text_file, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--sparsities", "0.5,1"), "sparsities must be between 0 and 1, both excluded"),
+        (("--sparsities", "0.5,1"), "--sparsities must be between 0 and 1, both excluded"),
         (("--sparsities", "half"), "--sparsities must be numbers between 0 and 1"),
-        (("--solver", "obs"), "solver must be one of alps, magnitude, sparsegpt, wanda"),
+        (("--solver", "obs"), "--solver must be one of alps, magnitude, sparsegpt, wanda"),
         (("--by", "kind,head"), "by must be any of kind, layer, module, got kind, head"),
         (("--plot", "s.pdf"), "--plot must end in .png"),
         (("--calibration", "none.txt"), "none.txt does not exist"),

@@ -374,6 +374,8 @@ def test_fewer_sequences_where_working_memory_needs_the_place(monkeypatch):
         return (1.0,)
 
     monkeypatch.setattr(capacity, "_decode", decode)
+    # a guess that was too high
+    monkeypatch.setattr(capacity, "_with_working_memory", lambda model, found: found.sequences)
     model = tiny_model("mamba").to(DEVICE)
     places = {"m": Capacity(100, 0, StateCache(1, 0), 8)}
     [timing] = decode_at_capacity({"m": model}, places)
@@ -381,3 +383,39 @@ def test_fewer_sequences_where_working_memory_needs_the_place(monkeypatch):
     assert timing.batch_size == 90
     with pytest.raises(SparseSSMError, match="m leaves no memory for a sequence"):
         decode_at_capacity({"m": model}, {"m": Capacity(100, 101, StateCache(1, 0), 8)})
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "granitemoehybrid"])
+@torch.inference_mode()
+def test_peak_in_main_memory_grows_with_the_sequences(name):
+    model = tiny_model(name).cpu().eval()
+    cache = measure_capacity(model, 10**9, 64).cache.total
+    few, more = (capacity._peak_of(model, count, 64) for count in (16, 32))
+    assert more > 32 * (cache + 4 * model.config.vocab_size)  # its cache and its logits
+    assert more <= 2 * few
+
+
+@torch.inference_mode()
+def test_sequences_in_main_memory_leave_half_of_it_free(monkeypatch):
+    """However much is said to be given, a batch and its working memory stay within half."""
+    model = tiny_model("mamba2").cpu().eval()
+    cache = measure_capacity(model, 10**9, 8).cache.total
+    tried = []
+    decode = capacity._decode
+
+    def spy(model, batch_size, *args):
+        tried.append(batch_size)
+        return decode(model, batch_size, *args)
+
+    monkeypatch.setattr(capacity, "_decode", spy)
+    much = Capacity(10**15, 0, StateCache(cache, 0), 8)
+    for available in (1000, 100):
+        tried.clear()
+        monkeypatch.setattr(capacity, "memory_available", lambda n=available: n * cache)
+        [timing] = decode_at_capacity({"m": model}, {"m": much}, 1, 1)
+        for batch_size in tried:
+            assert capacity._peak_of(model, batch_size, 8) <= available / 2 * cache
+        assert timing.batch_size == tried[-1]
+    monkeypatch.setattr(capacity, "memory_available", lambda: cache)
+    with pytest.raises(SparseSSMError, match="m leaves no memory for a sequence"):
+        decode_at_capacity({"m": model}, {"m": much}, 1, 1)

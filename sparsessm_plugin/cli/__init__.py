@@ -23,7 +23,7 @@ from sparsessm_plugin.cli import (
 from sparsessm_plugin.cli.console import out, show
 from sparsessm_plugin.cli.options import group_options, repeated
 from sparsessm_plugin.errors import SparseSSMError, cut
-from sparsessm_plugin.processes import end_with_parent
+from sparsessm_plugin.processes import end_with_parent, wait_passively
 
 app = typer.Typer(
     help="Prune state-space language models.",
@@ -69,6 +69,7 @@ def _of_every_command(
 
 def main() -> None:
     """Entry point: mistakes become one line and exit code 1 or 2, an interrupt 130."""
+    wait_passively()  # before anything imports torch
     stopping.catch_signals()
     keep_freed_memory()
     arguments = sys.argv[1:]

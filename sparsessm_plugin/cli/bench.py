@@ -19,6 +19,7 @@ from sparsessm_plugin.cli.options import (
     Trust,
     Unused,
     Verbose,
+    as_options,
     choice,
     new_file,
     numbers_of,
@@ -49,7 +50,10 @@ def bench(
         ),
     ] = None,
     at_capacity: Annotated[
-        bool, typer.Option("--at-capacity", help="Also decode as many sequences as fit.")
+        bool,
+        typer.Option(
+            "--at-capacity", help="Also decode as many sequences as fit; on a CPU, into --memory."
+        ),
     ] = False,
     runtime: Annotated[
         str, typer.Option(help="transformers, vllm or llama.cpp, where it is installed.")
@@ -99,6 +103,8 @@ def bench(
     sources = [
         source_of(name, trust_remote_code, dtype, device, allow_unused_tensors) for name in names
     ]
+    import torch
+
     from sparsessm_plugin.evaluation.capacity import (
         bytes_of,
         decode_at_capacity,
@@ -115,7 +121,12 @@ def bench(
     from sparsessm_plugin.files import write_json
     from sparsessm_plugin.recipes.pruning import versions
 
-    given = None if memory is None else bytes_of(memory)
+    with as_options("--memory"):
+        given = None if memory is None else bytes_of(memory)
+    if at_capacity and given is None and not (device != "cpu" and torch.cuda.is_available()):
+        raise SparseSSMError(
+            "--at-capacity on a CPU needs --memory, as 2GiB: how much of the main memory to fill"
+        )
     if plot is not None:
         check_matplotlib()
     for source in sources:
@@ -125,8 +136,10 @@ def bench(
     models = {name: source.load() for name, source in zip(names, sources, strict=True)}
     place = models[model].device
     if at_capacity and given is not None and given > memory_of(place):
+        of_it = "" if place.type == "cuda" else " available"
         raise SparseSSMError(
-            f"--at-capacity: {place} has {memory_of(place):,} bytes, less than --memory {memory}"
+            f"--at-capacity: {place} has {memory_of(place):,} bytes{of_it}, less than "
+            f"--memory {memory}"
         )
     if given is None and (at_capacity or place.type == "cuda"):
         given = memory_of(place)

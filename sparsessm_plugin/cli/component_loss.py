@@ -24,6 +24,7 @@ from sparsessm_plugin.cli.options import (
     Trust,
     Unused,
     Verbose,
+    as_options,
     new_file,
     shares_of,
 )
@@ -83,7 +84,8 @@ def component_loss(
     from sparsessm_plugin.files import write_json
     from sparsessm_plugin.recipes.pruning import versions
 
-    check_settings(shares, solver, parts)
+    with as_options("--sparsities", "--solver", "--by"):
+        check_settings(shares, solver, parts)
     if plot is not None:
         check_matplotlib()
     skeleton = source.load_skeleton()

@@ -128,6 +128,18 @@ def of_option(option: str) -> "Iterator[None]":
         raise SparseSSMError(f"{option}: {error}") from error
 
 
+@contextmanager
+def as_options(*options: str) -> "Iterator[None]":
+    """Let an error that begins with the name of a parameter begin with its option instead."""
+    try:
+        yield
+    except SparseSSMError as error:
+        for option in options:
+            if str(error).startswith(f"{option[2:]} "):
+                raise SparseSSMError(f"--{error}") from error
+        raise
+
+
 def shares_of(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]

@@ -1,15 +1,19 @@
 """How many sequences fit into a device's memory, and how fast they decode together."""
 
-import os
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from sparsessm_plugin.cost import memory_available
 from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.evaluation.decoding import StaticDecode, prefill
 from sparsessm_plugin.evaluation.latency import Timing, default_warmup, out_of_memory
@@ -20,6 +24,9 @@ _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2
 _LESS = 0.95  # of the sequences, where working memory leaves no place for all of them
 _PROMPT = 8
 _FEW = 16  # sequences whose working memory is measured
+# Of the main memory that is available. Linux grants more than there is, and ends the process that
+# uses it, so that trying and taking less, as on a GPU, is no way.
+_OF_MAIN_MEMORY = 0.5
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,10 @@ def bytes_of(text: str) -> int:
 
 
 def memory_of(device: torch.device) -> int:
-    """All bytes of a device's memory."""
+    """All bytes of a GPU's memory; of main memory, those that this process can still take."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory_available()
 
 
 @torch.inference_mode()
@@ -99,8 +106,9 @@ def decode_at_capacity(
     """Decode as many sequences as fit, of one model after the other.
 
     All sequences are copies of one, so that no prompt of so many has to be read. Where working
-    memory leaves no place for all, a twentieth less is tried, and so on. Meanwhile the other models
-    wait in the host's memory.
+    memory leaves no place for all, a twentieth less is tried, and so on; of main memory, at most
+    half of what is available is taken, working memory included. Meanwhile the other models wait in
+    the host's memory.
 
     :param models: by name
     :param capacities: by name; their memory must be the device's, or less
@@ -141,8 +149,10 @@ def decode_at_capacity(
 
 
 def _with_working_memory(model: Any, capacity: Capacity) -> int:
-    """How many sequences a GPU has place for, by what a step of a few takes at its peak."""
-    if model.device.type != "cuda" or capacity.sequences < 2 * _FEW:
+    """How many sequences a device has place for, by what a step of a few takes at its peak."""
+    if model.device.type != "cuda":
+        return _in_main_memory(model, capacity)
+    if capacity.sequences < 2 * _FEW:
         return capacity.sequences
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(model.device)[0]
@@ -155,6 +165,30 @@ def _with_working_memory(model: Any, capacity: Capacity) -> int:
     each = max(capacity.cache.total, 2 * (peaks[1] - peaks[0]) // _FEW)
     torch.cuda.empty_cache()
     return int((free - max(0, peaks[1] - _FEW * each)) // each)
+
+
+def _in_main_memory(model: Any, capacity: Capacity) -> int:
+    """As :func:`_with_working_memory`; what does not grow with the sequences is not told apart."""
+    free = int(_OF_MAIN_MEMORY * memory_available())
+    each = max(1, capacity.cache.total)
+    few = min(_FEW, capacity.sequences, max(free >= each, free // (4 * each)))
+    return few * free // _peak_of(model, few, capacity.context) if few else 0
+
+
+def _peak_of(model: Any, batch_size: int, context: int) -> int:
+    """Most bytes of main memory that torch holds at once for a decode step and its cache."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        _decode(model, batch_size, context, 1, 1, False)
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")  # the one form of single allocations that is public
+        profiled.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    held = peak = 0
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    for change in sorted(changes, key=lambda event: event["ts"]):
+        held += change["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
 
 
 @contextmanager
