@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import DEMO, EXPERTS, VOCAB, saved_tiny_model, tiny_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsessm_plugin import cli, recipes
@@ -51,6 +52,47 @@ def test_prune_writes_everything_a_user_needs(sparsessm, text_file, tmp_path):
         model = AutoModelForCausalLM.from_pretrained(folder)
         expected = evaluate_perplexity(model, samples).perplexity
         assert report["perplexity"][when]["perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_tensors_keep_the_type_in_which_they_are_stored(sparsessm, text_file, tmp_path):
+    """Of a checkpoint that stores some in bfloat16 and says float32: no byte more, no other bit."""
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    shutil.copytree(DEMO, dense)
+    tensors = load_file(dense / "model.safetensors")
+    for name in list(tensors)[::2]:
+        tensors[name] = tensors[name].bfloat16()
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    run = ("prune", dense, "--recipe", "alog-50", "--calibration", text_file, "--text", text_file)
+    code, _, _ = sparsessm(*run, "--output", out, *SHORT)
+    assert code == 0
+    saved = load_file(out / "model.safetensors")
+    assert {n: t.dtype for n, t in saved.items()} == {n: t.dtype for n, t in tensors.items()}
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+    # what was measured is what is saved
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    samples = windows(tokenize(read_texts(text_file), tokenizer), 64, "text")
+    found = evaluate_perplexity(AutoModelForCausalLM.from_pretrained(out), samples, 4).to_dict()
+    report = json.loads((out / "sparsessm_report.json").read_text())
+    assert report["perplexity"]["after"] == found
+    # and who asks for a type gets it
+    code, _, _ = sparsessm(*run, "--output", out, *SHORT, "--dtype", "float32")
+    assert code == 0
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.float32}
+
+
+def test_a_model_without_a_tokenizer_reads_no_text(sparsessm, refused, text_file, tmp_path):
+    model, recipe = tmp_path / "model", tmp_path / "plain.yaml"
+    shutil.copytree(DEMO, model)
+    (model / "tokenizer.json").unlink()
+    recipe.write_text(
+        "a_stage:\n  a_modifiers:\n    SparseSSMModifier: {sparsity: 0.5, saliency: magnitude}\n"
+    )
+    assert "has no tokenizer files" in refused("evaluate", model, "--text", text_file)
+    run = ("prune", model, "--recipe", recipe, "--output", tmp_path / "out")
+    assert "has no tokenizer files" in refused(*run, "--calibration", text_file)
+    code, _, _ = sparsessm(*run)  # reads none, and makes none up
+    assert code == 0
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 
 def test_prune_with_a_recipe_file_and_evaluate(sparsessm, text_file, tmp_path):
@@ -306,6 +348,8 @@ def test_models_that_cannot_be_used(refused, tmp_path, text_file):
         ("unknown", "gates each key dimension of Kimi Linear"),
         ("empty", "cannot load model"),
         ("none", "cannot load model"),
+        ("pickled", "pytorch_model.bin, a pickle"),
+        ("pickled/config.json", "it is a file; give the folder"),
     ):
         assert message in refused("prune", tmp_path / name, *options)
         if name != "none":

@@ -94,6 +94,7 @@ quant_stage:
         ),
         (with_fields("sparsity: 1.5"), ["SparseSSMModifier.sparsity", "between 0 and 1", "1.5"]),
         (with_fields("sparsity: 0"), ["SparseSSMModifier.sparsity", "got 0.0"]),
+        (with_fields("sparsity: yes"), ["SparseSSMModifier.sparsity", "number, got the boolean"]),
         (with_fields("sparsity: half"), ["SparseSSMModifier.sparsity", "number", "'half'"]),
         (with_fields('mask_structure: "4:2"'), ["mask_structure", "0 < n < m", "'4:2'"]),
         (

@@ -105,6 +105,7 @@ def fit(
     source = source_of(model, trust_remote_code, dtype, device, allow_unused_tensors)
     import torch
 
+    from sparsessm_plugin.checkpoints.types import round_weights
     from sparsessm_plugin.evaluation.components import take_inventory
     from sparsessm_plugin.evaluation.data import calibration_loader
     from sparsessm_plugin.evaluation.latency import check_matplotlib
@@ -152,7 +153,7 @@ def fit(
 
     with reports_held(), output_directory(output) as folder:
         check_saving(skeleton, tokenizer, folder)
-        dense = source.load()
+        dense, types = source.load(), source.stored_types()
         started = time.monotonic()
         before = take_inventory(dense).to_dict()
         with bars():
@@ -163,6 +164,7 @@ def fit(
             pruned = prune(
                 dense, recipe, loader, tokenizer, "independent", source.load, trust_remote_code
             )
+            round_weights(pruned.model, types)
             result = outcome(prepared, plan, pruned.model, held_back, started)
         fields = {
             "model": model,
@@ -181,7 +183,7 @@ def fit(
             **result.to_dict(),
             "seconds": {"fit": round(result.seconds, 3)},
         }
-        report = write_result(folder, pruned, tokenizer, before, fields)
+        report = write_result(folder, pruned, tokenizer, before, fields, types)
     if plot is not None:
         say_replaced(plot)
         plot_fit(result, plot)

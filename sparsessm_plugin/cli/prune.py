@@ -113,6 +113,7 @@ def prune(
     from tempfile import TemporaryDirectory
 
     from sparsessm_plugin import distributed
+    from sparsessm_plugin.checkpoints.types import round_weights
     from sparsessm_plugin.evaluation.components import take_inventory
     from sparsessm_plugin.evaluation.data import calibration_loader
     from sparsessm_plugin.files import output_directory, reports_held
@@ -132,7 +133,7 @@ def prune(
     skeleton = source.load_skeleton()
     checked.check_model(skeleton)
     vocab_size = vocab_size_of(skeleton)
-    tokenizer = source.load_tokenizer()
+    tokenizer = source.load_tokenizer(calibration is not None or text is not None)
     loader, calibration_report = None, None
     if calibration is not None:
         samples = windows_of(calibration, tokenizer, max_seq_length, vocab_size, text_field)
@@ -153,7 +154,7 @@ def prune(
         folder = Path(place)
         check_saving(skeleton, tokenizer, folder)
         started = time.perf_counter()
-        dense = source.load()
+        dense, types = source.load(), source.stored_types()
         loading = time.perf_counter() - started
         before = take_inventory(dense).to_dict()
         perplexity: dict[str, Any] = {}
@@ -165,6 +166,7 @@ def prune(
             pruned = run_recipe(
                 dense, checked, loader, tokenizer, pipeline, source.load, trust_remote_code
             )
+        round_weights(pruned.model, types)
         if text_samples is not None:
             result = measure_perplexity(pruned.model, text_samples, batch_size, "pruned")
             perplexity["after"] = result.to_dict()
@@ -179,7 +181,7 @@ def prune(
             "tokens_per_second": round(pruned.tokens / pruned.seconds, 1),
             "ranks": ranks,
         }
-        report = write_result(folder, pruned, tokenizer, before, fields)
+        report = write_result(folder, pruned, tokenizer, before, fields, types)
     if as_json:
         print_json({"output": str(output), **report})
     else:

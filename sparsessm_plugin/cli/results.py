@@ -21,7 +21,12 @@ def check_output(output: Path, model: str) -> None:
 
 
 def write_result(
-    folder: Path, pruned: Any, tokenizer: Any, before: dict[str, Any], fields: dict[str, Any]
+    folder: Path,
+    pruned: Any,
+    tokenizer: Any,
+    before: dict[str, Any],
+    fields: dict[str, Any],
+    types: Any = None,
 ) -> dict[str, Any]:
     """Save a model and its report.
 
@@ -30,6 +35,7 @@ def write_result(
     :param tokenizer: the model's tokenizer
     :param before: inventory of the dense model
     :param fields: of the report, beside what all have; ``seconds`` among them, by what took them
+    :param types: of tensors that are stored in 16 bits
     :return: the report
     """
     from sparsessm_plugin.evaluation.components import take_inventory
@@ -39,7 +45,7 @@ def write_result(
     inventory = take_inventory(pruned.model)
     started = time.perf_counter()
     check_signals()
-    save(pruned.model, tokenizer, folder)
+    save(pruned.model, tokenizer, folder, types)
     report = {
         **fields,
         "seconds": {**fields["seconds"], "save": round(time.perf_counter() - started, 3)},

@@ -9,7 +9,7 @@ import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
@@ -146,7 +146,9 @@ def load_recipe(name_or_path: str | os.PathLike[str]) -> CheckedRecipe:
     """
     source = os.fspath(name_or_path)
     path = Path(source)
-    if not os.path.exists(source) or path.is_dir():
+    if not os.path.exists(source) or os.path.isdir(source):
+        if os.path.isdir(source) and (len(path.parts) > 1 or source not in recipe_names()):
+            raise SparseSSMError(f"recipe {cut(source)} is a folder; give a YAML file")
         if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
             raise SparseSSMError(f"recipe {cut(source)} does not exist")
         path = Path(recipe_path(source))
@@ -223,6 +225,13 @@ def _make_modifier(kind: Any, fields: Any, name: str) -> Any:
                 f"{name}: {kind}.{field} says how far a run is; leave it out, "
                 f"got {shown(fields[field])}"
             )
+    for field, value in fields.items():
+        declared = known[kind].model_fields.get(field)
+        if isinstance(value, bool) and declared and _number_only(declared.annotation):
+            raise SparseSSMError(
+                f"{name}: {kind}.{field} must be a number, got the boolean {str(value).lower()} "
+                "(which yes, no, on and off are in YAML)"
+            )
     try:
         return ModifierFactory.create(
             kind, allow_registered=True, allow_experimental=True, **fields
@@ -235,6 +244,16 @@ def _make_modifier(kind: Any, fields: Any, name: str) -> Any:
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
         who = "" if reason.startswith(f"{kind}.") else f"{kind}: "
         raise SparseSSMError(f"{name}: {who}{cut(reason, _LONGEST)}") from error
+
+
+def _number_only(annotation: Any) -> bool:
+    """Whether a field takes numbers and no boolean, which would pass for 0 or 1."""
+    kinds, left = set(), [annotation]
+    while left:
+        kind = left.pop()
+        kinds.add(kind)
+        left += get_args(kind)
+    return bool(kinds & {int, float}) and not kinds & {bool, Any}
 
 
 def _known_modifiers() -> dict[str, Any]:

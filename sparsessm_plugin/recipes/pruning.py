@@ -27,9 +27,11 @@ from sparsessm_plugin.checkpoints.loading import (
     check_loaded,
     check_stored,
     check_unwrapped,
+    find_file,
     load,
     read_checkpoint,
 )
+from sparsessm_plugin.checkpoints.types import HALVES
 from sparsessm_plugin.cost import halved, has_room, peak_memory_bytes, reset_peak_memory, shortage
 from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning, cut
 from sparsessm_plugin.families.config_levels import language_field
@@ -64,6 +66,11 @@ class ModelSource:
         looks_local = os.path.isabs(self.name) or self.name.startswith((".", "~"))
         if looks_local and not Path(self.name).exists():
             raise SparseSSMError(f"cannot load model {cut(self.name)}: it does not exist")
+        if os.path.isfile(self.name):
+            raise SparseSSMError(
+                f"cannot load model {cut(self.name)}: it is a file; give the folder that holds "
+                "config.json and the weights"
+            )
         return self.name
 
     def load_skeleton(self) -> nn.Module:
@@ -88,15 +95,53 @@ class ModelSource:
                 )
                 return model
 
-    def load_tokenizer(self) -> Any:
+    def load_tokenizer(self, for_text: bool = True) -> Any:
         """The model's tokenizer.
 
-        :raises SparseSSMError: there is none
+        transformers makes one without a vocabulary from a config alone, whose tokens mean nothing.
+
+        :param for_text: whether it is to read text
+        :return: None where the checkpoint has none, and no text is to be read
+        :raises SparseSSMError: there is none for a text, or it cannot be loaded
         """
         with _model_errors(self.name, "tokenizer of "):
-            return AutoTokenizer.from_pretrained(
-                self.path, trust_remote_code=self.trust_remote_code
+            error: Exception | None = None
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(
+                    self.path, trust_remote_code=self.trust_remote_code
+                )
+            except Exception as reason:
+                error, tokenizer = reason, None
+            files = dict.fromkeys((*_vocabularies(tokenizer), "tokenizer_config.json"))
+            # tokenizers of bytes have no vocabulary, and those of other code name their own files
+            config_alone = self.trust_remote_code or not _vocabularies(tokenizer)
+            wanted = files if config_alone else [f for f in files if not f.endswith("_config.json")]
+            if any(find_file(self.path, file) is not None for file in wanted):
+                if error is not None:
+                    raise error
+                return tokenizer
+            if not for_text:
+                return None
+            raise SparseSSMError(
+                f"model {self.name} has no tokenizer files ({', '.join(files)}), so that no text "
+                "can be read for it; put those of the original model beside its weights"
             )
+
+    def stored_types(self) -> dict[str, torch.dtype]:
+        """Types of the tensors that a checkpoint stores in 16 bits, by their names there.
+
+        Empty where it is quantized, or where one type is asked for. A checkpoint may store some
+        tensors in fewer bits than the type that its config says.
+        """
+        config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        if self.dtype != "auto" or getattr(config, "quantization_config", None) is not None:
+            return {}
+        stored = read_checkpoint(self.path, config)
+        return {
+            name: HALVES[entry["dtype"]]
+            for name, entry in stored.items()
+            if entry["dtype"] in HALVES
+        }
 
     def load(self) -> Any:
         """The model with its weights, from safetensors only.
@@ -108,6 +153,12 @@ class ModelSource:
         with _model_errors(self.name):
             quantized = getattr(skeleton.config, "quantization_config", None) is not None
             stored = read_checkpoint(self.path, skeleton.config)
+            if not stored and os.path.isdir(self.path) and (pickles := _pickles(self.path)):
+                raise SparseSSMError(
+                    f"model {self.name} holds its weights in {pickles[0]}, a pickle, which may run "
+                    "code when it is read; only .safetensors files are read, which "
+                    "save_pretrained of transformers writes"
+                )
             check_stored(stored, skeleton, quantized, self.name)
             model, info = load(
                 self.path,
@@ -124,6 +175,17 @@ class ModelSource:
         model = model.to(device).eval()
         check_loaded(model, info, self.name, self.allow_unused_tensors)
         return model
+
+
+def _pickles(folder: str) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if name.endswith((".bin", ".pt", ".pth")))
+
+
+def _vocabularies(tokenizer: Any) -> tuple[str, ...]:
+    """Names of the files that hold a vocabulary, as transformers' class of the tokenizer has."""
+    if tokenizer is None:
+        return ("tokenizer.json", "tokenizer.model")
+    return tuple(sorted(getattr(tokenizer, "vocab_files_names", {}).values()))
 
 
 # Of published models none has a tenth of it, and even an empty model of this many takes a second.
@@ -147,6 +209,7 @@ class _model_errors:
     """Turns what transformers raises for a bad path or file into one line."""
 
     def __init__(self, name: str, what: str = ""):
+        self.name = name
         self.subject = f"{what}model {name}"
 
     def __enter__(self) -> None:
@@ -157,6 +220,9 @@ class _model_errors:
             return
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         said = ""
+        name = self.name
+        if not os.path.exists(name) and name != DEMO_MODEL:
+            lines.insert(0, "there is no such folder, and of that name on the hub:")
         for line in lines:  # a heading alone says nothing
             said = f"{said} {line}".strip()
             if not said.endswith(":"):
@@ -334,30 +400,39 @@ def check_saving(skeleton: Any, tokenizer: Any, folder: Path) -> None:
     """Write what can be written before the work, so that what cannot is known before it.
 
     :param skeleton: the model on the meta device
-    :param tokenizer: the model's tokenizer
+    :param tokenizer: the model's tokenizer, if it has one
     :param folder: of the result; what is written there is written again by :func:`save`
     :raises SparseSSMError: saying what cannot be written
     """
     with _one_line("config"):
         skeleton.config.save_pretrained(folder)
     with _one_line("tokenizer"):
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
+def save(
+    model: Any, tokenizer: Any, folder: Path, types: Mapping[str, torch.dtype] | None = None
+) -> None:
     """Save a pruned model and its tokenizer.
 
     :param model: its ``save_pretrained`` wrapped by LLM Compressor
-    :param tokenizer: the model's tokenizer
+    :param tokenizer: the model's tokenizer, if it has one
     :param folder: that exists
+    :param types: of tensors that are stored in 16 bits, from :meth:`ModelSource.stored_types`,
+        once :func:`round_weights` has rounded them
     :raises SparseSSMError: it cannot be written, as where the disk is full
     """
     from sparsessm_plugin.checkpoints.saving import copy_processor  # brings LLM Compressor along
+    from sparsessm_plugin.checkpoints.types import store_as
 
     with _one_line("model"), _library_bars():
         model.save_pretrained(folder)
+        if types:
+            store_as(folder, types)
     with _one_line("tokenizer"):
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         copy_processor(model, folder)
 
 
