@@ -50,6 +50,16 @@ METHODS = {
 }
 CASES = {"50 %": "sparsity: 0.5", "2:4": 'sparsity: 0.5, mask_structure: "2:4"'}
 CASES["70 %"] = "sparsity: 0.7"
+CASES["8:16"] = 'sparsity: 0.5, mask_structure: "8:16"'
+# all projections, the convolution among them, in the order that there is: what n:m changes
+MIXERS, AS_THEY_ARE = '"re:.*(mixer|mamba|linear_attn)$"', "permute_channels: false"
+# of the cases with groups alone
+IN_GROUPS = {
+    "defaults, SparseGPT": (OURS, "solver: sparsegpt"),
+    "defaults, order as it is": (OURS, AS_THEY_ARE),
+    "defaults, order as it is, conv1d": (OURS, f"{AS_THEY_ARE}, targets: [{MIXERS}]"),
+}
+METHODS |= IN_GROUPS
 # fields that name the layers of MLP and attention, too, by modifier
 EVERYWHERE = {
     OURS: "targets: [Linear, conv1d], ignore: [lm_head]",
@@ -63,8 +73,10 @@ class Fields(OfTexts):
     windows: int = Field(32, description="calibration windows")
     length: int = Field(2048, description="tokens a calibration window")
     batch_size: int = Field(4, description="windows")
-    cases: list[str] = Field(list(CASES), description="shares of zeros")
-    methods: list[str] = Field(list(METHODS), description="beside each other")
+    cases: list[str] = Field(["50 %", "2:4", "70 %"], description="shares of zeros")
+    methods: list[str] = Field(
+        [m for m in METHODS if m not in IN_GROUPS], description="beside each other"
+    )
     everywhere: bool = Field(False, description="prune the layers of MLP and attention, too")
     development: bool = Field(False, description="evaluate on the end of the calibration text")
 
@@ -87,13 +99,18 @@ def run_model(name: str, job: Job) -> Iterator[Any]:
         yield dense
     for seed, case, method in itertools.product(range(chosen.seeds), chosen.cases, chosen.methods):
         modifier, fields = METHODS[method]
-        label = f"{case} everywhere" if chosen.everywhere else case
+        label, groups = f"{case} everywhere" if chosen.everywhere else case, ":" in case
+        if groups and "allocation: uniform" in fields:
+            named = "" if chosen.everywhere else f", targets: [{MIXERS}]"
+            fields = f"{fields}, {AS_THEY_ARE}{named}"
         if chosen.everywhere:
             own = fields if modifier == OURS else ""
             fields = ", ".join(filter(None, [own, EVERYWHERE[modifier]]))
-        if (seed and method == "magnitude") or (case == "2:4" and "optimal" in method):
+        if (seed and method == "magnitude") or (groups and "optimal" in method):
             continue
-        if (case == "2:4" and method.startswith("paper")) or not job.mine():
+        if method in IN_GROUPS and (not groups or chosen.everywhere):
+            continue
+        if (groups and method.startswith("paper")) or not job.mine():
             continue
         row = row_of(rows, {"model": name, "case": label, "method": method}, one.tests)
         if seed in row["seeds"] or not job.in_time(f"{name} {label} {method} seed {seed}"):
@@ -167,6 +184,11 @@ SHOWN = [
     "sparsegpt, optimal, mixer",
     "defaults",
 ]
+GROUPS = {
+    "cases": ["2:4", "8:16"],
+    "methods": ["SparseGPT of LLM Compressor", REFERENCE, *reversed(IN_GROUPS), "defaults"],
+}
+SMALL = {"windows": 64, "length": 512, "batch_size": 8, "evaluate": 1024, "evaluate_windows": 48}
 EXPERIMENT = Experiment(
     measures="perplexity with zeros in all projections, by method",
     device="CPU or GPU",
@@ -183,7 +205,13 @@ EXPERIMENT = Experiment(
         "whole_model_quality_granite-hybrid-16m": {
             "models": ["granite-hybrid-16m"],
             "everywhere": True,
-        }
+        },
+        "whole_model_quality_groups_6m_cpu": {
+            "models": ["mamba-6m", "mamba2-6m"],
+            "seeds": 1,
+            **GROUPS,
+            **SMALL,
+        },
     },
     quick={
         "": {
