@@ -638,7 +638,7 @@ def test_sparsities_follow_from_enough_tokens(monkeypatch, fields, read):
 def test_experts_see_all_tokens_before_sparsities_are_chosen():
     model = tiny_model("mamba")
     own = matching_projections(model, ProjectionSettings(sparsity=0.5), "test")
-    assert enough_tokens(own) == 8 * 64
+    assert enough_tokens(own) == 32 * 64
     assert enough_tokens([*own, replace(own[0], adapter=None)]) is None
 
 

@@ -31,7 +31,9 @@ from sparsessm_plugin.progress import Stage
 # On a GPU, so many bytes of the dense model's Hessians are held at once; others wait their turn,
 # which is another pass. The larger number where it leaves half of the GPU free.
 _MOST_HESSIANS, _MOST_WITH_ROOM = 8 * 2**30, 16 * 2**30
-_TOKENS_AN_INPUT = 8  # of the widest projection, in the Hessians that sparsities follow from
+# Of the widest projection, in the Hessians that sparsities follow from. With 8 and 16 the loss of a
+# checkpoint of 6 M at 70 % was 0.18 and 0.12 % higher.
+_TOKENS_AN_INPUT = 32
 
 
 class Sums(Protocol):
