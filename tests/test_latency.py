@@ -149,9 +149,11 @@ def test_decode_continues_the_prompt(name):
             if static:
                 make_static(cache, 32)
                 places = addresses(cache)
+            # on a GPU the kernels of a whole pass multiply in TF32, those of a step do not
+            most = 2e-5 if DEVICE == "cpu" else 2 * 2.0**-11
             for t in range(4):
                 logits = step_logits(model, following[:, t : t + 1], cache)
-                torch.testing.assert_close(logits, whole[:, 9 + t : 10 + t], atol=2e-5, rtol=2e-5)
+                torch.testing.assert_close(logits, whole[:, 9 + t : 10 + t], atol=most, rtol=most)
         assert addresses(cache) == places  # a graph writes to where they were
 
 

@@ -6,7 +6,16 @@ import sys
 
 import pytest
 import torch
-from conftest import DEMO, Loader, batches, fresh_process, logits_beside, tiny_model
+from conftest import (
+    DEMO,
+    Loader,
+    batches,
+    fresh_process,
+    logits_beside,
+    may_be_off,
+    same_logits,
+    tiny_model,
+)
 from llmcompressor import oneshot
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
@@ -200,9 +209,10 @@ expected = torch.load(sys.argv[1] + "/expected.pt")
 with torch.no_grad():
     ids = expected["input_ids"]
     logits = model.to(ids.device)(ids).logits
-    print(json.dumps(torch.equal(logits, expected["logits"])))
+    print(json.dumps(float((logits - expected["logits"]).abs().max())))
 """
-    assert fresh_process(script, saved / "mamba-int4") is True
+    expected = torch.load(saved / "mamba-int4" / "expected.pt")["logits"]
+    assert fresh_process(script, saved / "mamba-int4") <= may_be_off(expected)
 
 
 def _mixers(model):
@@ -215,7 +225,7 @@ def test_a_loaded_model_can_be_saved_and_loaded_again(saved, tmp_path):
     expected = torch.load(saved / "mamba-int4" / "expected.pt")
     again = sparsessm_plugin.load(tmp_path)
     logits = logits_beside(again, expected["logits"], expected["input_ids"])
-    assert torch.equal(logits, expected["logits"])
+    assert same_logits(logits, expected["logits"])
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, MAMBA1, Loader, batches, fresh_process, state, tiny_model
+from conftest import DEVICE, FAMILIES, MAMBA1, Loader, batches, fresh_process, state, tiny_model
 from llmcompressor import active_session, oneshot
 from transformers import AutoModelForCausalLM
 
@@ -49,7 +49,7 @@ def same_bits(one, other):
 def test_transitions_as_by_recipe(family, padded):
     fields = {"sparsity": 0.5}
     data = batches(count=3, length=30, padded=padded)
-    model = tiny_model(family)
+    model = tiny_model(family).to(DEVICE)  # where oneshot() computes
     result = prune_transitions(model, data, **fields)
     assert same_bits(model, by_recipe(family, "SparseSSMModifier", fields, data))
     assert [layer.sparsity for layer in result.layers] == [0.5] * len(result.layers)
@@ -72,7 +72,7 @@ PROJECTIONS = {
 def test_projections_as_by_recipe(case):
     family, fields = PROJECTIONS[case]
     data = batches(count=3, length=30, padded=True)
-    model = tiny_model(family)
+    model = tiny_model(family).to(DEVICE)  # where oneshot() computes
     result = prune_projections(model, data, **fields)
     assert same_bits(model, by_recipe(family, "SensitivitySparseGPTModifier", fields, data))
     own = {name: value for name, value in state(model).items() if "lm_head" not in name}
@@ -102,7 +102,7 @@ def test_removals_as_by_recipe(case, tmp_path):
         fields = {**fields, "reconstruct_steps": 3}
     method = {"State": remove_states, "Channel": remove_channels}[kind]
     data = batches(count=3, length=30, padded=True)
-    model = tiny_model(family)
+    model = tiny_model(family).to(DEVICE)  # where oneshot() computes
     result = method(model, data, **fields)
     assert same_bits(model, by_recipe(family, f"{kind}RemovalModifier", fields, data))
     assert result.total.pruned == sum(len(layer.removed) for layer in result.layers)
@@ -143,7 +143,7 @@ def test_a_removal_that_fails_says_once_what_is_left(monkeypatch):
 def test_gradients_as_by_recipe(family):
     fields = {"sparsity": 0.5, "rounds": 2, "distill_steps": 2, "distill_loss": "dense"}
     data = batches(count=3, length=20, padded=True)
-    model = tiny_model(family)
+    model = tiny_model(family).to(DEVICE)  # where oneshot() computes
     result = prune_by_gradient(model, data, **fields)
     by_name = dict(model.named_parameters(remove_duplicate=False))
     assert [int((by_name[w.name] == 0).sum()) for w in result.layers] == [
@@ -226,7 +226,7 @@ def test_quantization_as_by_recipe(family, scheme):
     ours, theirs = SCHEMES[scheme]
     ignore = ["lm_head", "re:.*dt_proj$"]
     data = batches(count=3, length=20, padded=True)
-    model = pruned(family)
+    model = pruned(family).to(DEVICE)
     masks = {n: w == 0 for n, w in state(model).items()}
     result = quantize_pruned(model, data, ours, ignore=ignore)
     expected = pruned(family)
@@ -244,7 +244,7 @@ def test_quantization_as_by_recipe(family, scheme):
         f"{name}.weight_scale" for name in result.scales
     }
     for name, scale in result.scales.items():
-        torch.testing.assert_close(scale, wanted[f"{name}.weight_scale"], rtol=0, atol=0)
+        torch.testing.assert_close(scale.cpu(), wanted[f"{name}.weight_scale"], rtol=0, atol=0)
         mask = masks[f"{name}.weight"]
         assert not found[f"{name}.weight"][mask].any()
     layers = {layer.name: layer for layer in result.layers}

@@ -13,6 +13,7 @@ from conftest import (
     MAMBA2,
     Loader,
     batches,
+    may_be_off,
     nothing_left_behind,
     run,
     silence_states,
@@ -73,7 +74,8 @@ for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder).eval().to(ids.device)
     with torch.no_grad():
         logits = model(ids).logits
-        assert torch.equal(logits, expected["logits"]), (folder, logits - expected["logits"])
+        away = (logits - expected["logits"]).abs().max()
+        assert away <= expected["away"], (folder, away)
         new = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
         assert torch.equal(new, expected["generated"]), folder
         if "falcon_h1" not in folder:
@@ -101,6 +103,7 @@ def pruned(tmp_path_factory):
                 # in this process it is the smaller model's own cache that is used
                 "generated": model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0),
             }
+        expected["away"] = may_be_off(expected["logits"])
         expected["ids"] = ids.to(expected["logits"].device)
         expected["generated"] = expected["generated"].to(expected["logits"].device)
         torch.save(expected, folder / "expected.pt")
