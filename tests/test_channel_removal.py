@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import (
+    DEVICE,
     FAMILIES,
     MAMBA1,
     MAMBA2,
@@ -87,16 +88,16 @@ def test_sizes_that_no_loader_makes_are_refused(family):
 
 def test_uncompensated_removal_equals_silenced_channels():
     """Without a norm over the channels, removing them is zeroing what reads them."""
-    dense, small = tiny_model("mamba"), tiny_model("mamba")
+    dense, small = tiny_model("mamba").to(DEVICE), tiny_model("mamba")
     modifier = prune(small, keep=32, saliency="magnitude", compensate="none")
     for adapter, layer in zip(find_mixers(dense), modifier.report()["layers"], strict=True):
         with torch.no_grad():
             adapter.mixer.out_proj.weight[:, layer["removed"]] = 0
             adapter.mixer.x_proj.weight[:, layer["removed"]] = 0
-    ids = batches(1)[0]["input_ids"]
+    ids = batches(1)[0]["input_ids"].to(DEVICE)
     with torch.no_grad():
         torch.testing.assert_close(
-            small(input_ids=ids, use_cache=False).logits,
+            small(input_ids=ids.to(small.device), use_cache=False).logits.to(DEVICE),
             dense(input_ids=ids, use_cache=False).logits,
         )
 

@@ -88,7 +88,8 @@ for name in sys.argv[2:]:
         zeros = all(
             not model.get_parameter(key)[mask].any() for key, mask in expected["zeros"].items()
         )
-        return [torch.equal(logits, expected["logits"]), zeros]
+        away = float((logits - expected["logits"]).abs().max())
+        return [away <= expected["away"], zeros]
     for how in ("stock", "ours"):
         try:
             if how == "ours":
@@ -132,6 +133,7 @@ def saved(tmp_path_factory):
         model.save_pretrained(root / name)
         zeros = {key: mask.to(logits.device) for key, mask in zeros.items()}
         expected = {"input_ids": ids.to(logits.device), "logits": logits, "zeros": zeros}
+        expected["away"] = may_be_off(logits)
         torch.save(expected, root / name / "expected.pt")
     return root
 
@@ -211,8 +213,8 @@ with torch.no_grad():
     logits = model.to(ids.device)(ids).logits
     print(json.dumps(float((logits - expected["logits"]).abs().max())))
 """
-    expected = torch.load(saved / "mamba-int4" / "expected.pt")["logits"]
-    assert fresh_process(script, saved / "mamba-int4") <= may_be_off(expected)
+    expected = torch.load(saved / "mamba-int4" / "expected.pt")
+    assert fresh_process(script, saved / "mamba-int4") <= expected["away"]
 
 
 def _mixers(model):

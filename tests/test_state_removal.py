@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
+    DEVICE,
     FAMILIES,
+    GPU_SUMS,
     MAMBA2,
     Loader,
     batches,
     may_be_off,
     nothing_left_behind,
     run,
+    same_logits,
     silence_states,
     state,
     tiny_model,
@@ -242,16 +245,19 @@ def silence(adapter, removed):
 
 @pytest.mark.parametrize("name", WITHOUT_NORM)
 def test_without_compensation_it_is_the_dense_model_without_these_states(name):
-    model, dense = tiny_model(name), tiny_model(name)
+    model, dense = tiny_model(name), tiny_model(name).to(DEVICE)
     modifier = removal(compensate="none")
     run(model, modifier)
-    ids = torch.randint(1, 96, (2, 20))
+    ids = torch.randint(1, 96, (2, 20)).to(DEVICE)
     with torch.no_grad():
         full = dense(ids).logits
         for adapter, removed in zip(find_mixers(dense), removed_of(modifier), strict=True):
             silence(adapter, removed)
         expected = dense(ids).logits
-        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        # a GPU's kernels round to TF32 what another product has made in another order
+        most = 1e-4 if DEVICE == "cuda" and name in MAMBA2 else 1e-5
+        found = model(ids.to(model.device)).logits.to(DEVICE)
+        torch.testing.assert_close(found, expected, rtol=most, atol=most)
     assert not torch.allclose(full, expected, rtol=1e-4, atol=1e-4)
     for layer in modifier.report()["layers"]:
         assert layer["error_left"] == pytest.approx(layer["error_removed"])
@@ -381,7 +387,8 @@ def test_each_compensation_lowers_the_error(name, compensate):
     lower = [layer["error_left"] < layer["error_removed"] for layer in layers]
     assert any(lower) if compensate == "out_proj" else all(lower)
     # the report tells the truth about the model that came out
-    assert first["error_left"] == pytest.approx(measured_error(name, model, data), rel=1e-3)
+    rounding = 1e-3 if DEVICE == "cpu" else GPU_SUMS
+    assert first["error_left"] == pytest.approx(measured_error(name, model, data), rel=rounding)
 
 
 def plenty():
@@ -665,7 +672,7 @@ def check_reloaded_quantized(model, folder):
     again = AutoModelForCausalLM.from_pretrained(folder).eval().to(model.device)
     ids = torch.randint(1, 96, (2, 15)).to(model.device)
     with torch.no_grad():
-        assert torch.equal(again(ids).logits, model(ids).logits)
+        assert same_logits(again(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize(
