@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEMO, Loader, batches, fresh_process, tiny_model
+from conftest import DEMO, Loader, batches, fresh_process, may_be_off, tiny_model
 from llmcompressor import active_session, oneshot
 from transformers import AutoTokenizer
 
@@ -49,7 +49,7 @@ for case in sys.argv[2:]:
         logits = model.to(ids.device)(ids).logits  # unpacks the weights, too
     zeros = [(model.get_parameter(k) == 0, z) for k, z in expected["zeros"].items()]
     results[case] = {
-        "logits": torch.equal(logits, expected["logits"]),
+        "logits": float((logits - expected["logits"]).abs().max()) <= expected["away"],
         "zeros": all(
             f[z].all() if expected["more_zeros"] else torch.equal(f, z) for f, z in zeros
         ),
@@ -103,6 +103,7 @@ def saved(tmp_path_factory):
         model.save_pretrained(root / case)
         packed = case.endswith(("w4a16", "W4A16"))
         expected = {"logits": logits, "zeros": zeros, "packed": packed}
+        expected["away"] = may_be_off(logits)
         expected["input_ids"] = ids.to(logits.device)
         # LLM Compressor's own modifier rounds in the forward, and the weight only when it is saved
         expected["more_zeros"] = name in ("state-50-w8a8", "fast-1.5x-w8a8")
