@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import fcntl
+import io
 import json
 import math
 import os
@@ -65,6 +66,17 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     :raises SparseSSMError: the file cannot be written
     """
     write_through(path, lambda file: file.write(content))
+
+
+def write_figure(path: str | os.PathLike[str], figure: Any, dpi: int) -> None:
+    """Draw a figure of matplotlib: as SVG where the name ends so, else as PNG.
+
+    :raises SparseSSMError: the file cannot be written
+    """
+    picture = io.BytesIO()
+    drawn_as = "svg" if os.fspath(path).lower().endswith(".svg") else "png"
+    figure.savefig(picture, format=drawn_as, dpi=dpi)
+    write_bytes(path, picture.getvalue())
 
 
 def write_through(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:

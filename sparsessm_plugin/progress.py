@@ -1,7 +1,8 @@
 """Which stage of pruning runs, how far it is, and how long it will still take.
 
 Modifiers say what they work on; they do not know where it is shown. Inside :func:`shown` it is
-a bar on the screen, anywhere else a line in the log now and then.
+a bar on the screen or, where that is no terminal, a plain line now and then; anywhere else a line
+in the log.
 """
 
 import time
@@ -17,7 +18,24 @@ if TYPE_CHECKING:
 
 _LOG_EVERY = 10.0  # seconds between two lines in the log
 
-_shown: "list[Progress]" = []
+LINE_EVERY = 20.0  # seconds between two plain lines, of whatever stages
+
+_shown: "list[Progress | _Lines]" = []
+
+
+class _Lines:
+    """Plain lines for a file or a pipe, the first one after some time: short work needs none."""
+
+    def __init__(self, console: "Console"):
+        self._console = console
+        self._latest = time.monotonic()
+
+    def say(self, stage: "Stage") -> None:
+        now = time.monotonic()
+        if now - self._latest < LINE_EVERY:
+            return
+        self._latest = now
+        self._console.print(f"progress: {stage.described()}", highlight=False, soft_wrap=True)
 
 
 class Stage:
@@ -33,7 +51,10 @@ class Stage:
         self.done = 0
         self.latest = self._logged = time.monotonic()
         self.started: float | None = None  # when the first step begins, not when it is announced
-        self._bars = _shown[-1] if _shown else None
+        self._what = ""
+        place = _shown[-1] if _shown else None
+        self._lines = place if isinstance(place, _Lines) else None
+        self._bars = None if isinstance(place, _Lines) else place
         self._task: TaskID | None = None
         if self._bars is not None:
             self._task = self._bars.add_task(name, total=total, stage=self)
@@ -48,8 +69,11 @@ class Stage:
     def at(self, what: str) -> None:
         """Say what is being worked on."""
         self._begin()
+        self._what = what
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, description=f"{self.name}: {what}")
+        elif self._lines is not None:
+            self._lines.say(self)
 
     def advance(self, steps: int = 1) -> None:
         """Steps are done."""
@@ -58,10 +82,17 @@ class Stage:
         self.latest = time.monotonic()
         if self._bars is not None and self._task is not None:
             self._bars.advance(self._task, steps)
+        elif self._lines is not None:
+            self._lines.say(self)
         elif self.latest - self._logged >= _LOG_EVERY:
             self._logged = self.latest
-            of = "" if self.total is None else f" of {self.total}"
-            logger.info(f"{self.name}: {self.done}{of}, {clock(self.left())} left")
+            logger.info(self.described())
+
+    def described(self) -> str:
+        """What is worked on, how far it is, and the time left, in one line."""
+        what = f"{self.name}: {self._what}" if self._what else self.name
+        of = "" if self.total is None else f" of {self.total}"
+        return f"{what}: {self.done}{of}, {clock(self.left())} left"
 
     def left(self) -> float | None:
         """Seconds to go if the other steps take what the steps so far took; None if unknown."""
@@ -84,10 +115,17 @@ class Stage:
 
 @contextmanager
 def shown(console: "Console") -> Iterator[None]:
-    """Show the stages that begin inside as bars; on a console that is no terminal, nothing.
+    """Show the stages that begin inside as bars; on a console that is no terminal, in plain lines.
 
     The screen is as before when the context ends, by an error as well.
     """
+    if not console.is_terminal:
+        _shown.append(_Lines(console))
+        try:
+            yield
+        finally:
+            _shown.pop()
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task
     from rich.text import Text
 
@@ -103,7 +141,6 @@ def shown(console: "Console") -> Iterator[None]:
         console=console,
         transient=True,
         redirect_stdout=False,  # some library would keep the stand-in for ever
-        disable=not console.is_terminal,
     ) as bars:
         _shown.append(bars)
         try:

@@ -4,6 +4,7 @@ import atexit
 import functools
 import importlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -665,6 +666,7 @@ def saved_tiny_model(folder, family="mamba", **changes):
 @pytest.fixture
 def sparsessm(monkeypatch, capsys):
     """Run the command in this process; returns exit code, stdout and stderr."""
+    monkeypatch.setattr("sparsessm_plugin.progress.LINE_EVERY", math.inf)  # whatever runs beside
 
     from sparsessm_plugin import cli
 

@@ -28,6 +28,47 @@ def run_alone(*arguments, **environment):
     return subprocess.run(command, check=False, capture_output=True, text=True, env=surrounding)
 
 
+# -- streams ------------------------------------------------------------------------------
+
+
+def test_closed_streams_are_no_defect():
+    for arguments, code in (("recipes --json", 0), ("--help", 0), ("recipes none", 1)):
+        line = f"exec {sys.executable} -m sparsessm_plugin.cli {arguments} >&-"
+        done = subprocess.run(["bash", "-c", line], check=False, capture_output=True, text=True)
+        assert done.returncode == code
+        assert "Traceback" not in done.stderr
+
+
+def test_no_color_is_no_escape_at_all():
+    """On a terminal, where rich keeps bold and italic."""
+    assert b"alog-50" in (shown := on_a_terminal("recipes", NO_COLOR="1"))
+    assert b"\x1b" not in shown
+    assert b"\x1b" not in on_a_terminal("bench", "--help", NO_COLOR="1")
+
+
+def test_a_narrow_terminal_cuts_no_column():
+    shown = on_a_terminal("inspect", DEMO, NO_COLOR="1", COLUMNS="60").decode()
+    assert "…" not in shown
+    assert "out_proj" in shown
+
+
+def on_a_terminal(*arguments, **environment):
+    source, terminal = os.openpty()
+    command = [sys.executable, "-m", "sparsessm_plugin.cli", *map(str, arguments)]
+    surrounding = {**os.environ, "TERM": "xterm", **environment}
+    process = subprocess.Popen(command, stdout=terminal, env=surrounding)
+    os.close(terminal)
+    shown = b""
+    try:
+        while part := os.read(source, 4096):
+            shown += part
+    except OSError:  # the other side is closed
+        pass
+    os.close(source)
+    assert process.wait() == 0
+    return shown
+
+
 # -- threads ------------------------------------------------------------------------------
 
 _WATCHED = """

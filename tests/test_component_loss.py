@@ -162,7 +162,7 @@ def test_command_writes_numbers_and_a_picture(sparsessm, text_file, tmp_path):
         (("--sparsities", "half"), "--sparsities must be numbers between 0 and 1"),
         (("--solver", "obs"), "--solver must be one of alps, magnitude, sparsegpt, wanda"),
         (("--by", "kind,head"), "by must be any of kind, layer, module, got kind, head"),
-        (("--plot", "s.pdf"), "--plot must end in .png"),
+        (("--plot", "s.pdf"), "--plot must end in .png or .svg"),
         (("--calibration", "none.txt"), "none.txt does not exist"),
     ],
 )

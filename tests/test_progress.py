@@ -134,12 +134,23 @@ def test_the_screen_is_given_back_on_error():
     assert Stage("later", 1)._bars is None
 
 
-def test_nothing_is_shown_where_nobody_looks():
-    console = Console(file=io.StringIO(), force_terminal=False)
-    with shown(console), Stage("pruning", 3) as stage:
-        stage.at("layers.7")
-        stage.advance()
-    assert not console.file.getvalue().strip()
+def test_what_is_no_terminal_gets_plain_lines_now_and_then(ticks, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY", 20.0)
+    console = Console(file=io.StringIO(), force_terminal=False, width=20)
+    with shown(console):
+        with Stage("short", 3) as stage:  # work of a few seconds says nothing
+            for _ in range(3):
+                stage.advance()
+        with Stage("pruning", 100) as stage:
+            for layer in range(30):
+                stage.at(f"layers.{layer}")
+                ticks.now += 1.5
+                stage.advance()
+    assert console.file.getvalue().splitlines() == [
+        "progress: pruning: layers.13: 14 of 100, 2:09 left",
+        "progress: pruning: layers.27: 28 of 100, 1:48 left",
+    ]
+    assert not progress._shown
 
 
 def test_a_run_shows_every_stage_with_its_layers(tokenizer, monkeypatch):

@@ -1,5 +1,6 @@
 """The command ``sparsessm``: one file a command; here their names, exit codes and errors."""
 
+import os
 import sys
 import traceback
 from typing import Annotated
@@ -72,6 +73,10 @@ def main() -> None:
     wait_passively()  # before anything imports torch
     stopping.catch_signals()
     keep_freed_memory()
+    if os.environ.get("NO_COLOR"):  # the help of typer keeps bold and italic
+        from typer import rich_utils
+
+        rich_utils.COLOR_SYSTEM = None
     arguments = sys.argv[1:]
     try:
         end_with_parent()

@@ -62,7 +62,7 @@ def bench(
         str | None, typer.Option(help="The Python that has vLLM; default: the one that runs this.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw tokens/s into this new .png file.")
+        Path | None, typer.Option(help="Draw tokens/s into this new .png or .svg file.")
     ] = None,
     output: Annotated[Path | None, REPORT] = None,
     device: Device = "auto",
@@ -76,7 +76,7 @@ def bench(
     quiet(verbose)
     sizes = numbers_of("--batch-sizes", batch_sizes, least=1)
     contexts = numbers_of("--context", context)
-    new_file("--plot", plot, ".png")
+    new_file("--plot", plot, ".png", ".svg")
     new_file("--output", output, ".json")
     names = [model] if against is None else [against, model]
     choice("--runtime", runtime, ("transformers", "vllm", "llama.cpp"))

@@ -107,7 +107,7 @@ def compare(
     skeleton = source.load_skeleton()
     chosen: dict[str, tuple[str, str]] = {}
     runs: list[tuple[str, int]] = []
-    for name, where in named(split_names("--recipes", recipes), "--recipes").items():
+    for name, where in named(split_names("--recipes", recipes, once=True), "--recipes").items():
         label = Path(name).stem if name == where else name
         if label == comparison_table.DENSE:
             raise SparseSSMError(f"{shown(label)} is the model as it was; give NAME={where}")

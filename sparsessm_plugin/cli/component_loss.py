@@ -49,7 +49,7 @@ def component_loss(
         typer.Option(help="kind (in all layers), layer, module (at the middle sparsity); commas."),
     ] = "kind,layer,module",
     plot: Annotated[
-        Path | None, typer.Option(help="Draw heat maps into this new .png file.")
+        Path | None, typer.Option(help="Draw heat maps into this new .png or .svg file.")
     ] = None,
     num_samples: NumSamples = 32,
     eval_samples: Annotated[
@@ -70,7 +70,7 @@ def component_loss(
     quiet(verbose)
     shares, parts = shares_of(sparsities), [part.strip() for part in by.split(",")]
     new_file("--output", output, ".json")
-    new_file("--plot", plot, ".png")
+    new_file("--plot", plot, ".png", ".svg")
     source = source_of(model, trust_remote_code, dtype, device, allow_unused_tensors)
     from sparsessm_plugin.evaluation.component_loss import (
         check_settings,

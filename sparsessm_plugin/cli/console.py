@@ -15,9 +15,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+# closed before the command began, by `>&-`: what is written there goes nowhere
+for _name in ("stdout", "stderr"):
+    if getattr(sys, _name) is None:
+        setattr(sys, _name, open(os.devnull, "w"))  # noqa: SIM115
+
+# NO_COLOR asks rich for no colours; bold and italic are escapes, too
+_plain: "dict[str, Any]" = {"color_system": None} if os.environ.get("NO_COLOR") else {}
 # piped output is for programs and files: its tables are not squeezed into 80 columns
-out = Console(width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True)
+out = Console(width=None if sys.stdout.isatty() else 160, **_plain)
+err = Console(stderr=True, **_plain)
 _LONGEST = 2000  # characters of a message
 
 

@@ -18,7 +18,7 @@ def demo(
         ),
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw costs and gains into this new .png file.")
+        Path | None, typer.Option(help="Draw costs and gains into this new .png or .svg file.")
     ] = None,
     output: Annotated[Path | None, REPORT] = None,
     as_json: AsJson = False,
@@ -26,7 +26,7 @@ def demo(
 ) -> None:
     """Show in one table what pays, on the packaged checkpoint; needs no download."""
     quiet(verbose)
-    new_file("--plot", plot, ".png")
+    new_file("--plot", plot, ".png", ".svg")
     new_file("--output", output, ".json")
     from sparsessm_plugin.evaluation.latency import check_matplotlib
     from sparsessm_plugin.files import write_json

@@ -160,11 +160,17 @@ def numbers_of(option: str, text: str, least: int = 0) -> list[int]:
     return list(dict.fromkeys(int(part) for part in parts))
 
 
-def split_names(option: str, values: list[str] | None) -> list[str]:
-    """An option that may be repeated and may hold commas, as one list without repeats."""
+def split_names(option: str, values: list[str] | None, once: bool = False) -> list[str]:
+    """An option that may be repeated and may hold commas, as one list without repeats.
+
+    :param once: refuse repeats
+    """
     names = [name.strip() for value in values or [] for name in value.split(",")]
     if not all(names):
         raise SparseSSMError(f"{option} holds an empty name, got {shown(','.join(values or []))}")
+    for name in names if once else ():
+        if names.count(name) > 1:
+            raise SparseSSMError(f"{option}: {shown(name)} is given twice")
     return list(dict.fromkeys(names))
 
 

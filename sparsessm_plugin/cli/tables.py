@@ -40,6 +40,17 @@ _OF_THE_MODEL = ("layers", "hidden")  # counted once
 _OF_OTHERS = ("mlp", "experts", "shared_experts", "kv_groups")  # than mixers
 
 
+def _print_whole(table: Table) -> None:
+    """A table at its own width: a terminal breaks long lines, and rich would cut cells."""
+    width = out.width
+    needed = out.measure(table, options=out.options.update(max_width=10_000)).maximum
+    try:
+        out.width = max(width, needed)
+        out.print(table, crop=False)
+    finally:
+        out.width = width
+
+
 def print_pruned(report: dict[str, Any], output: Path) -> None:
     from sparsessm_plugin.checkpoints.saving import NOTE_NAME
 
@@ -54,7 +65,7 @@ def print_pruned(report: dict[str, Any], output: Path) -> None:
             f"{measured['before']['perplexity']:.3f}",
             f"{measured['after']['perplexity']:.3f}  (x {measured['ratio']:.4f})",
         )
-    out.print(table)
+    _print_whole(table)
     for modifier in report["modifiers"]:
         total = modifier["total"]
         unit = total.get("unit")  # what whole parts were removed of; single entries are pruned
@@ -89,7 +100,7 @@ def print_fit(result: "FitResult", output: Path) -> None:
         costs = (f"{row.costs[kind]:.3f}" for kind in kinds)
         about = "" if row.measured else "  (from its neighbours)"
         table.add_row(row.axis, f"{row.size:,}", *costs, f"{row.loss:.4f}{about}")
-    out.print(table)
+    _print_whole(table)
     after = ["distilled"] if any(c.distilled is not None for c in plan.candidates) else []
     names = (_cost_name(kind) for kind in kinds)
     table = Table("mix", *names, "predicted", "loss", *after, box=None)
@@ -100,7 +111,7 @@ def print_fit(result: "FitResult", output: Path) -> None:
         sizes = _sizes(plan.dense, candidate.sizes)
         table.add_row(sizes, *costs, *loss, *distilled[: len(after)])
     if plan.candidates:
-        out.print(table)
+        _print_whole(table)
     out.print(f"chosen: {_sizes(plan.dense, plan.sizes)}", soft_wrap=True, highlight=False)
     table = Table("", "predicted", "came out", box=None)
     for kind in kinds:
@@ -111,7 +122,7 @@ def print_fit(result: "FitResult", output: Path) -> None:
             table.add_row("speed", told, f"x {1 / result.costs[kind]:.3f}")
     done = f", distilled for {plan.distill_minutes:g} min" if plan.distill_minutes else ""
     table.add_row("loss, nats a token", f"{plan.predicted:.4f}", f"{result.loss:.4f}{done}")
-    out.print(table)
+    _print_whole(table)
     best = min(plan.alone.items(), key=lambda item: item[1]["loss"], default=None)
     if best is not None and len(plan.sizes) > 1:
         axis, found = best
@@ -143,7 +154,7 @@ def print_tasks(report: dict[str, Any]) -> None:
             error = f"± {number['stderr']:.4f}" if number["stderr"] is not None else ""
             samples = f"{result['samples']:,}"
             table.add_row(escape(name), samples, metric, f"{number['value']:.4f}", error)
-    out.print(table)
+    _print_whole(table)
 
 
 def print_runtimes(runtimes: "Iterable[RuntimeSupport]") -> None:
@@ -197,7 +208,7 @@ def print_inventory(name: str, inventory: "Inventory") -> None:
                 if component.memoryless is not None
                 else "",
             )
-    out.print(table)
+    _print_whole(table)
     kinds = [kind for kind in inventory.components if kind in mixers[0].projections]
     delta = all(a.recurrence == "delta_rule" for a in mixers)
     letters = {"D": "channels", "N": "key dims a head" if delta else "states"}
@@ -231,7 +242,7 @@ def print_inventory(name: str, inventory: "Inventory") -> None:
             *([f"{(A_log.memoryless or 0) / A_log.parameters:.1%}"] if memoryless else []),
             *(f"{layer[kind].zeros / layer[kind].parameters:.1%}" for kind in kinds),
         )
-    out.print(table)
+    _print_whole(table)
 
 
 def print_component_loss(result: "ComponentLoss") -> None:
@@ -243,7 +254,7 @@ def print_component_loss(result: "ComponentLoss") -> None:
         table = Table(kind, *ratios.columns[1], title=ratios.title, title_justify="left", box=None)
         for name, row in zip(names, ratios.ratios, strict=True):
             table.add_row(name, *(f"{ratio:.4f}" for ratio in row))
-        out.print(table)
+        _print_whole(table)
 
 
 def print_latency(latency: "Latency") -> None:
@@ -269,7 +280,7 @@ def print_latency(latency: "Latency") -> None:
                     f"{timing.tokens_per_second:,.0f}",
                     *([f"{latency.speedup(name, phase, size, length):.3f}"] if compared else []),
                 )
-    out.print(table)
+    _print_whole(table)
     if latency.caches:
         _print_caches(latency, compared)
     repeats = len(latency.timing(latency.models[0], PREFILL, latency.batch_sizes[0]).seconds)
@@ -294,7 +305,7 @@ def _print_caches(latency: "Latency", compared: bool) -> None:
         numbers = (cache.recurrent, cache.convolution, cache.attention, cache.total)
         share = [f"{cache.total / first.total:.3f}"] if compared else []
         table.add_row(escape(name), *(f"{number:,}" for number in numbers), *share)
-    out.print(table)
+    _print_whole(table)
 
 
 def print_capacity(
@@ -318,7 +329,7 @@ def print_capacity(
             table.add_row(escape(name), *cells)
         table.title = f"sequences that fit into {found[0].memory:,} bytes beside the weights"
     table.title_justify = "left"
-    out.print(table)
+    _print_whole(table)
 
 
 def print_demo(result: "DemoResult") -> None:
@@ -339,7 +350,7 @@ def print_demo(result: "DemoResult") -> None:
             f"{row.perplexity:.2f}",
             f"{row.seconds:.1f}",
         )
-    out.print(table)
+    _print_whole(table)
     sizes = result.sizes
     out.print(
         f"{result.model}; calibrated on {result.calibration_tokens:,} tokens, perplexity on "

@@ -1,6 +1,5 @@
 """The table and the plot of a comparison, from the numbers of its runs."""
 
-import io
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from sparsessm_plugin.files import write_bytes
+from sparsessm_plugin.files import write_figure
 
 DENSE = "dense"  # the model as it was
 
@@ -219,6 +218,4 @@ def plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
         line[0].set_ylabel(name)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_bytes(path, picture.getvalue())
+    write_figure(path, figure, dpi=120)

@@ -5,7 +5,6 @@ pruned, the perplexity of other text is measured, and the part is restored: a ki
 layers, everything in one layer, or a single weight.
 """
 
-import io
 import math
 import os
 import re
@@ -27,7 +26,7 @@ from sparsessm_plugin.evaluation.latency import check_matplotlib
 from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
 from sparsessm_plugin.families import MixerAdapter, find_mixers, read_out
 from sparsessm_plugin.families.fast_forward import fast_forward, offer
-from sparsessm_plugin.files import write_bytes
+from sparsessm_plugin.files import write_figure
 from sparsessm_plugin.methods.base import check_finite_input, what_enters
 from sparsessm_plugin.methods.projections import (
     ProjectionSettings,
@@ -463,9 +462,7 @@ def plot_component_loss(losses: ComponentLoss, path: str | os.PathLike[str]) -> 
                 text = f"{ratio:.3f}" if ratio < 10 else f"{ratio:.0f}"
                 panel.text(x, y, text, ha="center", va="center", fontsize=7, color=ink)
     figure.colorbar(image, ax=axes, label="perplexity / dense - 1")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    write_bytes(path, picture.getvalue())
+    write_figure(path, figure, dpi=150)
 
 
 def _layer_number(name: str, index: int) -> str:

@@ -5,7 +5,6 @@ package's faster one: a smaller model is to be faster in a stock runtime. Models
 compared take turns (A B A B), so that a drift of the machine hits all of them.
 """
 
-import io
 import itertools
 import os
 import statistics
@@ -23,7 +22,7 @@ from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.evaluation.decoding import StaticDecode, prefill, step
 from sparsessm_plugin.evaluation.state_cache import StateCache, cache_bytes, lengthen
 from sparsessm_plugin.families.kernels import bound_kernels, refused_mixer
-from sparsessm_plugin.files import write_bytes
+from sparsessm_plugin.files import write_figure
 
 PREFILL = "prefill"
 DECODE = "decode"
@@ -421,6 +420,4 @@ def plot_latency(latency: Latency, path: str | os.PathLike[str]) -> None:
         panel.set_title(f"{phase}, {context:,} tokens" if several else phase)
         panel.grid(alpha=0.3)
     figure.axes[0].legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    write_bytes(path, picture.getvalue())
+    write_figure(path, figure, dpi=150)

@@ -1,10 +1,9 @@
 """The loss against the target's cost: single axes beside the mixes."""
 
-import io
 import os
 
 from sparsessm_plugin.evaluation.latency import check_matplotlib
-from sparsessm_plugin.files import write_bytes
+from sparsessm_plugin.files import write_figure
 from sparsessm_plugin.fitting.whole import FitResult
 
 SUFFIXES = (".png", ".svg")
@@ -58,7 +57,4 @@ def plot_fit(result: FitResult, path: str | os.PathLike[str]) -> None:
     panel.set_title(", ".join(plan.targets), fontsize="medium")
     panel.grid(alpha=0.3)
     panel.legend()
-    picture = io.BytesIO()
-    name = os.fspath(path).lower()
-    figure.savefig(picture, format="svg" if name.endswith(".svg") else "png", dpi=150)
-    write_bytes(path, picture.getvalue())
+    write_figure(path, figure, dpi=150)

@@ -5,10 +5,13 @@ documentation that comes with the running interpreter; see :mod:`.demo_texts`.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from loguru import logger
 
 from sparsessm_plugin.evaluation.components import take_inventory
 from sparsessm_plugin.evaluation.data import calibration_loader, tokenize, windows
@@ -156,7 +159,8 @@ def run_demo(
     def run(model: Any, recipe: Any, reads_data: bool) -> tuple[Any, float]:
         loader = calibration_loader(samples, sizes.samples, batch_size=4) if reads_data else None
         started = time.perf_counter()
-        pruned = prune(model, recipe, loader, tokenizer).model
+        with _few_tokens_are_meant() if sizes.short_fits else nullcontext():
+            pruned = prune(model, recipe, loader, tokenizer).model
         return pruned, time.perf_counter() - started
 
     at(DENSE)
@@ -187,6 +191,16 @@ def run_demo(
         calibration_tokens=min(sizes.samples, len(samples)) * sizes.length,
         evaluation_tokens=text.numel(),
     )
+
+
+@contextmanager
+def _few_tokens_are_meant() -> Iterator[None]:
+    """Keep back the warning of few calibration tokens, which were chosen here and not by a user."""
+    logger.disable("sparsessm_plugin.methods.removal")
+    try:
+        yield
+    finally:
+        logger.enable("sparsessm_plugin.methods.removal")
 
 
 def _recipe(name: str, sizes: Sizes) -> Any:

@@ -1,12 +1,11 @@
 """The picture of ``sparsessm demo``: what each recipe costs, and what it gains."""
 
-import io
 import math
 import os
 from collections.abc import Callable
 
 from sparsessm_plugin.evaluation.latency import check_matplotlib
-from sparsessm_plugin.files import write_bytes
+from sparsessm_plugin.files import write_figure
 from sparsessm_plugin.recipes.demo import DemoResult, Row
 
 GAINS: dict[str, Callable[[Row, Row], float]] = {
@@ -53,6 +52,4 @@ def plot_demo(result: DemoResult, path: str | os.PathLike[str]) -> None:
     for panel in (loss, gain):
         panel.grid(axis="x", alpha=0.3)
     gain.axvline(1, color="black", linewidth=1)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130)
-    write_bytes(path, picture.getvalue())
+    write_figure(path, figure, dpi=130)

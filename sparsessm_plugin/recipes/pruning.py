@@ -160,14 +160,15 @@ class ModelSource:
                     "save_pretrained of transformers writes"
                 )
             check_stored(stored, skeleton, quantized, self.name)
-            model, info = load(
-                self.path,
-                dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
-                use_safetensors=True,
-                trust_remote_code=self.trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # to say which below
-            )
+            with _library_bars():
+                model, info = load(
+                    self.path,
+                    dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
+                    use_safetensors=True,
+                    trust_remote_code=self.trust_remote_code,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # to say which below
+                )
         check_unwrapped(model)
         device = self.device
         if device == "auto":
