@@ -14,6 +14,13 @@ from sparsessm_plugin.errors import SparseSSMWarning
 
 _LEVEL = "LLM_COMPRESSOR_LOG_LEVEL"
 _OURS = "sparsessm_plugin"
+# Bars of compressed-tensors that TQDM_DISABLE does not reach: of loading what is quantized, and of
+# the first forward pass after it.
+_BARS = (
+    "compressed_tensors.offload.dispatch",
+    "compressed_tensors.quantization.lifecycle.apply",
+    "compressed_tensors.compressors.model_compressors.model_compressor",
+)
 _WARNING, _ERROR = 30, 40  # numbers of loguru's levels
 # Loggers with handlers of their own: AutoRound's takes over what transformers says.
 _TALKATIVE = ("autoround", "torch.fx._symbolic_trace")
@@ -80,10 +87,24 @@ def show_messages(show: Callable[[str, str], Any], verbose: bool) -> None:
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         os.environ.setdefault("AR_LOG_LEVEL", "ERROR")  # AutoRound sets its level when imported
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler says that it starts
+        for name in _BARS:
+            registration.after_import(name, _without_bar)
         for name in _TALKATIVE:
             logging.getLogger(name).setLevel(logging.ERROR)
     if logging.lastResort is not None:  # of libraries that set up nothing
         logging.lastResort.setLevel(logging.WARNING if verbose else logging.ERROR)
+
+
+def _without_bar(module: Any) -> None:
+    bar = module.tqdm
+    if getattr(bar, "_without_bar", False):
+        return
+
+    def tqdm(*args: Any, **kwargs: Any) -> Any:
+        return bar(*args, **{**kwargs, "disable": True})
+
+    tqdm._without_bar = True  # type: ignore[attr-defined]
+    module.tqdm = tqdm
 
 
 def _level() -> int:

@@ -52,6 +52,20 @@ def test_a_narrow_terminal_cuts_no_column():
     assert "out_proj" in shown
 
 
+def test_what_is_quantized_shows_no_bar_of_a_library(sparsessm, tmp_path):
+    recipe, out = tmp_path / "w8a8.yaml", tmp_path / "out"
+    recipe.write_text(
+        "a_stage:\n  a_modifiers:\n    QuantizationModifier:\n      targets: [Linear]\n"
+        "      scheme: W8A8\n      ignore: [lm_head, 're:.*dt_proj$']\n"
+    )
+    assert sparsessm("prune", DEMO, "--recipe", recipe, "--output", out)[0] == 0
+    steps = ("--decode-steps", 1, "--repeats", 1, "--batch-sizes", 1, "--prompt-length", 4)
+    for arguments in (("inspect", out), ("bench", out, *steps)):
+        done = run_alone(*arguments)
+        assert done.returncode == 0
+        assert "it/s" not in done.stderr
+
+
 def on_a_terminal(*arguments, **environment):
     source, terminal = os.openpty()
     command = [sys.executable, "-m", "sparsessm_plugin.cli", *map(str, arguments)]

@@ -1,6 +1,5 @@
 """``sparsessm inspect``."""
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,8 +20,6 @@ def inspect(
     """Show a model's mixers, what its parameters are spent on, how sparse they are, and,
     for a folder, which runtimes load it."""
     quiet(verbose)
-    if not verbose:  # of compressed-tensors, which needs a moment for what is quantized
-        os.environ.setdefault("TQDM_DISABLE", "1")
     source = source_of(model, trust_remote_code, dtype, "cpu", allow_unused_tensors)
     from sparsessm_plugin.evaluation.components import take_inventory
     from sparsessm_plugin.families import find_mixers
