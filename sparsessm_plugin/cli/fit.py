@@ -30,7 +30,7 @@ from sparsessm_plugin.cli.options import (
     new_file,
     split_names,
 )
-from sparsessm_plugin.cli.results import check_output, write_result
+from sparsessm_plugin.cli.results import check_output, warn_of_more_bytes, write_result
 from sparsessm_plugin.cli.stopping import check_signals
 from sparsessm_plugin.errors import SparseSSMError
 
@@ -184,6 +184,7 @@ def fit(
             "seconds": {"fit": round(result.seconds, 3)},
         }
         report = write_result(folder, pruned, tokenizer, before, fields, types)
+        warn_of_more_bytes(source, folder)
     if plot is not None:
         say_replaced(plot)
         plot_fit(result, plot)

@@ -40,7 +40,7 @@ from sparsessm_plugin.cli.options import (
     of_option,
     split_names,
 )
-from sparsessm_plugin.cli.results import check_output, write_result
+from sparsessm_plugin.cli.results import check_output, warn_of_more_bytes, write_result
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -182,6 +182,8 @@ def prune(
             "ranks": ranks,
         }
         report = write_result(folder, pruned, tokenizer, before, fields, types)
+        if rank == 0:
+            warn_of_more_bytes(source, folder)
     if as_json:
         print_json({"output": str(output), **report})
     else:

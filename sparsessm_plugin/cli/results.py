@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sparsessm_plugin.cli.console import show
 from sparsessm_plugin.cli.options import not_the_model
 from sparsessm_plugin.cli.stopping import check_signals, will_write
 
@@ -18,6 +19,22 @@ def check_output(output: Path, model: str) -> None:
     check_output_directory(output)
     will_write(output)
     not_the_model(output, model)
+
+
+def warn_of_more_bytes(source: Any, folder: Path) -> None:
+    """Say so where what was saved takes more bytes than what was loaded, unless that was asked for.
+
+    :param source: :class:`sparsessm_plugin.recipes.pruning.ModelSource`
+    :param folder: where the result was saved
+    """
+    before = source.stored_bytes()
+    after = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if source.dtype == "auto" and after > 1.1 * before + 2**20:  # headers and scales aside
+        show(
+            "warning",
+            f"the result takes {after:,} bytes, more than the {before:,} of {source.name}, whose "
+            "tensors are stored in other types than its config says; --dtype chooses one",
+        )
 
 
 def write_result(

@@ -143,6 +143,12 @@ class ModelSource:
             if entry["dtype"] in HALVES
         }
 
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors that the checkpoint stores."""
+        config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        stored = read_checkpoint(self.path, config).values()
+        return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in stored)
+
     def load(self) -> Any:
         """The model with its weights, from safetensors only.
 
