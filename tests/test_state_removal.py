@@ -517,7 +517,7 @@ def test_inputs_are_kept_in_pieces():
     [
         ("keep: 0", "StateRemovalModifier.keep: must be at least 1, got 0"),
         ("keep: -2", "must be at least 1, got -2"),
-        ("keep: true", "must be a whole number, got True"),
+        ("keep: true", "must be a number, got the boolean true"),
         ("keep: 2.5", "got 2.5"),
         (
             "keep: [4, 8]",
