@@ -260,14 +260,31 @@ def growth() -> Figure:
     return figure
 
 
+def served_lines(axes: Axes) -> None:
+    """Decoding of a whole model of the 2.7B shape, a line a batch."""
+    for batch in (1, 32, 128, 256):
+        models = next(
+            row["models"]
+            for row in load("serving_cuda")["rows"]
+            if (row["shape"], row["what"], row["batch"]) == ("Mamba-2, 2.7B", "decode", batch)
+        )
+        states = [int(model["model"].removeprefix("N ")) for model in models]
+        speedups = [model["speedup"] for model in models]
+        axes.plot([n / states[0] for n in states], speedups, "o-", ms=4, label=f"batch {batch}")
+    axes.set_xlabel("share of the states that stay")
+    axes.set_ylabel("speed-up of decoding")
+    axes.invert_xaxis()
+    axes.legend(fontsize=8)
+
+
 def front() -> Figure:
     """README's picture: what fewer states of Mamba-2 cost, and what they save."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     state_lines(left, "mamba2-25m", 128)
     left.set_title("cost: mamba2-25m, training-free and distilled")
     left.legend(fontsize=8)
-    step_lines(right)
-    right.set_title("gain: decode step on an H100")
+    served_lines(right)
+    right.set_title("gain: a whole 2.7B model on one GPU")
     figure.tight_layout(w_pad=3)
     return figure
 
