@@ -1,38 +1,18 @@
 """What ADMM keeps between steps: Triton's kernels against plain torch, and the whole of ALPS."""
 
-import os
-import subprocess
-import sys
-from importlib import import_module, util
+from importlib import import_module
 
-import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from interpreter import CUDA, DEVICE, INTERPRETER, kernels_run, run_in_interpreter
 
 from sparsessm_plugin.selection.masks import choose_mask
 from sparsessm_plugin.solvers.alternation import AlternationInTorch
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available() and not INTERPRETER
-DEVICE = "cuda" if CUDA else "cpu"
-
-kernels_run = pytest.mark.skipif(
-    not (CUDA or INTERPRETER), reason="no CUDA device; run in the interpreter by another test"
-)
-
 
 def test_in_tritons_interpreter():
-    if CUDA or INTERPRETER:
-        pytest.skip("the tests run here")
-    if util.find_spec("triton") is None:
-        pytest.skip("no Triton")
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", __file__],
-        check=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=os.path.dirname(__file__),
-    )
+    run_in_interpreter(__file__, "-k", "triton", loops=False)
 
 
 def normal(*shape, seed):

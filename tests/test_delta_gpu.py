@@ -4,39 +4,20 @@ The interpreter must be chosen before Triton is imported, so these tests run onc
 of their own.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import random_delta, relative
+from interpreter import DEVICE, kernels_run, run_in_interpreter
 
 from sparsessm_plugin.recurrence import delta_reference
 from sparsessm_plugin.recurrence.quantities import DeltaQuantities
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available() and not INTERPRETER
-DEVICE = "cuda" if CUDA else "cpu"
-
 
 def test_in_tritons_interpreter():
-    if CUDA or INTERPRETER:
-        pytest.skip("the tests run here")
-    triton = pytest.importorskip("triton")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-        pytest.skip("the interpreter of Triton before 3.7 has no loops with NumPy 2.4")
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        check=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=os.path.dirname(__file__),
-    )
+    run_in_interpreter(__file__)
 
 
-@pytest.mark.skipif(
-    not (CUDA or INTERPRETER), reason="no CUDA device; run in the interpreter by another test"
-)
+@kernels_run
 @pytest.mark.parametrize(
     "shape",
     [

@@ -4,8 +4,6 @@ The interpreter must be chosen before Triton is imported, and it runs kernels on
 CPU; so these tests run once more in a process of their own.
 """
 
-import os
-import subprocess
 import sys
 import warnings
 from functools import partial
@@ -16,6 +14,7 @@ import torch
 from conftest import FAMILIES, STATISTICS, random_quantities, relative, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import CUDA, DEVICE, kernels_run, run_in_interpreter
 
 from sparsessm_plugin import fast_forward
 from sparsessm_plugin import recurrence as package
@@ -29,29 +28,13 @@ from sparsessm_plugin.recurrence.quantities import MixerQuantities
 
 GPU = "cuda"
 MODULE = "sparsessm_plugin.recurrence.gpu"
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available() and not INTERPRETER
-DEVICE = "cuda" if CUDA else "cpu"
 
-kernels_run = pytest.mark.skipif(
-    not (CUDA or INTERPRETER), reason="no CUDA device; run in the interpreter by another test"
-)
 # the interpreter takes milliseconds a step
 examples = settings(max_examples=40 if CUDA else 8, deadline=None, derandomize=True)
 
 
 def test_in_tritons_interpreter():
-    if CUDA or INTERPRETER:
-        pytest.skip("the tests run here")
-    triton = pytest.importorskip("triton")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-        pytest.skip("the interpreter of Triton before 3.7 has no loops with NumPy 2.4")
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        check=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=os.path.dirname(__file__),
-    )
+    run_in_interpreter(__file__)
 
 
 def on_device(q, dtype=None):

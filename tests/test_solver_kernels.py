@@ -1,14 +1,12 @@
 """The solvers' kernels against plain torch: numba, and Triton on a GPU or in its interpreter."""
 
-import os
-import subprocess
-import sys
-from importlib import import_module, util
+from importlib import import_module
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import CUDA, DEVICE, kernels_run, run_in_interpreter
 
 from sparsessm_plugin.backends.precision import Factor, split_tf32, tf32
 from sparsessm_plugin.selection.masks import keep_largest, keep_largest_of_each
@@ -17,26 +15,10 @@ from sparsessm_plugin.solvers.objective import gram, objective, window_gram
 from sparsessm_plugin.solvers.sparsegpt import sparsegpt
 
 CPU, GPU = "sparsessm_plugin.solvers.cpu", "sparsessm_plugin.solvers.gpu"
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available() and not INTERPRETER
-DEVICE = "cuda" if CUDA else "cpu"
-
-kernels_run = pytest.mark.skipif(
-    not (CUDA or INTERPRETER), reason="no CUDA device; run in the interpreter by another test"
-)
 
 
 def test_in_tritons_interpreter():
-    if CUDA or INTERPRETER:
-        pytest.skip("the tests run here")
-    if util.find_spec("triton") is None:
-        pytest.skip("no Triton")
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", __file__],
-        check=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=os.path.dirname(__file__),
-    )
+    run_in_interpreter(__file__, "-k", "triton", loops=False)
 
 
 def compare(name, device, problems, shared, size, out, start, stop, group, dtype, seed):

@@ -3,43 +3,23 @@
 As in ``test_scan_gpu``, the interpreter needs a process of its own.
 """
 
-import os
 import re
-import subprocess
-import sys
 import warnings
 from importlib import import_module
 
 import pytest
 import torch
 from conftest import SCAN_LEAVES, Guarded, random_heads, scan_gradients
+from interpreter import CUDA, DEVICE, INTERPRETER, kernels_run, run_in_interpreter
 
 from sparsessm_plugin.errors import SparseSSMWarning
 from sparsessm_plugin.recurrence import differentiable, ssd
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available() and not INTERPRETER
-DEVICE = "cuda" if CUDA else "cpu"
-
 KERNELS = ("_end_chunks", "_hand_on", "_outputs", "_gradients")
-
-kernels_run = pytest.mark.skipif(
-    not (CUDA or INTERPRETER), reason="no CUDA device; run in the interpreter by another test"
-)
 
 
 def test_in_tritons_interpreter():
-    if CUDA or INTERPRETER:
-        pytest.skip("the tests run here")
-    triton = pytest.importorskip("triton")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-        pytest.skip("the interpreter of Triton before 3.7 has no loops with NumPy 2.4")
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        check=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=os.path.dirname(__file__),
-    )
+    run_in_interpreter(__file__)
 
 
 def kernels():

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from compressed_tensors.offload import disable_onloading, update_offload_parameter
+from compressed_tensors.offload import update_offload_parameter
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
@@ -25,6 +25,7 @@ from sparsessm_plugin.families import (
     get_model_adapter,
     get_tensor,
 )
+from sparsessm_plugin.families.shared_weights import first_names
 
 STREAM = "hidden"  # name of the order of the residual stream's entries
 _Where = tuple[str, int]  # name of a tensor in the model, and a dimension of it
@@ -91,7 +92,9 @@ def permute(model: nn.Module, chosen: Iterable[tuple[ChannelOrder, Tensor]]) -> 
             index[places.flatten()] = places[:, chosen_order].flatten()
     # all at once: ranks of one host may hold one copy of a tensor, which none may read again
     # once another has begun to write
-    aliases = _aliases(model)
+    aliases: dict[str, list[str]] = {}
+    for name, first in first_names(model).items():
+        aliases.setdefault(first, []).append(name)
     for name, by_dim in selections.items():
         compute = partial(_selected, model, name, by_dim, name in stacked)
         (value,) = distributed.share(f"order of {name}", compute)
@@ -129,16 +132,6 @@ def _selected(
         else:
             value = value.index_select(dim, index)
     return [value.contiguous()]
-
-
-def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """By the first name of each parameter, all of its names."""
-    names: dict[int, list[str]] = {}
-    with disable_onloading():
-        named = list(model.named_parameters(remove_duplicate=False))
-    for name, parameter in named:
-        names.setdefault(id(parameter), []).append(name)
-    return {found[0]: found for found in names.values()}
 
 
 def _of_mixer(adapter: MixerAdapter) -> ChannelOrder:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any, ClassVar, TypeVar
 
-from compressed_tensors.offload import disable_onloading
 from torch import Tensor, nn
 
 from sparsessm_plugin.errors import SparseSSMError
@@ -34,6 +33,7 @@ from sparsessm_plugin.families.parts import (
     set_existing,
 )
 from sparsessm_plugin.families.registry import get_adapter
+from sparsessm_plugin.families.shared_weights import first_names
 from sparsessm_plugin.registry import Registry
 
 
@@ -212,12 +212,7 @@ class ModelAdapter:
 
     def first_names(self) -> dict[str, str]:
         """Every parameter's name -> the first name of the same parameter."""
-        first: dict[int, str] = {}
-        with disable_onloading():
-            named = list(self.model.named_parameters(remove_duplicate=False))
-        for name, parameter in named:
-            first.setdefault(id(parameter), name)
-        return {name: first[id(parameter)] for name, parameter in named}
+        return first_names(self.model)
 
     # how sizes are written
 

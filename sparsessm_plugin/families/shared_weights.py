@@ -20,6 +20,16 @@ def weight_holders(model: nn.Module) -> dict[str, list[str]]:
     return {name: names for names in holders.values() if len(names) > 1 for name in names}
 
 
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Every parameter's name -> the first name of the same parameter."""
+    first: dict[int, str] = {}
+    with disable_onloading():
+        named = list(model.named_parameters(remove_duplicate=False))
+    for name, parameter in named:
+        first.setdefault(id(parameter), name)
+    return {name: first[id(parameter)] for name, parameter in named}
+
+
 def of_several_names(model: nn.Module) -> set[int]:
     """Identities of modules that stand in several places of the model."""
     counts = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))

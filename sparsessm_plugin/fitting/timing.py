@@ -28,7 +28,7 @@ Phase = Literal["decode", "prefill"]
 # of the text, which are read and not, as states are, written, too.
 FEATURES = ("constant", "layers", "weights", "head", "states", "attending", "attended")
 _WHOLE = {"cuda": 6e9, "cpu": 1e9}  # bytes of all timed models up to which none is made shallow
-SHALLOW = (6, 12)  # layers of models that are too large to be timed as they are
+_SHALLOW = (6, 12)  # layers of models that are too large to be timed as they are
 _DECODE_STEPS = {"cuda": 16, "cpu": 8}
 _SHORT = 8  # tokens of a prompt before decoding; its length does not matter for the states
 
@@ -285,7 +285,7 @@ def speed_model(space: Space, workload: Workload, device: torch.device) -> Speed
     else:
         others = [{k: v for k, v in mix.items() if k != "layers"} for mix in mixes]
         distinct = [dict(items) for items in dict.fromkeys(tuple(o.items()) for o in others)]
-        first, *rest = shallow_shapes(space.shapes, SHALLOW)
+        first, *rest = shallow_shapes(space.shapes, _SHALLOW)
         timed = time_models(space, distinct, workload, device, shapes=first)
         for shapes in rest:
             timed += time_models(space, distinct[:1], workload, device, shapes=shapes)
