@@ -448,6 +448,36 @@ def test_reports_and_indices(family, saved):
     assert report["total"]["pruned"] == len(layer["removed"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe", "qwen3_next"])
+def test_norms_come_back_in_the_layers_that_they_are_of(family, dtype):
+    """LLM Compressor exchanges them, and a layer of attention now stands where a mixer stood."""
+    removed = []
+    for seed in range(4):
+        model = tiny_model(family, num_hidden_layers=4, layer_types=[LINEAR, FULL, LINEAR, LINEAR])
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.normal_(0, 0.1)
+        model = model.to(dtype)
+        classes = {type(m).__name__ for m in model.modules()}
+        dense = state(model)
+        modifier = LayerRemovalModifier(keep=3, saliency="random", seed=seed, compensate="none")
+        run(model, modifier, batches(1, 2, 8))
+        (gone,) = modifier.report()["layers"][0]["removed"]
+        removed.append(gone)
+        stay = [index for index in range(4) if index != gone]
+        new = {type(m).__name__ for m in model.modules()} - classes  # experts come apart
+        assert not [name for name in new if "Norm" in name]
+        for name, value in state(model).items():
+            before, dot, after = name.partition(".layers.")
+            index, _, rest = after.partition(".")
+            if "norm" in name:
+                of_dense = f"{before}.layers.{stay[int(index)]}.{rest}" if dot else name
+                assert torch.equal(value, dense[of_dense]), name
+    assert 0 in removed
+
+
 def test_every_writer_is_found():
     """By family, the kinds of layers whose last linear layer adds to the stream."""
     for family, ends in {

@@ -32,6 +32,7 @@ from sparsessm_plugin.modifiers.lifecycle import (
     read_batches,
     weight_shapes,
 )
+from sparsessm_plugin.modifiers.offset_norms import keep_weights
 
 
 class MethodModifier(Modifier):
@@ -115,6 +116,7 @@ class MethodModifier(Modifier):
         check_unwrapped(state.model)
         self._method = self.new_method()
         self._method.failed = self._failed
+        keep_weights(state.model)
         with self._released_on_error():
             self._no_outputs = outputs_not_collected(state.model)
             weakref.finalize(self, self._no_outputs)

@@ -49,6 +49,7 @@ from sparsessm_plugin.modifiers.lifecycle import (
     note_ids,
     read_batches,
 )
+from sparsessm_plugin.modifiers.offset_norms import keep_weights
 from sparsessm_plugin.patterns import check_patterns
 
 # transformers multiplies by the weights of these without calling the modules
@@ -133,6 +134,7 @@ class SparseGPTQModifier(GPTQModifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         who = type(self).__name__
         check_unwrapped(state.model)
+        keep_weights(state.model)
         with distributed.together(f"{who} before calibration"):
             self.check_model(state.model)
             check_experts_of_session(state.model)
