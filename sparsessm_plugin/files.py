@@ -240,6 +240,27 @@ def output_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise SparseSSMError(f"cannot write {target}: {error.strerror or error}") from error
 
 
+@contextmanager
+def scratch_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty directory beside ``path`` that is removed at the end, whatever happens.
+
+    What a killed process has left of one is removed by the next that writes to ``path``.
+
+    :raises SparseSSMError: it cannot be made
+    """
+    target = Path(path).absolute()
+    with ExitStack() as stack:
+        try:
+            _remove_left_over(target)
+            folder, _ = stack.enter_context(_claimed(target, _create_directory))
+        except OSError as error:
+            raise SparseSSMError(
+                f"cannot write beside {target}: {error.strerror or error}"
+            ) from error
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
+
+
 def _finish(folder: Path) -> None:
     """Give everything in a folder the permissions of new files, and bring it onto the disk."""
     mode = folder.stat().st_mode & 0o777  # made with the umask

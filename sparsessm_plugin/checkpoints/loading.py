@@ -97,7 +97,9 @@ def needs_load(model: Any) -> bool:
     families = set(_INITIALISERS.values())
     if not any(cls.__name__ in families for cls in type(model).__mro__):
         return False
-    packed = (name.endswith("out_proj.weight_packed") for name, _ in model.named_parameters())
+    from sparsessm_plugin.families.in_turn import parameter_names
+
+    packed = (name.endswith("out_proj.weight_packed") for name in parameter_names(model))
     return any(packed) or bool(getattr(model.config, "rescale_prenorm_residual", False))
 
 
@@ -339,7 +341,9 @@ def check_loaded(model: Any, info: Mapping[str, Any], name: str, allow_unused: b
             f"no place for, {unused[0]} among them; correct config.json, or leave them out with "
             "--allow-unused-tensors"
         )
-    for key, tensor in model.state_dict().items():
+    from sparsessm_plugin.families.in_turn import tensors_in_turn
+
+    for key, tensor in tensors_in_turn(model):
         if not _is_finite(tensor):
             raise SparseSSMError(f"the checkpoint {name}: {key} holds NaN or infinite values")
 

@@ -28,19 +28,22 @@ def round_weights(model: Any, types: Mapping[str, torch.dtype]) -> None:
     :param model: transformers model
     :param types: by the names of the checkpoint
     """
+    from compressed_tensors.offload import update_offload_parameter
     from compressed_tensors.quantization.quant_config import _map_to_checkpoint_names
 
-    own = dict(model.named_parameters())
-    stored_names = _map_to_checkpoint_names(model, list(own))
-    for (name, weight), stored in zip(own.items(), stored_names, strict=True):
+    from sparsessm_plugin.families.in_turn import parameter_names, parameters_in_turn
+
+    stored_names = _map_to_checkpoint_names(model, parameter_names(model))
+    for (name, weight), stored in zip(parameters_in_turn(model), stored_names, strict=True):
         kind = types.get(stored, types.get(name))
-        module = model.get_submodule(name.rpartition(".")[0])
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
         quantized = getattr(module, "quantization_scheme", None) is not None
         if kind is None or quantized or weight.dtype != torch.float32 or weight.is_meta:
             continue
         rounded = weight.to(kind).to(weight.dtype)
         if torch.isfinite(rounded).all():
-            weight.copy_(rounded)
+            update_offload_parameter(module, leaf, rounded)
 
 
 def store_as(folder: Path, types: Mapping[str, torch.dtype]) -> None:

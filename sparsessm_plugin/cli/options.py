@@ -31,6 +31,7 @@ def completes(*values: str) -> Any:
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+OFFLOADS = ("auto", "none", "cpu", "disk")
 PIPELINES = ("independent", "sequential", "basic", "datafree")
 ModelArgument = Annotated[
     str, typer.Argument(help="Folder, hub name, or mamba-demo-4m (comes with the package).")
@@ -41,6 +42,18 @@ Dtype = Annotated[
     typer.Option(
         help="auto (as saved), float32, bfloat16 or float16.", autocompletion=completes(*DTYPES)
     ),
+]
+Offload = Annotated[
+    str,
+    typer.Option(
+        help="Where weights wait for their layer's turn: none (on the device), cpu, disk, or auto: "
+        "the first of these with room.",
+        autocompletion=completes(*OFFLOADS),
+    ),
+]
+OffloadFolder = Annotated[
+    Path | None,
+    typer.Option(help="For weights on disk that have changed; default: beside the result."),
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's code run.")]
 Unused = Annotated[
@@ -94,7 +107,14 @@ PANELS = {
         *("batch_size", "seed", "seeds"),
     ),
     "Tasks": ("tasks", "tasks_data", "limit", "tasks_batch_size"),
-    "Model": ("device", "dtype", "trust_remote_code", "allow_unused_tensors"),
+    "Model": (
+        "device",
+        "offload",
+        "offload_folder",
+        "dtype",
+        "trust_remote_code",
+        "allow_unused_tensors",
+    ),
     "Result": ("output", "plot", "keep", "as_json", "verbose"),
 }
 OWN_PANEL = "Options"

@@ -2,7 +2,7 @@
 
 import os
 import time
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +20,7 @@ from sparsessm_plugin.cli.inputs import (
 )
 from sparsessm_plugin.cli.options import (
     CALIBRATION,
+    OFFLOADS,
     PIPELINES,
     AsJson,
     BatchSize,
@@ -27,6 +28,8 @@ from sparsessm_plugin.cli.options import (
     Dtype,
     ModelArgument,
     NumSamples,
+    Offload,
+    OffloadFolder,
     Pipeline,
     Result,
     Seed,
@@ -101,6 +104,8 @@ def prune(
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
+    offload: Offload = "auto",
+    offload_folder: OffloadFolder = None,
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
     allow_unused_tensors: Unused = False,
@@ -109,6 +114,7 @@ def prune(
 ) -> None:
     """Prune a model with a recipe and save it; under torchrun, on several ranks together."""
     choice("--pipeline", pipeline, PIPELINES)
+    choice("--offload", offload, OFFLOADS)
     source = source_of(model, trust_remote_code, dtype, device, allow_unused_tensors)
     from tempfile import TemporaryDirectory
 
@@ -119,6 +125,7 @@ def prune(
     from sparsessm_plugin.files import output_directory, reports_held
     from sparsessm_plugin.progress import shown as bars_shown
     from sparsessm_plugin.recipes import load_recipe
+    from sparsessm_plugin.recipes.offload import offloaded
     from sparsessm_plugin.recipes.pruning import check_saving
     from sparsessm_plugin.recipes.pruning import prune as run_recipe
 
@@ -150,9 +157,16 @@ def prune(
         text_samples = windows_of(text, tokenizer, max_seq_length, vocab_size, text_field, "--text")
 
     # LLM Compressor's save wants every rank, and writes on rank 0
-    with reports_held(), output_directory(output) if rank == 0 else TemporaryDirectory() as place:
+    with (
+        reports_held(),
+        output_directory(output) if rank == 0 else TemporaryDirectory() as place,
+        ExitStack() as stack,
+    ):
         folder = Path(place)
         check_saving(skeleton, tokenizer, folder)
+        source = stack.enter_context(
+            offloaded(source, checked, skeleton, offload, offload_folder, output)
+        )
         started = time.perf_counter()
         dense, types = source.load(), source.stored_types()
         loading = time.perf_counter() - started
@@ -180,6 +194,7 @@ def prune(
             "seconds": {"load": round(loading, 3), "oneshot": round(pruned.seconds, 3)},
             "tokens_per_second": round(pruned.tokens / pruned.seconds, 1),
             "ranks": ranks,
+            "offload": source.offload,
         }
         report = write_result(folder, pruned, tokenizer, before, fields, types)
         if rank == 0:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from sparsessm_plugin.criteria.values import MEMORYLESS
 from sparsessm_plugin.families import MixerAdapter, find_mixers
+from sparsessm_plugin.families.in_turn import parameters_in_turn
+from sparsessm_plugin.families.shared_weights import first_names
 
 
 @dataclass
@@ -91,11 +93,12 @@ def take_inventory(model: nn.Module) -> Inventory:
     inventory = Inventory(mixers)
     for kind in _kinds(mixers):
         inventory.components[kind] = Component()
-    seen: set[int] = set()
+    first = first_names(model)
+    seen: set[str] = set()
     for adapter in mixers:
         layer = inventory.layers[adapter.name] = {}
-        for name, parameter in adapter.mixer.named_parameters():
-            seen.add(id(parameter))
+        for name, parameter in parameters_in_turn(adapter.mixer):
+            seen.add(first[f"{adapter.name}.{name}" if adapter.name else name])
             if name.endswith("weight_shape"):  # of a packed weight, which is counted unpacked
                 continue
             parameter = _unpacked(adapter.mixer, name, parameter)
@@ -109,8 +112,8 @@ def take_inventory(model: nn.Module) -> Inventory:
                     parameter.detach(),
                     has_states=kind == "A_log" and adapter.has_state_transitions,
                 )
-    for parameter in model.parameters():  # a tied tensor comes once
-        if id(parameter) not in seen:
+    for name, parameter in parameters_in_turn(model):  # a tied tensor comes once
+        if name not in seen:
             inventory.components["outside mixers"].add(parameter.detach())
     return inventory
 

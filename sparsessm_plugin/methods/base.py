@@ -152,6 +152,8 @@ class MixerMethod(Generic[S]):
 
     # Whether what is gathered of a mixer no longer fits it once its sizes change.
     gathers_sums: ClassVar[bool] = False
+    # Whether all weights have to be in memory at once, and not one layer's after another's.
+    needs_whole_model: ClassVar[bool] = False
 
     def __init__(self, settings: S, who: str | None = None) -> None:
         self.settings = settings

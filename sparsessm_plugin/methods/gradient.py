@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from compressed_tensors.offload import disable_onloading
@@ -176,6 +176,8 @@ class GradientResult(MethodResult):
 
 class GradientPruning(MixerMethod[GradientSettings]):
     """Prunes the weights whose size times gradient is smallest (after arXiv 2505.08299)."""
+
+    needs_whole_model: ClassVar[bool] = True  # one threshold for all, and gradients
 
     def __init__(self, settings: GradientSettings, who: str | None = None) -> None:
         super().__init__(settings, who)

@@ -90,6 +90,8 @@ class ModelRemoval(MixerMethod[S]):
     ``config_fields``, what the config says of the new sizes.
     """
 
+    needs_whole_model: ClassVar[bool] = True
+
     changes_inputs: ClassVar[bool] = False  # whether weights that stay lose columns
 
     def __init__(self, settings: S, who: str | None = None) -> None:

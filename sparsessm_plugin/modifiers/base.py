@@ -96,6 +96,11 @@ class MethodModifier(Modifier):
         """Whether it looks at the data, in LLM Compressor's pass over it or in its own."""
         return self.settings.reads_data
 
+    @property
+    def needs_whole_model(self) -> bool:
+        """Whether all weights have to be in memory at once."""
+        return self.method_class.needs_whole_model or getattr(self.settings, "distills", False)
+
     def new_method(self) -> MixerMethod[Any]:
         """The method with these settings; it is used once."""
         return self.method_class(self.settings, type(self).__name__)

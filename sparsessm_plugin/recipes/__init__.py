@@ -44,6 +44,14 @@ class CheckedRecipe:
         """Whether the result depends on calibration data."""
         return any(map(_reads_data, self.modifiers))
 
+    @property
+    def needs_whole_model(self) -> str | None:
+        """The first modifier that cannot work with one layer in memory after the other."""
+        for modifier in self.modifiers:
+            if getattr(modifier, "needs_whole_model", False):
+                return type(modifier).__name__
+        return None
+
     def check_data(self, data: Any) -> None:
         """Refuse to go on without calibration data where a modifier needs it.
 

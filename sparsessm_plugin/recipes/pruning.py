@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.offload import get_execution_device
 from compressed_tensors.utils import patch_attr
 from torch import nn
 from torch.utils.data import DataLoader
@@ -31,10 +32,12 @@ from sparsessm_plugin.checkpoints.loading import (
     load,
     read_checkpoint,
 )
+from sparsessm_plugin.checkpoints.offloading import Offload, keep_offloaded, on_disk_options
 from sparsessm_plugin.checkpoints.types import HALVES
 from sparsessm_plugin.cost import halved, has_room, peak_memory_bytes, reset_peak_memory, shortage
 from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning, cut
 from sparsessm_plugin.families.config_levels import language_field
+from sparsessm_plugin.families.in_turn import on_disk
 from sparsessm_plugin.recipes import CheckedRecipe
 
 DEMO_MODEL = "mamba-demo-4m"
@@ -50,6 +53,9 @@ class ModelSource:
     :param dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``
     :param device: ``auto``, ``cpu`` or ``cuda``
     :param allow_unused_tensors: load a checkpoint that holds tensors the model has no place for
+    :param offload: where weights stay while they are not computed with: ``none`` (on the device),
+        ``cpu`` or ``disk``; see :mod:`sparsessm_plugin.checkpoints.offloading`
+    :param offload_folder: for ``disk``
     """
 
     name: str
@@ -57,6 +63,8 @@ class ModelSource:
     dtype: str = "auto"
     device: str = "auto"
     allow_unused_tensors: bool = False
+    offload: Offload = "none"
+    offload_folder: Path | None = None
 
     @property
     def path(self) -> str:
@@ -149,6 +157,13 @@ class ModelSource:
         stored = read_checkpoint(self.path, config).values()
         return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in stored)
 
+    @property
+    def compute_device(self) -> torch.device:
+        """Where the model computes."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
     def load(self) -> Any:
         """The model with its weights, from safetensors only.
 
@@ -166,6 +181,10 @@ class ModelSource:
                     "save_pretrained of transformers writes"
                 )
             check_stored(stored, skeleton, quantized, self.name)
+            options: dict[str, Any] = {}
+            if self.offload == "disk":
+                assert self.offload_folder is not None, "weights on disk need a folder"
+                options = on_disk_options(self.offload_folder)
             with _library_bars():
                 model, info = load(
                     self.path,
@@ -174,12 +193,12 @@ class ModelSource:
                     trust_remote_code=self.trust_remote_code,
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # to say which below
+                    **options,
                 )
+                if self.offload != "none":
+                    keep_offloaded(model, self.compute_device)
         check_unwrapped(model)
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = model.to(device).eval()
+        model = model.eval() if self.offload != "none" else model.to(self.compute_device).eval()
         check_loaded(model, info, self.name, self.allow_unused_tensors)
         return model
 
@@ -386,7 +405,8 @@ def _place_between_layers(model: Any, loader: DataLoader[Any] | None) -> str:
     tokens = sum(batch["input_ids"].numel() for batch in loader)
     # before and after a layer, and all of it in float32 as Mamba's residual stream is
     needed = 2 * 4 * tokens * language_field(model.config, "hidden_size")
-    return str(model.device) if has_room(model.device, needed) else "cpu"
+    device = get_execution_device(model)
+    return str(device) if has_room(device, needed) else "cpu"
 
 
 def _result(
@@ -401,6 +421,9 @@ def _result(
         tokens=int(distributed.total("tokens", tokens)[0]),
         peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+_SHARD_OF_DISK = "2GB"
 
 
 def check_saving(skeleton: Any, tokenizer: Any, folder: Path) -> None:
@@ -434,7 +457,9 @@ def save(
     from sparsessm_plugin.checkpoints.types import store_as
 
     with _one_line("model"), _library_bars():
-        model.save_pretrained(folder)
+        # a shard stands in main memory as it is written
+        small = {"max_shard_size": _SHARD_OF_DISK} if on_disk(model) else {}
+        model.save_pretrained(folder, **small)
         if types:
             store_as(folder, types)
     with _one_line("tokenizer"):

@@ -1,0 +1,84 @@
+"""Weights that stay in main memory or on disk, and are where a layer computes in its turn alone.
+
+compressed-tensors keeps them: a module's parameters are read when they are asked for, from the
+checkpoint itself as long as they are as they were, and what is written over them goes to a file of
+its own in a folder beside. LLM Compressor's sequential pipeline reads each layer once.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from compressed_tensors.offload import from_accelerate, set_onload_device
+from compressed_tensors.offload.cache import DiskCache
+
+from sparsessm_plugin.cost import has_room, memory_available
+from sparsessm_plugin.errors import SparseSSMError
+
+Offload = Literal["none", "cpu", "disk"]
+OFFLOADS = ("auto", "none", "cpu", "disk")
+# of memory that is free, for weights; the rest is for what a layer computes, its sums, libraries
+_SHARE_OF_GPU, _SHARE_OF_MEMORY = 0.5, 0.7
+
+
+def choose_offload(asked: str, weights: int, device: torch.device) -> Offload:
+    """Where weights stay while they are not computed with: the fastest place that has room.
+
+    :param asked: ``auto``, or the place
+    :param weights: bytes of all of them in the type that they are loaded in
+    :param device: that computes
+    :return: ``none``: on the device; ``cpu``: in main memory; ``disk``
+    """
+    if asked != "auto":
+        return asked  # type: ignore[return-value]
+    if weights > _SHARE_OF_MEMORY * memory_available():  # they pass it on their way to a GPU, too
+        return "disk"
+    if device.type == "cuda" and not has_room(device, weights, spare=1 - _SHARE_OF_GPU):
+        return "cpu"
+    return "none"
+
+
+def on_disk_options(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``from_pretrained`` is given so that it leaves all weights on disk.
+
+    :param folder: for what the checkpoint does not hold as the model has it, such as experts
+        that are merged, and for all that changes
+    """
+    place = tempfile.mkdtemp(prefix="weights-", dir=folder)
+    return {"device_map": {"": "disk"}, "offload_folder": place, "offload_buffers": True}
+
+
+def keep_offloaded(model: Any, device: torch.device) -> None:
+    """Let a model's weights be read onto a device in their turn.
+
+    :param model: as ``from_pretrained`` has made it, on the CPU or with weights on disk
+    :param device: that computes
+    """
+    from_accelerate(model)
+    set_onload_device(model, device)
+
+
+def forget(folder: Path) -> None:
+    """Let compressed-tensors forget what it knows of weights in a folder."""
+    inside = os.path.join(folder.resolve(), "")
+    for tensor, entry in list(DiskCache.index.items()):
+        if str(entry["safetensors_file"]).startswith(inside):
+            del DiskCache.index[tensor]
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    :param folder: on the disk
+    :param needed: bytes
+    :raises SparseSSMError: there are fewer
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise SparseSSMError(
+            f"{folder} has {free:,} bytes free, and changed weights and the result take up to "
+            f"{needed:,}; choose another disk with --offload-folder, or another output"
+        )
