@@ -80,6 +80,38 @@ def test_tensors_keep_the_type_in_which_they_are_stored(sparsessm, text_file, tm
     assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("family", ["qwen3_5", "nemotron_h"])
+def test_tensors_of_layers_that_move_keep_their_types(family, sparsessm, text_file, tmp_path):
+    """A layer of attention comes where a mixer stood, and other names with it."""
+    kinds = ["linear_attention", "full_attention", "linear_attention"]
+    # the names of this family's files begin otherwise than those of its model
+    field = "layers_block_type" if family == "nemotron_h" else "layer_types"
+    changes = {field: kinds} if family == "nemotron_h" else {field: kinds, "num_hidden_layers": 3}
+    dense, out, recipe = tmp_path / "dense", tmp_path / "out", tmp_path / "recipe.yaml"
+    saved_tiny_model(dense, family, vocab_size=8192, **changes)
+    tensors = load_file(dense / "model.safetensors")
+    tensors = {n: t.bfloat16() if ".layers.1." in n else t for n, t in tensors.items()}
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    for seed in range(9):
+        recipe.write_text(
+            "a_stage:\n  a_modifiers:\n    LayerRemovalModifier: "
+            f"{{keep: 2, saliency: random, seed: {seed}, compensate: none}}\n"
+        )
+        run = ("prune", dense, "--recipe", recipe, "--output", out, "--calibration", text_file)
+        code, stdout, _ = sparsessm(*run, *SHORT, "--json")
+        assert code == 0
+        removed = json.loads(stdout)["modifiers"][0]["layers"][0]["removed"]
+        if removed == [0]:
+            break
+    assert removed == [0]
+    saved = load_file(out / "model.safetensors")
+    assert len({t.dtype for t in saved.values()}) == 2
+    for name, tensor in saved.items():
+        moved = name.replace(".layers.1.", ".layers.2.").replace(".layers.0.", ".layers.1.")
+        assert torch.equal(tensor, tensors[moved]), name
+        assert tensor.dtype == tensors[moved].dtype, name
+
+
 def test_a_model_without_a_tokenizer_reads_no_text(sparsessm, refused, text_file, tmp_path):
     model, recipe = tmp_path / "model", tmp_path / "plain.yaml"
     shutil.copytree(DEMO, model)

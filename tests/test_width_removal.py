@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import (
+    DELTA,
     EXPERTS,
     FAMILIES,
     MAMBA2,
@@ -514,8 +515,28 @@ def test_heads_alone_are_refused_with_a_pointer_to_width():
 def test_norms_behind_what_writes_the_stream_are_refused():
     model = tiny_model("olmo_hybrid")
     before = state(model)
-    with pytest.raises(SparseSSMError, match="the hidden size of OlmoHybridForCausalLM cannot"):
+    with pytest.raises(SparseSSMError, match="OlmoHybridForCausalLM read the stream as it is"):
         remove_width(model, READY, keep=16)
+    assert all(torch.equal(before[name], value) for name, value in state(model).items())
+
+
+@pytest.mark.parametrize("family", FAMILIES + DELTA)
+def test_which_families_read_norms_of_the_stream_alone_is_known_without_weights(family):
+    model = tiny_model(family)
+    adapter = get_model_adapter(model)
+    if adapter.pre_norm:
+        assert reading_points(adapter, model.device)
+    else:
+        with pytest.raises(SparseSSMError, match="hidden size of"):
+            reading_points(adapter, model.device)
+
+
+def test_what_a_later_removal_cannot_do_is_said_before_an_earlier_one_is_done():
+    model = tiny_model("olmo_hybrid")
+    before = state(model)
+    recipe = [plugin.StateRemovalModifier(keep=4), plugin.WidthRemovalModifier(keep=16)]
+    with pytest.raises(SparseSSMError, match="WidthRemovalModifier: some layers of OlmoHybrid"):
+        run(model, recipe, READY)
     assert all(torch.equal(before[name], value) for name, value in state(model).items())
 
 

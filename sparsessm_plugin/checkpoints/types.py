@@ -11,11 +11,50 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sparsessm_plugin.checkpoints.loading import INDEX, read_header
 from sparsessm_plugin.files import write_bytes
 
 HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
+_PLACE = "_stored_at"  # instance attribute of a layer
+
+
+def note_places(model: nn.Module) -> None:
+    """Let every layer know its place in the checkpoint, which the removal of others changes.
+
+    :param model: as it was loaded
+    """
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for place, layer in enumerate(module):
+                vars(layer)[_PLACE] = place
+
+
+def at_new_places(model: nn.Module, types: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+    """Types by the names that tensors have once layers before them are gone.
+
+    :param model: whose layers :func:`note_places` has seen
+    :param types: by the names of the checkpoint that it was loaded from
+    """
+    from compressed_tensors.quantization.quant_config import _map_to_checkpoint_names
+
+    names = dict(types)
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and m]
+    # lists within layers come after the list of layers, and have its new numbers in their names
+    firsts = _map_to_checkpoint_names(model, [f"{name}.0" for name, _ in lists])
+    for first, (_, layers) in zip(firsts, lists, strict=True):
+        prefix = first.removesuffix("0")
+        places = {vars(layer).get(_PLACE, i): i for i, layer in enumerate(layers)}
+        renamed = {}
+        for name, kind in names.items():
+            place, dot, rest = name.removeprefix(prefix).partition(".")
+            if not (name.startswith(prefix) and dot and place.isdecimal()):
+                renamed[name] = kind
+            elif int(place) in places:  # and not of a layer that is gone
+                renamed[f"{prefix}{places[int(place)]}.{rest}"] = kind
+        names = renamed
+    return names
 
 
 @torch.no_grad()

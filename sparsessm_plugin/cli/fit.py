@@ -105,7 +105,7 @@ def fit(
     source = source_of(model, trust_remote_code, dtype, device, allow_unused_tensors)
     import torch
 
-    from sparsessm_plugin.checkpoints.types import round_weights
+    from sparsessm_plugin.checkpoints.types import at_new_places, round_weights
     from sparsessm_plugin.evaluation.components import take_inventory
     from sparsessm_plugin.evaluation.data import calibration_loader
     from sparsessm_plugin.evaluation.latency import check_matplotlib
@@ -164,6 +164,7 @@ def fit(
             pruned = prune(
                 dense, recipe, loader, tokenizer, "independent", source.load, trust_remote_code
             )
+            types = at_new_places(pruned.model, types)
             round_weights(pruned.model, types)
             result = outcome(prepared, plan, pruned.model, held_back, started)
         fields = {

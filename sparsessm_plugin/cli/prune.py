@@ -119,7 +119,7 @@ def prune(
     from tempfile import TemporaryDirectory
 
     from sparsessm_plugin import distributed
-    from sparsessm_plugin.checkpoints.types import round_weights
+    from sparsessm_plugin.checkpoints.types import at_new_places, round_weights
     from sparsessm_plugin.evaluation.components import take_inventory
     from sparsessm_plugin.evaluation.data import calibration_loader
     from sparsessm_plugin.files import output_directory, reports_held
@@ -180,6 +180,7 @@ def prune(
             pruned = run_recipe(
                 dense, checked, loader, tokenizer, pipeline, source.load, trust_remote_code
             )
+        types = at_new_places(pruned.model, types)
         round_weights(pruned.model, types)
         if text_samples is not None:
             result = measure_perplexity(pruned.model, text_samples, batch_size, "pruned")

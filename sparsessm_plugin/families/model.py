@@ -78,6 +78,8 @@ class ModelAdapter:
     joint_kind: ClassVar[str] = "parallel"
     # whether the family's forward pass asks the cache of an attention layer for the position
     needs_attention: ClassVar[bool] = True
+    # whether all that reads the stream reads a norm of it, and nothing is normalised after that
+    pre_norm: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module):
         # Any: nn.Module types every attribute as Tensor | Module

@@ -392,6 +392,7 @@ class OlmoHybridModelAdapter(DeltaNetModelAdapter):
 
     family = "olmo_hybrid"
     model_class = "OlmoHybridForCausalLM"
+    pre_norm = False  # layers of attention have their norms behind attention and MLP
 
     def layer_fields(self, kept: Sequence[int]) -> dict[str, Any]:
         fields = super().layer_fields(kept)

@@ -111,6 +111,11 @@ class WidthRemoval(ModelRemoval[WidthSettings]):
                 f"{who}: {adapter.name} has an encoder beside its language model, which writes "
                 "into the stream and cannot become narrower with it"
             )
+        if not adapter.pre_norm:
+            raise SparseSSMError(
+                f"{who}: some layers of {adapter.name} read the stream as it is and have their "
+                "norms behind them; its hidden size cannot become smaller"
+            )
         try:
             self._along(adapter, keep)
         except SparseSSMError as error:

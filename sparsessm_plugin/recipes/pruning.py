@@ -33,7 +33,7 @@ from sparsessm_plugin.checkpoints.loading import (
     read_checkpoint,
 )
 from sparsessm_plugin.checkpoints.offloading import Offload, keep_offloaded, on_disk_options
-from sparsessm_plugin.checkpoints.types import HALVES
+from sparsessm_plugin.checkpoints.types import HALVES, note_places
 from sparsessm_plugin.cost import halved, has_room, peak_memory_bytes, reset_peak_memory, shortage
 from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning, cut
 from sparsessm_plugin.families.config_levels import language_field
@@ -200,6 +200,7 @@ class ModelSource:
         check_unwrapped(model)
         model = model.eval() if self.offload != "none" else model.to(self.compute_device).eval()
         check_loaded(model, info, self.name, self.allow_unused_tensors)
+        note_places(model)
         return model
 
 
@@ -449,8 +450,8 @@ def save(
     :param model: its ``save_pretrained`` wrapped by LLM Compressor
     :param tokenizer: the model's tokenizer, if it has one
     :param folder: that exists
-    :param types: of tensors that are stored in 16 bits, from :meth:`ModelSource.stored_types`,
-        once :func:`round_weights` has rounded them
+    :param types: of tensors that are to be stored in 16 bits, by their names now, once
+        :func:`round_weights` has rounded them
     :raises SparseSSMError: it cannot be written, as where the disk is full
     """
     from sparsessm_plugin.checkpoints.saving import copy_processor  # brings LLM Compressor along
