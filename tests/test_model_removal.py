@@ -214,6 +214,23 @@ def test_bad_input_is_refused_before_the_work():
         directly(LastLayers(Settings(keep=2)), broken, READY)
 
 
+SECOND = {
+    "width": lambda: plugin.WidthRemovalModifier(keep=16),
+    "mlp": lambda: plugin.MLPRemovalModifier(keep=24),
+    "attention": lambda: plugin.AttentionRemovalModifier(keep=1),
+    "layers": lambda: plugin.LayerRemovalModifier(keep=2, saliency="random", compensate="none"),
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_a_second_removal_is_not_one_of_a_quantized_model(name, tmp_path):
+    """Its turn comes when the quantization at the end of the recipe is prepared, and not done."""
+    model = tiny_model("qwen3_5")
+    run(model, [plugin.StateRemovalModifier(keep=4), SECOND[name](), OTHERS["quantized"]()], READY)
+    assert any(hasattr(module, "quantization_scheme") for module in model.modules())
+    check_reload(model, tmp_path / "saved")
+
+
 def test_quantize_last():
     recipe = [OTHERS["quantized"](), LastLayersModifier(keep=2)]
     with pytest.raises(SparseSSMError, match="put LastLayersModifier first"):

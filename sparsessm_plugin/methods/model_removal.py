@@ -265,13 +265,17 @@ class ModelRemoval(MixerMethod[S]):
         )
 
     def prepare(self, model: nn.Module) -> None:
-        self.matching_mixers(model)
         for name, module in model.named_modules():
             if quantized_modules(module) == [module]:
                 raise SparseSSMError(
                     f"{self.who}: {name} is quantized, or a modifier that comes earlier in the "
                     "recipe quantizes it; remove first, then quantize"
                 )
+        self.prepare_again(model)
+
+    def prepare_again(self, model: nn.Module) -> None:
+        # scales of a later quantization are there, unset, by now
+        self.matching_mixers(model)
         with disable_onloading():
             for name, parameter in model.named_parameters():
                 if not of_quantization(name) and not is_finite(parameter):

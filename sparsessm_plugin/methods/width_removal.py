@@ -143,8 +143,8 @@ class WidthRemoval(ModelRemoval[WidthSettings]):
             self._chosen[key] = choose_along(adapter, keep, settings.channels, settings.runtime)
         return self._chosen[key]
 
-    def prepare(self, model: nn.Module) -> None:
-        super().prepare(model)
+    def prepare_again(self, model: nn.Module) -> None:
+        super().prepare_again(model)
         adapter = get_model_adapter(model)
         if not adapter.mixers:
             return
