@@ -228,6 +228,7 @@ def test_a_second_removal_is_not_one_of_a_quantized_model(name, tmp_path):
     model = tiny_model("qwen3_5")
     run(model, [plugin.StateRemovalModifier(keep=4), SECOND[name](), OTHERS["quantized"]()], READY)
     assert any(hasattr(module, "quantization_scheme") for module in model.modules())
+    model.save_pretrained(tmp_path / "saved")
     check_reload(model, tmp_path / "saved")
 
 
