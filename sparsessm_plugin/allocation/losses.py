@@ -1,11 +1,11 @@
 """What zeros in each projection do to the predictions of a model, at several sparsities."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from sparsessm_plugin.allocation.probe import Probe
+from sparsessm_plugin.allocation.probe import LayerProbe, Probe
 from sparsessm_plugin.families.prunable import PrunableWeight
 from sparsessm_plugin.progress import Stage
 from sparsessm_plugin.solvers.projections import SOLVERS
@@ -34,19 +34,8 @@ def highest_for(sparsity: float) -> float:
     return 1 - _LEAST_KEPT * (1 - sparsity)
 
 
-@torch.no_grad()
-def measure_losses(
-    probe: Probe,
-    projections: Sequence[PrunableWeight],
-    hessians: Mapping[str, Tensor],
-    sparsity: float,
-    *,
-    everywhere: set[str],
-    block_size: int,
-    dampening_frac: float,
-    who: str,
-) -> dict[str, list[float]]:
-    """How far zeros move the predictions at each sparsity of the curve, by name.
+class LossMeter:
+    """How far zeros move the predictions of a model, projection by projection.
 
     The error that SparseGPT leaves, times what a unit of squared output error of the
     projection does. For that each is pruned alone for a moment, by Wanda as that costs
@@ -54,46 +43,78 @@ def measure_losses(
     divided by the error made. It grows with the error evenly enough: SparseGPT at another
     sparsity gives about the same.
 
-    :param hessians: (..., in, in) of each projection, by name
+    :param probe: of the model
     :param sparsity: that will be asked for; see :func:`curve_for`
-    :param everywhere: names of projections that several layers use
     :param block_size: of SparseGPT, at least
     :param dampening_frac: of SparseGPT
     :param who: for the progress that is shown
-    :return: a loss in nats a token for each sparsity of the curve
     """
-    by_tensor = {p.parameter_name: p for p in projections}
-    errors: dict[str, float] = {}
 
-    def pruned(tensor: str) -> Tensor:
-        projection = by_tensor[tensor]
-        weight = projection.weight
-        hessian = hessians[projection.name].to(weight.device)
-        solved = SOLVERS["wanda"](weight, hessian, _PROBE_SPARSITY)
-        errors[tensor] = solved.error
-        return solved.weight
+    def __init__(
+        self,
+        probe: Probe | LayerProbe,
+        sparsity: float,
+        *,
+        block_size: int,
+        dampening_frac: float,
+        who: str,
+    ) -> None:
+        self.probe = probe
+        self._curve = curve_for(sparsity)
+        self._block_size = block_size
+        self._dampening_frac = dampening_frac
+        self._who = who
+        self._curves: dict[str, list[float]] = {}  # by name of the projection
+        self._errors: dict[str, float] = {}  # by name of the parameter
+        self._tensors: dict[str, str] = {}  # of the projection -> of the parameter
 
-    with Stage(f"{who}: what a loss does", len(projections)) as stage:
-        moved = probe.divergences(
-            list(by_tensor),
-            pruned,
-            lambda name: stage.advance(),
-            {tensor for tensor, p in by_tensor.items() if p.name in everywhere},
-        )
-    losses = {}
-    with Stage(f"{who}: sparsities", len(projections)) as stage:
-        for tensor, projection in by_tensor.items():
-            stage.at(projection.name)
-            weight = projection.weight.float()
-            curve = error_curve(
-                weight,
-                hessians[projection.name].to(weight.device),
-                curve_for(sparsity),
-                rows=_ROWS,
-                block_size=max(block_size, weight.shape[-1] // _BLOCKS),
-                dampening_frac=dampening_frac,
-            )
-            harm = max(moved[tensor], _LEAST_DIVERGENCE) / max(errors[tensor], 1e-30)
-            losses[projection.name] = [harm * loss for loss in curve.tolist()]
-            stage.advance()
-    return losses
+    @torch.no_grad()
+    def add(
+        self,
+        projections: Sequence[PrunableWeight],
+        hessians: Mapping[str, Tensor],
+        everywhere: Collection[str] = (),
+    ) -> None:
+        """Measure these projections, in the order of the model.
+
+        :param hessians: (..., in, in) of each projection, by name
+        :param everywhere: names of projections that several layers use
+        """
+        by_tensor = {p.parameter_name: p for p in projections}
+
+        def pruned(tensor: str) -> Tensor:
+            projection = by_tensor[tensor]
+            weight = projection.weight
+            hessian = hessians[projection.name].to(weight.device)
+            solved = SOLVERS["wanda"](weight, hessian, _PROBE_SPARSITY)
+            self._errors[tensor] = solved.error
+            return solved.weight
+
+        shared = {tensor for tensor, p in by_tensor.items() if p.name in everywhere}
+        with Stage(f"{self._who}: what a loss does", len(projections)) as stage:
+            self.probe.try_out(list(by_tensor), pruned, lambda name: stage.advance(), shared)
+        with Stage(f"{self._who}: sparsities", len(projections)) as stage:
+            for tensor, projection in by_tensor.items():
+                stage.at(projection.name)
+                weight = projection.weight.float()
+                curve = error_curve(
+                    weight,
+                    hessians[projection.name].to(weight.device),
+                    self._curve,
+                    rows=_ROWS,
+                    block_size=max(self._block_size, weight.shape[-1] // _BLOCKS),
+                    dampening_frac=self._dampening_frac,
+                )
+                self._curves[projection.name] = curve.tolist()
+                self._tensors[projection.name] = tensor
+                stage.advance()
+
+    def losses(self) -> dict[str, list[float]]:
+        """Of all that were added: a loss in nats a token for each sparsity of the curve."""
+        moved = self.probe.moved()
+        found = {}
+        for name, curve in self._curves.items():
+            tensor = self._tensors[name]
+            harm = max(moved[tensor], _LEAST_DIVERGENCE) / max(self._errors[tensor], 1e-30)
+            found[name] = [harm * loss for loss in curve]
+        return found

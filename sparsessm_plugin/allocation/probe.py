@@ -2,18 +2,25 @@
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from heapq import nlargest
 from itertools import groupby
 from typing import Any
 
 import torch
-from compressed_tensors.offload import get_execution_device, update_offload_parameter
-from torch import Tensor
+from compressed_tensors.offload import (
+    disable_offloading,
+    get_execution_device,
+    update_offload_parameter,
+)
+from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration.contexts import undisturbed
 from sparsessm_plugin.calibration.finite import is_finite
+from sparsessm_plugin.calibration.passes import moved, output_of
 from sparsessm_plugin.calibration.replay import Replay
+from sparsessm_plugin.cost import kept
 from sparsessm_plugin.training.divergence import divergences
 
 _ROWS, _LENGTH = 4, 256  # of the data that predictions are looked at with
@@ -29,11 +36,9 @@ class Probe:
 
     def __init__(self, model: Any, data: Iterable[Mapping[str, Any]]):
         self._model = model
-        rows = _longest_rows(
-            row for part in distributed.gather("probe", _longest_rows(_rows(data))) for row in part
-        )
-        self._batch = _padded(rows, get_execution_device(model))
+        self._batch = _little_of(data, get_execution_device(model))
         self._replay = Replay(model)
+        self._moved: dict[str, float] = {}
         with undisturbed(model), self._replay.recorded():
             self._reference = model(**self._batch).logits
 
@@ -41,6 +46,20 @@ class Probe:
     def is_finite(self) -> bool:
         """Whether the model's own predictions are numbers."""
         return is_finite(self._reference)
+
+    def try_out(
+        self,
+        names: list[str],
+        changed: Callable[[str], Tensor],
+        done: Callable[[str], None] = lambda name: None,
+        everywhere: Container[str] = (),
+    ) -> None:
+        """:meth:`divergences`, which :meth:`moved` tells."""
+        self._moved |= self.divergences(names, changed, done, everywhere)
+
+    def moved(self) -> dict[str, float]:
+        """By name of all weights that were tried out, how far predictions moved."""
+        return self._moved
 
     def divergences(
         self,
@@ -87,19 +106,13 @@ class Probe:
             joined = _joined(outputs)
             if joined is not None:
                 with self._replay.after(layer, joined):
-                    return list(self._model(**self._repeated(len(names))).logits.chunk(len(names)))
+                    repeated = _repeated(self._batch, len(names))
+                    return list(self._model(**repeated).logits.chunk(len(names)))
         logits = []
         for name in names:
             with self._replaced(name, changed(name)), self._replay.since(name):
                 logits.append(self._model(**self._batch).logits)
         return logits
-
-    def _repeated(self, count: int) -> dict[str, Any]:
-        rows = (len(self._reference),)
-        return {
-            key: torch.cat([value] * count) if value.shape[:1] == rows else value
-            for key, value in self._batch.items()
-        }
 
     @contextmanager
     def _replaced(self, name: str, weight: Tensor) -> Iterator[None]:
@@ -111,6 +124,144 @@ class Probe:
             yield
         finally:
             update_offload_parameter(module, attribute, before)
+
+
+@dataclass
+class _Stream:
+    """What the layers so far make of some changes.
+
+    :param names: of the weights that were changed, none for the model as it is
+    :param output: of the last layer, for as many copies of the data
+    """
+
+    names: list[str]
+    output: Any = None
+
+
+class LayerProbe:
+    """:class:`Probe` of a model whose weights are on disk: each layer is read once.
+
+    What each change makes of the data goes through one layer after the other beside what the model
+    as it is makes of it, in the batches of :class:`Probe`, and so with the same bits.
+
+    :param model: transformers model whose layers stand in one ModuleList and are called once
+    :param data: see :class:`Probe`
+    """
+
+    def __init__(self, model: Any, data: Iterable[Mapping[str, Any]]):
+        self._model = model
+        self._device = get_execution_device(model)
+        self._batch = _little_of(data, self._device)
+        self._replay = Replay(model)
+        self._layers = list(self._replay.layers)
+        self._reference = _Stream([])
+        self._streams: list[_Stream] = []
+        self._next = 0  # of the layers, the first that nothing has passed
+        self.is_finite = True  # whether the model's own predictions are numbers, once they are made
+
+    def try_out(
+        self,
+        names: list[str],
+        changed: Callable[[str], Tensor],
+        done: Callable[[str], None] = lambda name: None,
+        everywhere: Container[str] = (),
+    ) -> None:
+        """Try out weights of one layer, behind that of the call before; see :class:`Probe`."""
+        (layer,) = {self._layer_of(name) for name in names}
+        with undisturbed(self._model):
+            while self._layers[self._next] != layer:
+                self._pass({})
+            self._pass(dict.fromkeys(names, changed))
+        for name in names:
+            done(name)
+
+    def moved(self) -> dict[str, float]:
+        """By name of all weights that were tried out, how far predictions moved."""
+        found: dict[str, float] = {}
+        with undisturbed(self._model):
+            while self._next < len(self._layers):
+                self._pass({})
+            with disable_offloading():
+                reference = self._logits(self._reference)
+                self.is_finite = is_finite(reference)
+                for stream in self._streams:
+                    logits = self._logits(stream).chunk(len(stream.names))
+                    for name, each in zip(stream.names, logits, strict=True):
+                        mask = self._batch.get("attention_mask")
+                        found[name] = _divergence(reference, each, mask)
+        return found
+
+    def _layer_of(self, name: str) -> str:
+        return next(layer for layer in self._layers if name.startswith(f"{layer}."))
+
+    def _pass(self, changes: Mapping[str, Callable[[str], Tensor]]) -> None:
+        """Let everything through the next layer, and begin what changes of it make."""
+        layer = self._replay.layers[self._layers[self._next]]
+        calls: list[tuple[Any, Any]] = []
+
+        def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.append((args, kwargs))
+
+        with disable_offloading():
+            handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
+            try:
+                reference = self._through(layer, self._reference)
+            finally:
+                handle.remove()
+            for stream in self._streams:
+                stream.output = self._through(layer, stream)
+            args, kwargs = calls[0]
+            for together in _parts(list(changes), _TOGETHER):
+                outputs = []
+                for name in together:
+                    with self._replaced(name, changes[name](name)):
+                        outputs.append(layer(*args, **kwargs))
+                joined = _joined(outputs)
+                if joined is not None:
+                    self._streams.append(_Stream(together, moved(joined, kept)))
+                else:
+                    parts = zip(together, outputs, strict=True)
+                    self._streams += [_Stream([name], moved(out, kept)) for name, out in parts]
+            self._reference.output = reference
+        self._next += 1
+
+    def _through(self, layer: nn.Module, stream: _Stream) -> Any:
+        before = self._layers[self._next - 1] if self._next else None
+        earlier = moved(stream.output, lambda x: x.to(self._device))
+        batch = _repeated(self._batch, len(stream.names) or 1)
+        output = output_of(self._model, layer, batch, self._device, self._replay, before, earlier)
+        return moved(output, kept)
+
+    def _logits(self, stream: _Stream) -> Tensor:
+        output = moved(stream.output, lambda x: x.to(self._device))
+        with self._replay.after(self._layers[-1], output):
+            logits: Tensor = self._model(**_repeated(self._batch, len(stream.names) or 1)).logits
+        return logits
+
+    @contextmanager
+    def _replaced(self, name: str, weight: Tensor) -> Iterator[None]:
+        """Change what was read of a weight, and not the weight itself."""
+        held = self._model.get_parameter(name).data  # kept as long as the layer runs
+        before = held.clone()
+        try:
+            held.copy_(weight)
+            yield
+        finally:
+            held.copy_(before)
+
+
+def _repeated(batch: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    rows = (len(batch["input_ids"]),)
+    return {
+        key: torch.cat([value] * count) if value.shape[:1] == rows else value
+        for key, value in batch.items()
+    }
+
+
+def _little_of(data: Iterable[Mapping[str, Any]], device: torch.device) -> dict[str, Tensor]:
+    """A batch of a little of the data; all ranks make it together."""
+    shares = distributed.gather("probe", _longest_rows(_rows(data)))
+    return _padded(_longest_rows(row for part in shares for row in part), device)
 
 
 def _rows(data: Iterable[Mapping[str, Any]]) -> Iterator[list[int]]:

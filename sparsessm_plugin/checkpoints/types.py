@@ -70,15 +70,19 @@ def round_weights(model: Any, types: Mapping[str, torch.dtype]) -> None:
     from compressed_tensors.offload import update_offload_parameter
     from compressed_tensors.quantization.quant_config import _map_to_checkpoint_names
 
-    from sparsessm_plugin.families.in_turn import parameter_names, parameters_in_turn
+    from sparsessm_plugin.families.in_turn import parameter_names
 
-    stored_names = _map_to_checkpoint_names(model, parameter_names(model))
-    for (name, weight), stored in zip(parameters_in_turn(model), stored_names, strict=True):
+    names = parameter_names(model)
+    stored_names = _map_to_checkpoint_names(model, names)
+    for name, stored in zip(names, stored_names, strict=True):
         kind = types.get(stored, types.get(name))
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         quantized = getattr(module, "quantization_scheme", None) is not None
-        if kind is None or quantized or weight.dtype != torch.float32 or weight.is_meta:
+        if kind is None or quantized:
+            continue
+        weight = getattr(module, leaf)
+        if weight.dtype != torch.float32 or weight.is_meta:
             continue
         rounded = weight.to(kind).to(weight.dtype)
         if torch.isfinite(rounded).all():

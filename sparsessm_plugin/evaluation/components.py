@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsessm_plugin.criteria.values import MEMORYLESS
 from sparsessm_plugin.families import MixerAdapter, find_mixers
-from sparsessm_plugin.families.in_turn import parameters_in_turn
+from sparsessm_plugin.families.in_turn import parameter_names, parameters_in_turn
 from sparsessm_plugin.families.shared_weights import first_names
 
 
@@ -112,9 +112,9 @@ def take_inventory(model: nn.Module) -> Inventory:
                     parameter.detach(),
                     has_states=kind == "A_log" and adapter.has_state_transitions,
                 )
-    for name, parameter in parameters_in_turn(model):  # a tied tensor comes once
+    for name in parameter_names(model):  # a tied tensor comes once
         if name not in seen:
-            inventory.components["outside mixers"].add(parameter.detach())
+            inventory.components["outside mixers"].add(model.get_parameter(name).detach())
     return inventory
 
 

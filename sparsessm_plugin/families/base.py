@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from torch import Tensor, nn
 
 from sparsessm_plugin.backends.choice import backend_for, kernels_for
@@ -531,7 +532,8 @@ def get_tensor(module: Any, name: str) -> Tensor | None:
 
 def linear_shape(linear: Any) -> tuple[int, int]:
     """(out, in) of a Linear layer, also where its weight is packed into another tensor."""
-    weight = getattr(linear, "weight", None)
+    with disable_onloading():
+        weight = getattr(linear, "weight", None)
     if weight is None:
         return linear.out_features, linear.in_features
     return weight.shape[0], weight.shape[1]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from compressed_tensors.offload import disable_onloading
 from torch import Tensor, nn
 
@@ -43,6 +44,12 @@ class PrunableWeight:
         return self.parameter.detach()
 
     @property
+    def shape(self) -> torch.Size:
+        """Of ``weight``, which is not read for it."""
+        with disable_onloading():
+            return self.parameter.shape
+
+    @property
     def parameter_name(self) -> str:
         """The parameter's name in the model."""
         return f"{self.name}.weight" if self.attribute == "weight" else self.name
@@ -59,7 +66,7 @@ class PrunableWeight:
 
     @property
     def entries(self) -> int:
-        return self.weight.numel()
+        return self.shape.numel()
 
     @property
     def uses(self) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import TypeVar
 
+from compressed_tensors.offload import disable_onloading
+from compressed_tensors.offload.cache import OffloadCache
 from torch import Tensor, nn
 
 from sparsessm_plugin.errors import SparseSSMError
@@ -82,9 +84,12 @@ def check_not_quantized(model: nn.Module) -> None:
     """
     advice = "is stored quantized; prune a model first, then quantize it"
     said = getattr(getattr(model, "config", None), "quantization_config", None)
+    meta = not any(isinstance(module._parameters, OffloadCache) for module in model.modules())
     for name, mixer in iter_mixers(model):
-        for own, parameter in mixer.named_parameters():
-            if parameter.is_meta and said is not None:
+        with disable_onloading():
+            named = list(mixer.named_parameters())
+        for own, parameter in named:
+            if meta and parameter.is_meta and said is not None:
                 raise SparseSSMError(f"the model {advice}")
             matrix = own.rpartition(".")[2] in ("weight", "weight_packed")
             if matrix and (not parameter.is_floating_point() or parameter.dtype.itemsize < 2):

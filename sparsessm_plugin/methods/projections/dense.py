@@ -14,11 +14,13 @@ from sparsessm_plugin.calibration import CalibrationBatches
 from sparsessm_plugin.calibration.contexts import hooks_disabled, quantization_disabled
 from sparsessm_plugin.calibration.inputs import CalibrationInputs
 from sparsessm_plugin.calibration.overflow import FiniteCheck
-from sparsessm_plugin.calibration.passes import forward_context
+from sparsessm_plugin.calibration.passes import LayerPass, forward_context
 from sparsessm_plugin.cost import has_room
 from sparsessm_plugin.families import MixerAdapter, read_out
 from sparsessm_plugin.families.fast_forward import offer
+from sparsessm_plugin.families.in_turn import on_disk
 from sparsessm_plugin.families.prunable import PrunableWeight
+from sparsessm_plugin.families.shared_weights import of_several_names
 from sparsessm_plugin.methods.base import Watch, what_enters
 from sparsessm_plugin.methods.projections.statistics import (
     InputEnergies,
@@ -50,7 +52,7 @@ class _Seen(Exception):
 def in_groups(
     projections: Sequence[PrunableWeight], in_main_memory: bool
 ) -> list[list[PrunableWeight]]:
-    """The projections in parts whose Hessians a GPU holds at once."""
+    """The projections in parts whose Hessians a GPU, or main memory, holds at once."""
     groups: list[list[PrunableWeight]] = [[]]
     held = 0
     devices = {get_execution_device(projection.module) for projection in projections}
@@ -59,7 +61,9 @@ def in_groups(
     most = _MOST_WITH_ROOM if all(distributed.gather("room", roomy)) else _MOST_HESSIANS
     for projection in projections:
         on_gpu = get_execution_device(projection.module).type == "cuda"
-        size = 4 * hessian_shape(projection).numel() if on_gpu else 0
+        # where main memory cannot hold the model, it cannot hold all Hessians
+        counts = on_gpu or on_disk(projection.module)
+        size = 4 * hessian_shape(projection).numel() if counts else 0
         if groups[-1] and not in_main_memory and held + size > most:
             groups.append([])
             held = 0
@@ -75,12 +79,33 @@ def enough_tokens(group: Sequence[PrunableWeight]) -> int | None:
     """
     if any(p.adapter is None for p in group):
         return None
-    widest = max((p.weight.shape[-1] for p in group), default=0)
+    widest = max((p.shape[-1] for p in group), default=0)
     return -(-_TOKENS_AN_INPUT * widest // distributed.world_size())
+
+
+def by_layer(
+    model: Any, projections: Sequence[PrunableWeight]
+) -> list[list[PrunableWeight]] | None:
+    """The projections of one layer after the other; None where one stands in several, or in none.
+
+    :param model: transformers model
+    """
+    layers = LayerPass(model)
+    found: dict[str, list[PrunableWeight]] = {name: [] for name in layers.layers}
+    again = of_several_names(model)
+    for p in projections:
+        layer = layers.layer_of(p.name)
+        if layer is None or p.others or id(p.module) in again:
+            return None
+        found[layer].append(p)
+    return [members for members in found.values() if members]
 
 
 class DensePass:
     """One pass of the data through the dense model.
+
+    Of a model on disk each layer is read once: a pass goes on where the last one ended, and runs
+    as far as what is asked for.
 
     :param model: transformers model, in ``fast_forward``
     :param batches: of the calibration
@@ -96,6 +121,7 @@ class DensePass:
         self._finite = finite
         self._who = who
         self._batch = 0  # number of the one that passes
+        self._layers = LayerPass(model) if on_disk(model) else None
 
     @torch.no_grad()
     def run(
@@ -117,6 +143,9 @@ class DensePass:
         mixers = {p.adapter.name: p.adapter for p in group if p.adapter}
         linears = [p for p in group if p.adapter is None]
         last = list(mixers)[-1] if mixers and not keep and not linears else None
+        span = None
+        if self._layers is not None:  # what the last layer gives, the next pass may begin with
+            span, last = self._span(list(keep or mixers.values()), linears), None
         watched = []
         for adapter in keep or mixers.values():
             members = [p for p in group if p.mixer == adapter.name]
@@ -136,20 +165,35 @@ class DensePass:
                 hooks_disabled(),
                 forward_context(self._model),
                 quantization_disabled(self._model),
-                Stage(f"{self._who}: dense model", len(self._batches)) as stage,
             ):
-                tokens = 0
-                for index, batch in enumerate(self._batches):
-                    if most_tokens is not None and tokens >= most_tokens:
-                        break
-                    tokens += batch["input_ids"].numel()
-                    self._batch = index
-                    with suppress(_Seen):
-                        self._model(**{key: value.to(device) for key, value in batch.items()})
-                    stage.advance()
+                batches = _first(self._batches, most_tokens)
+                if self._layers is not None and span is not None:
+                    self._layers.run(batches, self._at, *span)
+                    return
+                with Stage(f"{self._who}: dense model", len(batches)) as stage:
+                    for index, batch in enumerate(batches):
+                        self._at(index)
+                        with suppress(_Seen):
+                            self._model(**{key: value.to(device) for key, value in batch.items()})
+                        stage.advance()
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _span(
+        self, mixers: Sequence[MixerAdapter], linears: Sequence[PrunableWeight]
+    ) -> tuple[str, str] | None:
+        """The first and the last layer of these; None where all of the model has to run."""
+        assert self._layers is not None
+        again = of_several_names(self._model)
+        modules = [*(adapter.mixer for adapter in mixers), *(p.module for p in linears)]
+        if any(id(module) in again for module in modules):
+            return self._layers.layers[0], self._layers.layers[-1]
+        names = [adapter.name for adapter in mixers]
+        return self._layers.span([*names, *(name for p in linears for name in p.uses)])
+
+    def _at(self, index: int) -> None:
+        self._batch = index
 
     def energies(self, group: Sequence[PrunableWeight], most_tokens: int) -> dict[str, Tensor]:
         """Sums of squares of what projections multiply, over all ranks, by name.
@@ -204,6 +248,17 @@ class DensePass:
         x: Tensor = args[0]
         self._finite.input(projection.name, x)
         sums.add(projection, x, mask_for(x, self._batches.mask(self._batch)))
+
+
+def _first(batches: Sequence[Any], most_tokens: int | None) -> list[Any]:
+    """Batches until they hold so many tokens."""
+    found, tokens = [], 0
+    for batch in batches:
+        if most_tokens is not None and tokens >= most_tokens:
+            break
+        tokens += batch["input_ids"].numel()
+        found.append(batch)
+    return found
 
 
 def _enough(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -12,9 +12,9 @@ from loguru import logger
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
-from sparsessm_plugin.allocation.losses import measure_losses
+from sparsessm_plugin.allocation.losses import LossMeter
 from sparsessm_plugin.allocation.policy import Candidate, allocate, zeros_suffice
-from sparsessm_plugin.allocation.probe import Probe
+from sparsessm_plugin.allocation.probe import LayerProbe, Probe
 from sparsessm_plugin.calibration import CalibrationBatches
 from sparsessm_plugin.calibration.finite import is_finite
 from sparsessm_plugin.calibration.inputs import CalibrationInputs
@@ -22,11 +22,17 @@ from sparsessm_plugin.cost import has_room
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import MixerAdapter, read_out
 from sparsessm_plugin.families.fast_forward import offer
+from sparsessm_plugin.families.in_turn import on_disk
 from sparsessm_plugin.families.prunable import PrunableWeight
-from sparsessm_plugin.families.shared_weights import of_several_names
 from sparsessm_plugin.methods.base import MixerMethod, Watch
-from sparsessm_plugin.methods.projections.dense import DensePass, enough_tokens, in_groups
+from sparsessm_plugin.methods.projections.dense import (
+    DensePass,
+    by_layer,
+    enough_tokens,
+    in_groups,
+)
 from sparsessm_plugin.methods.projections.inverses import LastInverse
+from sparsessm_plugin.methods.projections.linears import PendingLinears
 from sparsessm_plugin.methods.projections.permutation import (
     PermutedAxis,
     permute_channels,
@@ -55,32 +61,6 @@ from sparsessm_plugin.methods.projections.targets import matching_projections
 from sparsessm_plugin.methods.run import run
 from sparsessm_plugin.solvers.objective import dense_target, relative_error
 from sparsessm_plugin.solvers.projections import SOLVERS
-
-
-class _Linears:
-    """The Linear layers outside of mixers that are still to prune, each after its last use.
-
-    :param model: a layer of it that several places share under one name may be called again
-    :param projections: to prune
-    """
-
-    def __init__(self, model: nn.Module, projections: Iterable[PrunableWeight]) -> None:
-        self.pending = {p.name: p for p in projections if p.adapter is None}
-        self._called_again = of_several_names(model)
-        self._done: set[int] = set()
-
-    def several(self, projection: PrunableWeight) -> bool:
-        """Whether several places of the model use a weight."""
-        return bool(projection.others) or id(projection.module) in self._called_again
-
-    def after(self, modules: Iterable[nn.Module]) -> list[PrunableWeight]:
-        """What can be pruned once all data has passed these modules."""
-        self._done |= {id(m) for m in modules if id(m) not in self._called_again}
-        return [
-            p
-            for p in self.pending.values()
-            if all(id(module) in self._done for module in p.uses.values())
-        ]
 
 
 class ProjectionPruning(MixerMethod[ProjectionSettings]):
@@ -124,7 +104,7 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         super().prepare(model)
         projections = self.matching_projections(model)
         self._projections = {p.name: p for p in projections}
-        self._linears = _Linears(model, projections)
+        self._linears = PendingLinears(model, projections)
         for name, projection in self._linears.pending.items():
             if not is_finite(projection.weight):
                 raise SparseSSMError(
@@ -178,24 +158,41 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         keep = self.settings.keeps_dense_inputs
         if keep:
             self._restore.enter_context(stream_kept(self._model))
-        probe = None
-        for group in self._groups():
+        groups, in_layers = self._groups(), self._reads_layers()
+        everything = [p for group in groups for p in group]
+        of_all = enough_tokens(everything) if in_layers else None
+        meter = self._new_meter(in_layers)
+        for group in groups:
             sums = HessianSums(self.settings.offload_hessians)
             with self.cost.stage("first_pass"):
                 adapters = list(self._pending.values()) if keep else []
+                if in_layers:  # each layer is read once
+                    own = {p.mixer for p in group}
+                    adapters = [adapter for adapter in adapters if adapter.name in own]
                 chooses = self.settings.allocation == "optimal" and not keep
-                most = enough_tokens(group) if chooses else None
+                most = (of_all if in_layers else enough_tokens(group)) if chooses else None
                 dense.run(group, sums, adapters, self._dense_inputs, most_tokens=most)
                 self._check_sums(group, sums.hessians)
             with self.cost.stage("allocate"):
-                probe = self._measure(group, sums, probe)
-            keep = False
+                self._measure(group, sums, meter)
+            keep = keep and in_layers
+        if meter is not None:
+            with self.cost.stage("allocate"):
+                self._set_losses(meter)
+
+    def _reads_layers(self) -> bool:
+        """Whether projections are looked at layer by layer, each layer's weights read once."""
+        projections = list(self._projections.values())
+        alone = on_disk(self._model) and by_layer(self._model, projections) is not None
+        return alone and self.settings.allocation != "uniform"
 
     def _groups(self) -> list[list[PrunableWeight]]:
         """The projections that are looked at together; one empty group without allocation."""
         if self.settings.allocation == "uniform":
             return [[]]
-        return in_groups(list(self._projections.values()), self.settings.offload_hessians)
+        projections = list(self._projections.values())
+        layers = by_layer(self._model, projections) if self._reads_layers() else None
+        return layers or in_groups(projections, self.settings.offload_hessians)
 
     def _dense_inputs(self, mixer: str) -> CalibrationInputs:
         data = self._mixer_data.setdefault(mixer, MixerData())
@@ -204,15 +201,11 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         return data.dense_inputs
 
     def _measure(
-        self, group: list[PrunableWeight], sums: HessianSums, probe: Probe | None
-    ) -> Probe | None:
-        """Traces of Hessians and, for the optimal allocation, losses.
-
-        :param probe: None as long as none was needed
-        :return: likewise
-        """
+        self, group: list[PrunableWeight], sums: HessianSums, meter: LossMeter | None
+    ) -> None:
+        """Traces of Hessians and, for the optimal allocation, losses."""
         if not group:
-            return probe
+            return
         sums.count_all(group)
         owners = owners_of(group)
         if share_memory(group):
@@ -222,38 +215,44 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
             name: float(hessian.double().diagonal(dim1=-2, dim2=-1).sum())
             for name, hessian in hessians.items()
         }
-        traces = of_all_ranks("traces of Hessians", own_traces)
-        losses: Mapping[str, list[float]] = {}
-        decides = not zeros_suffice(list(self._candidates.values()), self.settings.share)
-        if self.settings.allocation == "optimal" and decides:
-            probe = probe or self._new_probe()
-            own_losses = measure_losses(
-                probe,
+        for name, trace in of_all_ranks("traces of Hessians", own_traces).items():
+            self._candidates[name] = replace(self._candidates[name], hessian_trace=trace)
+        if meter is not None:
+            self._check_probe(meter)
+            meter.add(
                 [p for p in group if p.name in hessians],  # of several ranks
                 hessians,
-                self.settings.share,
-                everywhere={p.name for p in group if self._linears.several(p)},
-                block_size=self.settings.block_size,
-                dampening_frac=self.settings.dampening_frac,
-                who=self.who,
+                {p.name for p in group if self._linears.several(p)},
             )
-            losses = of_all_ranks("losses of projections", own_losses)
-        for p in group:
-            self._candidates[p.name] = replace(
-                self._candidates[p.name],
-                hessian_trace=traces[p.name],
-                losses=tuple(losses[p.name]) if losses else None,
-            )
-        return probe
 
-    def _new_probe(self) -> Probe:
-        probe = Probe(self._model, self.batches)
-        if not probe.is_finite:
+    def _set_losses(self, meter: LossMeter) -> None:
+        losses = of_all_ranks("losses of projections", meter.losses())
+        self._check_probe(meter)
+        for name, curve in losses.items():
+            self._candidates[name] = replace(self._candidates[name], losses=tuple(curve))
+
+    def _new_meter(self, in_layers: bool) -> LossMeter | None:
+        """What measures losses, where the sparsities follow from them.
+
+        :param in_layers: whether weights are read in their layer's turn
+        """
+        decides = not zeros_suffice(list(self._candidates.values()), self.settings.share)
+        if self.settings.allocation != "optimal" or not decides:
+            return None
+        return LossMeter(
+            (LayerProbe if in_layers else Probe)(self._model, self.batches),
+            self.settings.share,
+            block_size=self.settings.block_size,
+            dampening_frac=self.settings.dampening_frac,
+            who=self.who,
+        )
+
+    def _check_probe(self, meter: LossMeter) -> None:
+        if not meter.probe.is_finite:
             raise SparseSSMError(
                 "the dense model predicts NaN or infinite values on the calibration data; "
                 f"{self.finite.explained()}"
             )
-        return probe
 
     # -- calibration -----------------------------------------------------------------
 
@@ -351,7 +350,7 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
             hessians = sum_to_owners("Hessians", sums.hessians, owners)
             for projection in projections:
                 if owners[projection.name] == distributed.rank():
-                    hessians.setdefault(projection.name, torch.eye(projection.weight.shape[-1]))
+                    hessians.setdefault(projection.name, torch.eye(projection.shape[-1]))
             self._solve_all(projections, owners, hessians, {}, sums.tokens)
             for projection in projections:
                 del self._linears.pending[projection.name]

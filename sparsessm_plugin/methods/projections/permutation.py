@@ -105,7 +105,7 @@ def _deciding(
             by_tensor[name]
             for (name, dim), places in order.places.items()
             if name in by_tensor
-            and dim == by_tensor[name].weight.ndim - 1
+            and dim == len(by_tensor[name].shape) - 1
             and _makes_groups(places, m)
         ]
         if readers and not any(_has_groups(model, where, n, m) for where in order.places):
@@ -131,8 +131,7 @@ def _scores(
 ) -> Tensor:
     """(rows, channels) what a zero of each row of the weights costs."""
     total = sum(
-        order.places[p.parameter_name, p.weight.ndim - 1].numel() * p.weight.shape[-2]
-        for p in readers
+        order.places[p.parameter_name, len(p.shape) - 1].numel() * p.shape[-2] for p in readers
     )
     step = -(-total // _MOST_SCORES)
     found = []
@@ -145,7 +144,7 @@ def _scores(
             scores = scores * energy[..., None, :]
         if scores.ndim == 3:  # a matrix for each head: the columns of all, side by side
             scores = scores.transpose(0, 1).flatten(1)
-        places = order.places[p.parameter_name, p.weight.ndim - 1]
+        places = order.places[p.parameter_name, len(p.shape) - 1]
         rows = torch.cat([scores[:, part.to(scores.device)] for part in places])
         lost = lost_in_groups(rows, n, m)
         found.append(rows / lost if float(lost) > 0 else torch.zeros_like(rows))

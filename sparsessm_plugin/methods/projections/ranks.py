@@ -13,7 +13,7 @@ from sparsessm_plugin.families.prunable import PrunableWeight
 
 def owners_of(projections: Iterable[PrunableWeight]) -> dict[str, int]:
     """The rank that solves each projection, so that all have about as much to do."""
-    cost = {p.name: p.entries * p.weight.shape[-1] for p in projections}
+    cost = {p.name: p.entries * p.shape[-1] for p in projections}
     return greedy_bin_packing(list(cost), distributed.world_size(), cost.__getitem__)[2]
 
 

@@ -44,10 +44,10 @@ def gram_of(projection: PrunableWeight, left: Tensor, right: Tensor, mask: Tenso
     left = left.to(dtype)
     right = left if alike else right.to(dtype)
     if projection.kind == "conv1d":
-        return window_gram(left, right, projection.weight.shape[-1], mask)
+        return window_gram(left, right, projection.shape[-1], mask)
     if mask is not None:
         left = left * mask.view(*mask.shape, *[1] * (left.ndim - mask.ndim))
-    if projection.weight.ndim == 3:
+    if len(projection.shape) == 3:
         heads = zip(left.unbind(-2), right.unbind(-2), strict=True)
         return torch.stack([gram(x.flatten(0, -2), y.flatten(0, -2)) for x, y in heads])
     return gram(left.flatten(0, -2), right.flatten(0, -2))
@@ -55,7 +55,7 @@ def gram_of(projection: PrunableWeight, left: Tensor, right: Tensor, mask: Tenso
 
 def hessian_shape(projection: PrunableWeight) -> torch.Size:
     """(in, in); of a conv1d (D, K, K), of a matrix for each head (heads, in, in)."""
-    *problems, _, size = projection.weight.shape
+    *problems, _, size = projection.shape
     return torch.Size((*problems, size, size))
 
 
@@ -128,7 +128,7 @@ class InputEnergies:
         squares = x.float().square()
         if mask is not None:
             squares = squares * mask.view(*mask.shape, *[1] * (squares.ndim - mask.ndim))
-        inputs = projection.weight.ndim - 1  # dimensions of an input; a matrix a head has two
+        inputs = len(projection.shape) - 1  # dimensions of an input; a matrix a head has two
         energy = squares.flatten(0, -1 - inputs).sum(0, dtype=torch.float64)
         name = projection.name
         self.energies[name] = self.energies[name] + energy if name in self.energies else energy
@@ -223,7 +223,7 @@ def _first_alike(
     """The first that multiplies what a projection does: all that read what enters a mixer do."""
 
     def key(p: PrunableWeight) -> tuple[bool, bool, torch.dtype]:
-        return p.kind in adapter.entry_kinds, p.weight.ndim == 2, p.weight.dtype
+        return p.kind in adapter.entry_kinds, len(p.shape) == 2, p.weight.dtype
 
     if key(projection)[:2] != (True, True):
         return projection

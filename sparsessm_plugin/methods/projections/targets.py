@@ -99,7 +99,7 @@ def _check_fit(
                 f"Linear layer that is pruned; add {projection.name!r} to ignore"
             )
         try:
-            check_structure(settings.mask_structure, projection.weight.shape[-1], settings.share)
+            check_structure(settings.mask_structure, projection.shape[-1], settings.share)
         except SparseSSMError as error:
             raise SparseSSMError(
                 f"{who}: {error} in {projection.name}; add {projection.name!r} to ignore"
