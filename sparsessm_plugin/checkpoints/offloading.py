@@ -8,12 +8,17 @@ its own in a folder beside. LLM Compressor's sequential pipeline reads each laye
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from compressed_tensors.offload import from_accelerate, set_onload_device
 from compressed_tensors.offload.cache import DiskCache
+from compressed_tensors.utils import patch_attr
+from torch import Tensor, nn
 
 from sparsessm_plugin.cost import has_room, memory_available
 from sparsessm_plugin.errors import SparseSSMError
@@ -59,6 +64,28 @@ def keep_offloaded(model: Any, device: torch.device) -> None:
     """
     from_accelerate(model)
     set_onload_device(model, device)
+
+
+@contextmanager
+def weights_as_loaded() -> Iterator[None]:
+    """Let weights that are read from disk be multiplied as those in memory are, to the last bit.
+
+    compressed-tensors gives a view of the file's bytes for a parameter. Of such a view torch does
+    not see that it wants gradients once it is transposed, and multiplies in other steps.
+    """
+    onload = DiskCache.onload
+
+    @wraps(onload)
+    def whole(self: DiskCache, offloaded: Tensor | None) -> Tensor | None:
+        read = onload(self, offloaded)
+        if not isinstance(read, nn.Parameter):
+            return read
+        weight = nn.Parameter(read.data, read.requires_grad)
+        weight.__dict__.update(read.__dict__)
+        return weight
+
+    with patch_attr(DiskCache, "onload", whole):
+        yield
 
 
 def forget(folder: Path) -> None:

@@ -12,7 +12,12 @@ import torch
 from torch import nn
 
 from sparsessm_plugin import distributed
-from sparsessm_plugin.checkpoints.offloading import check_disk, choose_offload, forget
+from sparsessm_plugin.checkpoints.offloading import (
+    check_disk,
+    choose_offload,
+    forget,
+    weights_as_loaded,
+)
 from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning
 from sparsessm_plugin.files import scratch_directory
 from sparsessm_plugin.recipes import CheckedRecipe
@@ -63,7 +68,7 @@ def offloaded(
     if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise SparseSSMError(f"--offload-folder {folder} is no folder that can be written to")
     where = output if folder is None else folder / "sparsessm-weights"
-    with scratch_directory(where) as place:
+    with scratch_directory(where) as place, weights_as_loaded():
         # what changes is written there, and all of it once more as the result
         same = os.stat(place).st_dev == os.stat(output.absolute().parent).st_dev
         check_disk(place, (2 if same else 1) * needed)

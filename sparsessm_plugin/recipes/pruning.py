@@ -424,7 +424,7 @@ def _result(
     )
 
 
-_SHARD_OF_DISK = "2GB"
+_SHARD_OF_DISK = "1GB"
 
 
 def check_saving(skeleton: Any, tokenizer: Any, folder: Path) -> None:
