@@ -116,6 +116,13 @@ def peak_memory_bytes() -> int:
 # -- memory that is there ------------------------------------------------------------------
 
 
+def with_index(device: torch.device) -> torch.device:
+    """The same device with its number: not all of ``torch.cuda`` takes a plain ``cuda``."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def has_room(device: torch.device, needed: int, spare: float = 0.5) -> bool:
     """Whether more than so much of a GPU stays free once so many bytes more are held.
 
@@ -123,6 +130,7 @@ def has_room(device: torch.device, needed: int, spare: float = 0.5) -> bool:
     """
     if device.type != "cuda":
         return False
+    device = with_index(device)
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
     # torch keeps memory that no tensor holds

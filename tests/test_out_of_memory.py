@@ -199,12 +199,27 @@ def test_halved_keeps_rows_in_order(sizes, extras):
     ],
 )
 def test_half_of_a_gpu_stays_free(monkeypatch, free, reserved, allocated, share, needed, room):
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share)
+    def fraction(device):
+        """Of a device with its number, as torch's own."""
+        return {3: share}[device.index]
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", fraction)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
-    assert has_room(torch.device("cuda"), needed) is room
+    for name in ("cuda", "cuda:3"):
+        assert has_room(torch.device(name), needed) is room
     assert not has_room(torch.device("cpu"), needed)
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+def test_a_gpu_has_its_number_from_the_start(monkeypatch, asked):
+    """Weights are onloaded to it, and asked for, by other packages, too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert pruning.ModelSource("m", device=asked).compute_device == torch.device("cuda", 3)
+    assert pruning.ModelSource("m", device="cpu").compute_device == torch.device("cpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

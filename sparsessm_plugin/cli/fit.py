@@ -32,6 +32,7 @@ from sparsessm_plugin.cli.options import (
 )
 from sparsessm_plugin.cli.results import check_output, warn_of_more_bytes, write_result
 from sparsessm_plugin.cli.stopping import check_signals
+from sparsessm_plugin.cost import with_index
 from sparsessm_plugin.errors import SparseSSMError
 
 _WINDOWS = {"cuda": 4096, "cpu": 128}  # distillation is worth its time on a GPU, and wants text
@@ -149,7 +150,7 @@ def fit(
     bars: Any = nullcontext if verbose else lambda: bars_shown(err)
     with bars():
         shapes = Shapes(skeleton, wanted, trust_remote_code)
-        prepared = Prepared(shapes, settings, torch.device(place))
+        prepared = Prepared(shapes, settings, with_index(torch.device(place)))
 
     with reports_held(), output_directory(output) as folder:
         check_saving(skeleton, tokenizer, folder)

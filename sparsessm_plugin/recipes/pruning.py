@@ -34,7 +34,14 @@ from sparsessm_plugin.checkpoints.loading import (
 )
 from sparsessm_plugin.checkpoints.offloading import Offload, keep_offloaded, on_disk_options
 from sparsessm_plugin.checkpoints.types import HALVES, note_places
-from sparsessm_plugin.cost import halved, has_room, peak_memory_bytes, reset_peak_memory, shortage
+from sparsessm_plugin.cost import (
+    halved,
+    has_room,
+    peak_memory_bytes,
+    reset_peak_memory,
+    shortage,
+    with_index,
+)
 from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning, cut
 from sparsessm_plugin.families.config_levels import language_field
 from sparsessm_plugin.families.in_turn import on_disk
@@ -161,8 +168,8 @@ class ModelSource:
     def compute_device(self) -> torch.device:
         """Where the model computes."""
         if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+            return with_index(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return with_index(torch.device(self.device))
 
     def load(self) -> Any:
         """The model with its weights, from safetensors only.
