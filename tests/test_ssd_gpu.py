@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import SCAN_LEAVES, Guarded, random_heads, scan_gradients
 from interpreter import CUDA, DEVICE, INTERPRETER, kernels_run, run_in_interpreter
+from torch.utils.checkpoint import checkpoint
 
 from sparsessm_plugin.errors import SparseSSMWarning
 from sparsessm_plugin.recurrence import differentiable, ssd
@@ -172,6 +173,30 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch):
     with pytest.warns(SparseSSMWarning, match="from plain torch, relative"):
         assert not kernels().usable(type(q)(**moved))
     kernels()._usable.cache_clear()
+
+
+@kernels_run
+@pytest.mark.parametrize("inference", [False, True])
+def test_whoever_asks_first_gets_the_same_answer(inference):
+    """A layer in inference mode; one that is checkpointed, in which its own tensors count only."""
+    own = random_heads(1, 70)
+    moved = {k: v.to(DEVICE) for k, v in vars(own).items() if isinstance(v, torch.Tensor)}
+
+    def layer(u):
+        q = type(own)(**{**moved, "u": u})
+        return kernels().scan(q) if kernels().usable(q) else torch.full_like(u, torch.nan)
+
+    u = moved["u"].clone().requires_grad_(True)
+    (expected,) = torch.autograd.grad(kernels().scan(type(own)(**{**moved, "u": u})).sum(), u)
+    kernels()._usable.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.inference_mode(inference):
+            if inference:
+                layer(u.detach())
+        found = checkpoint(layer, u, use_reentrant=False)
+        found.sum().backward()
+    assert torch.equal(u.grad, expected)
 
 
 @kernels_run
