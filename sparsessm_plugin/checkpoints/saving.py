@@ -24,6 +24,7 @@ from sparsessm_plugin import distributed
 from sparsessm_plugin.checkpoints.config_files import complete, keep_words
 from sparsessm_plugin.checkpoints.experts import loadable_experts
 from sparsessm_plugin.checkpoints.loading import find_file, needs_load
+from sparsessm_plugin.checkpoints.mtp import SIZES_OF_MTP, copy_unsaid_mtp, without_mtp
 from sparsessm_plugin.dependency_graph import apply_config_fields, write_config_fields
 from sparsessm_plugin.files import write_bytes, write_config
 
@@ -56,6 +57,10 @@ def change_config(model: Any, fields: Mapping[str, Any]) -> None:
     :raises SparseSSMError: the config refuses them
     """
     apply_config_fields(model.config, fields)
+    for size in SIZES_OF_MTP:
+        if size in fields and (left_out := without_mtp(model, size)):
+            apply_config_fields(model.config, left_out)
+            fields = {**fields, **left_out}
     known = getattr(model.save_pretrained, "sparsessm_fields", None)
     if known is not None:
         known.update(fields)
@@ -82,6 +87,7 @@ def change_config(model: Any, fields: Mapping[str, Any]) -> None:
             _name_ignored_modules(content, saved_names)
             write_config(path, content)
         if distributed.rank() == 0:
+            copy_unsaid_mtp(model, path.parent)
             _write_note(Path(save_directory), needs_load(model))
         return result
 

@@ -1,7 +1,11 @@
 """Prune projections from a recipe."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from llmcompressor.core import Event, State
+
+from sparsessm_plugin.checkpoints.mtp import without_mtp
+from sparsessm_plugin.checkpoints.saving import change_config
 from sparsessm_plugin.methods.base import MixerMethod
 from sparsessm_plugin.methods.projections import ProjectionPruning, ProjectionSettings
 from sparsessm_plugin.modifiers.base import MethodModifier
@@ -59,3 +63,10 @@ class SensitivitySparseGPTModifier(ProjectionSettings, MethodModifier):
     """
 
     method_class: ClassVar[type[MixerMethod]] = ProjectionPruning
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        super().on_calibration_start(state, event, **kwargs)
+        moved = any(axis.moves_stream for axis in self._method.permuted)
+        if moved and hasattr(state.model, "save_pretrained"):
+            what = "order of the residual stream"
+            change_config(state.model, without_mtp(state.model, what))

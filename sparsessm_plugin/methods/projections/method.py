@@ -82,7 +82,7 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         self._mixer_data: dict[str, MixerData] = {}
         self._linear_sums = HessianSums(settings.offload_hessians)
         self._pruned: list[PrunedProjection] = []
-        self._permuted: list[PermutedAxis] = []
+        self.permuted: list[PermutedAxis] = []
         self._first_pass_seconds = 0.0
         self._gather_seconds = 0.0
 
@@ -150,7 +150,7 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         if self.settings.watches_data:
             dense = DensePass(self._model, self.batches, self.finite, self.who)
         projections, structure = list(self._projections.values()), self.settings.mask_structure
-        self._permuted = permute_channels(self._model, projections, structure, dense)
+        self.permuted = permute_channels(self._model, projections, structure, dense)
 
     def _study_dense_model(self) -> None:
         """Find what the sparsities follow from, and what enters the mixers of the dense model."""
@@ -471,7 +471,7 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
             self._pruned, self._first_pass_seconds, self._gather_seconds
         )
         return ProjectionResult(
-            tuple(self._pruned), total, self.cost.to_dict(), tuple(self._permuted)
+            tuple(self._pruned), total, self.cost.to_dict(), tuple(self.permuted)
         )
 
     def release(self) -> None:

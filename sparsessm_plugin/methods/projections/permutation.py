@@ -46,6 +46,11 @@ class PermutedAxis:
     channels: int
     lost: float
 
+    @property
+    def moves_stream(self) -> bool:
+        """Whether the entries of the residual stream have another order than before."""
+        return self.name == "hidden" and self.lost < 1
+
 
 @contextmanager
 def stream_kept(model: nn.Module) -> Iterator[None]:
