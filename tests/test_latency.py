@@ -18,7 +18,6 @@ from sparsessm_plugin.evaluation.capacity import (
     decode_at_capacity,
     measure_capacity,
 )
-from sparsessm_plugin.evaluation.decoding import StaticDecode, prefill, step_logits
 from sparsessm_plugin.evaluation.latency import (
     DECODE,
     GRAPH_DECODE,
@@ -32,7 +31,8 @@ from sparsessm_plugin.evaluation.latency import (
     measure_latency,
     plot_latency,
 )
-from sparsessm_plugin.evaluation.state_cache import make_static
+from sparsessm_plugin.families.decoding import StaticDecode, prefill, step_logits
+from sparsessm_plugin.families.state_cache import make_static
 
 CUDA = torch.cuda.is_available()
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import Qwen3_5TextConfig, StaticCache
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
-from sparsessm_plugin.evaluation.state_cache import cache_bytes
+from sparsessm_plugin.families.state_cache import cache_bytes
 
 KEY_DIMS = (128, 64, 32)
 DECODE_BATCHES = (1, 32, 128)

@@ -25,7 +25,6 @@ from transformers import Mamba2Config
 from experiments.structure_latency import granite
 from experiments.structure_latency import shapes_of as large_shapes
 from sparsessm_plugin.evaluation.capacity import decode_at_capacity, measure_capacity, memory_of
-from sparsessm_plugin.evaluation.decoding import StaticDecode
 from sparsessm_plugin.evaluation.latency import (
     PREFILL,
     default_warmup,
@@ -33,6 +32,7 @@ from sparsessm_plugin.evaluation.latency import (
     measure_latency,
 )
 from sparsessm_plugin.families import iter_mixers
+from sparsessm_plugin.families.decoding import StaticDecode
 from sparsessm_plugin.families.kernels import bound_kernels
 
 DECODE, AT_CAPACITY = "decode", "as many as fit"

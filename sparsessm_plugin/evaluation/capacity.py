@@ -15,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from sparsessm_plugin.cost import memory_available
 from sparsessm_plugin.errors import SparseSSMError, shown
-from sparsessm_plugin.evaluation.decoding import StaticDecode, prefill
 from sparsessm_plugin.evaluation.latency import Timing, default_warmup, out_of_memory
-from sparsessm_plugin.evaluation.state_cache import StateCache, cache_bytes, lengthen
+from sparsessm_plugin.families.decoding import StaticDecode, prefill
+from sparsessm_plugin.families.state_cache import StateCache, cache_bytes, lengthen
 
 AT_CAPACITY = "decode, as many as fit"
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.evaluation.decoding import StaticDecode, prefill, step
-from sparsessm_plugin.evaluation.state_cache import StateCache, cache_bytes, lengthen
+from sparsessm_plugin.families.decoding import StaticDecode, prefill, step
 from sparsessm_plugin.families.kernels import bound_kernels, refused_mixer
+from sparsessm_plugin.families.state_cache import StateCache, cache_bytes, lengthen
 from sparsessm_plugin.files import write_figure
 
 PREFILL = "prefill"

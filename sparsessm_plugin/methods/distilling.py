@@ -53,6 +53,7 @@ class DistillSettings(TuneSettings):
     fitted_by_default: ClassVar[Weights] = "mixers"
 
     distill_weights: Literal["auto", "mixers", "all", "all_but_vocabulary"] = "auto"
+    distill_generated: int = Field(default=0, ge=0)
     distill_resume: str | None = None
 
     @field_validator("distill_resume")
@@ -65,8 +66,8 @@ class DistillSettings(TuneSettings):
     @model_validator(mode="after")
     def _check_distilled(self) -> "DistillSettings":
         if not self.distills:
-            for field in ("distill_resume", "distill_weights"):
-                if getattr(self, field) not in (None, "auto"):
+            for field in ("distill_resume", "distill_weights", "distill_generated"):
+                if getattr(self, field) not in (None, "auto", 0):
                     raise ValueError(
                         f"{field} has no meaning without distill_steps or distill_minutes"
                     )
@@ -95,7 +96,9 @@ class DistillSettings(TuneSettings):
             with distributed.together(resume.who):
                 if distributed.rank() == 0:
                     resume.check()
-        return Distillation(model, batches, self.distilled_by, self.plan(), resume)
+        return Distillation(
+            model, batches, self.distilled_by, self.plan(), resume, self.distill_generated
+        )
 
     def distill(self, distillation: Distillation, model: Any) -> Distilled:
         """Fit a model as these fields say."""

@@ -45,6 +45,8 @@ class MLPRemovalModifier(MLPSettings, ModelRemovalModifier):
         ``auto``, by the memory that is free
     :param distill_precision: of a float32 model's matrix products: ``float32``, ``bfloat16``;
         default ``auto``, bfloat16 on GPUs
+    :param distill_generated: tokens of text that the dense model writes itself, to be distilled on
+        beside the calibration text; 0, the default, is none
     :param distill_resume: file by which a run goes on that was interrupted in these steps
     :param report_path: ``.json`` file to write the report to
     """
@@ -86,6 +88,8 @@ class AttentionRemovalModifier(AttentionSettings, ModelRemovalModifier):
         ``auto``, by the memory that is free
     :param distill_precision: of a float32 model's matrix products: ``float32``, ``bfloat16``;
         default ``auto``, bfloat16 on GPUs
+    :param distill_generated: tokens of text that the dense model writes itself, to be distilled on
+        beside the calibration text; 0, the default, is none
     :param distill_resume: file by which a run goes on that was interrupted in these steps
     :param report_path: ``.json`` file to write the report to
     """

@@ -236,7 +236,7 @@ def _measure(model: Any) -> dict[str, Any]:
 def _state_bytes(model: Any) -> int:
     import torch
 
-    from sparsessm_plugin.evaluation.state_cache import cache_bytes
+    from sparsessm_plugin.families.state_cache import cache_bytes
 
     with torch.inference_mode():
         cache = model(torch.zeros(1, 2, dtype=torch.long), use_cache=True).cache_params

@@ -23,6 +23,7 @@ from sparsessm_plugin.progress import Stage, clock
 from sparsessm_plugin.training.budget import Plan
 from sparsessm_plugin.training.dense import DenseStates, Head, real_positions
 from sparsessm_plugin.training.divergence import MeanDivergence, rows_at_once
+from sparsessm_plugin.training.generated import with_written
 from sparsessm_plugin.training.gradients import on_compute_device, positions, to_device
 from sparsessm_plugin.training.memory import needed
 from sparsessm_plugin.training.non_finite import NonFiniteError, first_non_finite
@@ -73,9 +74,10 @@ class Distillation:
     :param who: asks for it, for messages: a field and, where that is one, its value
     :param plan: how long and how fast a later :meth:`fit` is
     :param resume: where a fit that is interrupted leaves what a later run goes on from
+    :param generated: tokens that the dense model writes itself, beside the data
     :raises NonFiniteError: predictions that are NaN or infinite
-    :raises SparseSSMError: no language head, weights on several devices, or logits that are no
-        multiple of what the head gives
+    :raises SparseSSMError: no language head, weights on several devices, logits that are no
+        multiple of what the head gives, or see :func:`with_written`
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Distillation:
         who: str,
         plan: Plan | None = None,
         resume: ResumeFile | None = None,
+        generated: int = 0,
     ) -> None:
         head = model.get_output_embeddings()
         if head is None:
@@ -94,6 +97,9 @@ class Distillation:
         self._who = who
         self._plan = plan or Plan()
         self._resume = resume
+        if generated:
+            with _in_place(who, model):
+                data = with_written(model, data, generated, who)
         if self._plan.steps and not self._plan.minutes:
             data = data[: max(self._plan.steps, _MEASURED)]
         real = [real_positions(batch, positions(batch)) for batch in data]

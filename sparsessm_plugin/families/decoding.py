@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.evaluation.state_cache import expand, lengthen, make_static
+from sparsessm_plugin.families.state_cache import expand, lengthen, make_static
 
 # transformers passes the cache of pure state-space models under the first name
 _CACHE_NAMES = ("cache_params", "past_key_values")
