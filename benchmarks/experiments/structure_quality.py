@@ -38,10 +38,12 @@ MEASURED = (*TEXTS, "blimp")
 NOTED = ("parameters", "steps", "passes", "divergence")
 # Axis of the package, and fields of its modifier; what this package does comes first, the others
 # are to compare with.
+WRITTEN = "distill_generated: {generated}"
 METHODS: dict[str, dict[str, str]] = {
-    "mix": {"fit": ""},
+    "mix": {"fit": "", "fit, generated text": WRITTEN},
     "layers": {
         "loss after the fit": "",
+        "loss after the fit, generated text": WRITTEN,
         "loss after the fit, 600 steps a layer": "reconstruct_steps: 600",
         "perplexity, greedy, nothing fitted": "saliency: perplexity, compensate: none",
         "block influence, nothing fitted": "saliency: block_influence, compensate: none",
@@ -49,6 +51,7 @@ METHODS: dict[str, dict[str, str]] = {
     },
     "hidden": {
         "output energy": "",
+        "output energy, generated text": WRITTEN,
         "magnitude": "saliency: magnitude",
         "magnitude, nothing fitted": "saliency: magnitude, compensate: none",
     },
@@ -72,6 +75,9 @@ class Fields(OfTexts):
     minutes: list[float] = Field([0, 1, 3], description="of distillation")
     rows: list[str] = Field([], description="axes, or 'axis: method'; default all")
     distill_windows: int | None = Field(None, description="that are distilled; default all")
+    generated: int = Field(
+        1_150_000, description="tokens that the dense model writes, where it does; as many as given"
+    )
     rate: float = Field(1e-3, description="learning rate of distillation")
     weights: str = Field("auto", description="distill_weights")
     fit_minutes: float | None = Field(
@@ -109,6 +115,8 @@ def wanted_rows(chosen: "Fields") -> Iterator[tuple[float, str, str, float, int]
     for seed in range(chosen.seeds):
         for methods, lengths in parts:
             for minutes, (axis, method), share in product(lengths, methods, chosen.shares):
+                if "generated" in method and not minutes:
+                    continue  # no fit but distillation reads it
                 if not chosen.rows or {axis, f"{axis}: {method}"} & set(chosen.rows):
                     yield share, axis, method, minutes, seed
 
@@ -215,7 +223,11 @@ class Run(Checkpoint):
             sizes = {axis: self.size(AXES[axis], share)}
         axes = in_order(sizes)
         found = {one.modifier: one.fields(sizes[one.name]) for one in axes}
-        fields = yaml.safe_load("{" + METHODS[axis][method].format(seed=seed) + "}")
+        fields = yaml.safe_load(
+            "{"
+            + METHODS[axis][method].format(seed=seed, generated=self.job.configuration.generated)
+            + "}"
+        )
         found[axes[-1].modifier] |= fields
         if minutes:
             found[axes[-1].modifier] |= distillation_fields(axes, minutes)
@@ -307,12 +319,17 @@ def render(numbers: dict[str, Any], chosen: Fields) -> str:
         cells += [mean_and_range(row[kind], digits) for kind in TEXTS]
         cells += [mean_and_range(row["blimp"]), mean_and_range(row["steps"], 0)]
         lines.append([*cells, str(len(row["seeds"])), mean_and_range(row["seconds"], 1)])
+    written = (
+        f" Generated text: {chosen.generated:,} more tokens, which the dense model has written; "
+        "the minutes begin behind that, the seconds before."
+    )
     head = "model|asked for|axis|method|minutes|parameters|corpus validation|wikitext2 test|BLiMP"
     return joined(
         f"Perplexity relative to dense, mean of the draws (highest - lowest). Layers are fitted "
         f"over {chosen.windows} x {chosen.length} tokens; distilled: so many minutes of steps of "
         f"{chosen.batch_size} x {chosen.length} tokens towards the dense predictions of "
-        f"{chosen.distill_windows or 'all'} windows, at a learning rate of {chosen.rate:g}.",
+        f"{chosen.distill_windows or 'all'} windows, at a learning rate of {chosen.rate:g}."
+        + (written if any("generated" in row["method"] for row in rows) else ""),
         markdown([*head.split("|"), "steps", "draws", "seconds"], lines),
     )
 
