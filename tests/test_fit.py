@@ -415,8 +415,10 @@ def test_what_is_left_of_the_time_is_for_distillation(monkeypatch):
     monkeypatch.setattr("sparsessm_plugin.fitting.search._LEAST_MINUTES", 0.001)
     monkeypatch.setattr("sparsessm_plugin.fitting.search.Search.minutes", 0.0)
     monkeypatch.setattr("sparsessm_plugin.fitting.losses.Trials.removal_seconds", lambda *_: 0.1)
-    result = fit(small_mamba(), batches(8), "parameters=0.8", minutes=0.03, axes=("channels",))
+    settings = {"minutes": 0.03, "axes": ("channels",), "generated": 40}
+    result = fit(small_mamba(), batches(8), "parameters=0.8", **settings)
     assert 0 < result.plan.distill_minutes <= 0.03
+    assert parse_recipe(result.recipe).modifiers[-1].distill_generated == 40
     assert {entry.distilled for entry in result.plan.candidates} <= {None}  # no other to compare
     assert parse_recipe(result.recipe).modifiers[-1].distill_minutes == result.plan.distill_minutes
     assert result.loss < 1.1 * result.plan.loss  # how many steps that were, the machine decides

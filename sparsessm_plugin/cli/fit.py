@@ -78,6 +78,12 @@ def fit(
             min=1, max=MOST, help="That a trial fits by; default 65536 on a GPU, 12288 on a CPU."
         ),
     ] = None,
+    generated: Annotated[
+        int,
+        typer.Option(
+            min=0, max=MOST, help="Tokens that the dense model writes for the distillation."
+        ),
+    ] = 0,
     num_samples: Annotated[
         int | None,
         typer.Option(
@@ -133,6 +139,7 @@ def fit(
         minutes,
         tuple(split_names("--axes", axes)) if axes else None,
         search_tokens,
+        generated,
     )
     skeleton = source.load_skeleton()
     tokenizer = source.load_tokenizer()

@@ -37,6 +37,7 @@ class FitSettings:
     :param axes: to choose from; None for all that there are
     :param search_tokens: of calibration text that a trial chooses and fits by; None for what suits
         the device
+    :param generated: tokens that the dense model writes for the distillation
     """
 
     targets: tuple[Target, ...]
@@ -45,6 +46,7 @@ class FitSettings:
     minutes: float = 10.0
     axes: tuple[str, ...] | None = None
     search_tokens: int | None = None
+    generated: int = 0
 
     def __post_init__(self) -> None:
         if self.runtime not in RUNTIMES:
@@ -55,6 +57,8 @@ class FitSettings:
             raise SparseSSMError(f"--minutes must be above 0, got {self.minutes}")
         if self.search_tokens is not None and self.search_tokens < 1:
             raise SparseSSMError(f"--search-tokens must be at least 1, got {self.search_tokens}")
+        if self.generated < 0:
+            raise SparseSSMError(f"--generated must be at least 0, got {self.generated}")
         for name in self.axes or ():
             AXES.check(name)
 

@@ -306,6 +306,8 @@ class Search:
         able = "distill_minutes" in last.model_fields and minutes >= _LEAST_MINUTES
         distilled = round(minutes, 2) if able else 0.0
         fields = self.trials.fields(sizes, distilled)
+        if distilled and self.prepared.settings.generated:
+            fields[list(fields)[-1]]["distill_generated"] = self.prepared.settings.generated
         modifiers = {AXES[name].modifier_class.__name__: own for name, own in fields.items()}
         asked = ", ".join(target.text for target in self.prepared.settings.targets)
         content = {"removal_stage": {"removal_modifiers": modifiers}}

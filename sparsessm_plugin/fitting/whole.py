@@ -59,6 +59,7 @@ def fit(
     minutes: float = 10.0,
     axes: Sequence[str] | None = None,
     search_tokens: int | None = None,
+    generated: int = 0,
     trust_remote_code: bool = False,
 ) -> FitResult:
     """Make a model smaller, in place, until it reaches a target, at the least loss that is found.
@@ -76,6 +77,8 @@ def fit(
     :param axes: to choose from; default all that there are
     :param search_tokens: of the text that a trial chooses and fits by; default 65,536 on a GPU
         and 12,288 on a CPU; the removals themselves then read 131,072 and 32,768
+    :param generated: tokens that the dense model writes itself for the distillation, beside the
+        text; the time that it takes for them comes on top of the minutes
     :param trust_remote_code: let the model's own code make the smaller models
     :return: what was found, predicted and reached
     :raises SparseSSMError: a target that cannot be reached, with the nearest; too little text;
@@ -89,6 +92,7 @@ def fit(
         minutes,
         None if axes is None else tuple(axes),
         search_tokens,
+        generated,
     )
     if not isinstance(model, torch.nn.Module):
         raise SparseSSMError("fit takes a loaded model")
