@@ -80,6 +80,16 @@ def test_tensors_keep_the_type_in_which_they_are_stored(sparsessm, text_file, tm
     assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.float32}
 
 
+def test_a_checkpoint_is_looked_at_once(sparsessm, text_file, tmp_path, monkeypatch):
+    from sparsessm_plugin.checkpoints import loading
+
+    read, inner = [], loading.read_header
+    monkeypatch.setattr(loading, "read_header", lambda path: read.append(path) or inner(path))
+    run = ("prune", DEMO, "--recipe", "alog-50", "--calibration", text_file)
+    assert sparsessm(*run, "--output", tmp_path / "out", *SHORT)[0] == 0
+    assert [path.parent for path in read] == [DEMO]
+
+
 @pytest.mark.parametrize("family", ["qwen3_5", "nemotron_h"])
 def test_tensors_of_layers_that_move_keep_their_types(family, sparsessm, text_file, tmp_path):
     """A layer of attention comes where a mixer stood, and other names with it."""

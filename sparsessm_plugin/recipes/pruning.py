@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -148,21 +148,27 @@ class ModelSource:
         Empty where it is quantized, or where one type is asked for. A checkpoint may store some
         tensors in fewer bits than the type that its config says.
         """
-        config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        if self.dtype != "auto" or getattr(config, "quantization_config", None) is not None:
+        if self.dtype != "auto" or getattr(self._config, "quantization_config", None) is not None:
             return {}
-        stored = read_checkpoint(self.path, config)
         return {
             name: HALVES[entry["dtype"]]
-            for name, entry in stored.items()
+            for name, entry in self._stored.items()
             if entry["dtype"] in HALVES
         }
 
     def stored_bytes(self) -> int:
         """Bytes of all tensors that the checkpoint stores."""
-        config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        stored = read_checkpoint(self.path, config).values()
-        return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in stored)
+        offsets = (entry["data_offsets"] for entry in self._stored.values())
+        return sum(end - begin for begin, end in offsets)
+
+    @cached_property
+    def _config(self) -> Any:
+        return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def _stored(self) -> Mapping[str, Mapping[str, Any]]:
+        """What :func:`read_checkpoint` says; a large checkpoint has hundreds of files."""
+        return read_checkpoint(self.path, self._config)
 
     @property
     def compute_device(self) -> torch.device:
@@ -180,7 +186,7 @@ class ModelSource:
         skeleton = self.load_skeleton()
         with _model_errors(self.name):
             quantized = getattr(skeleton.config, "quantization_config", None) is not None
-            stored = read_checkpoint(self.path, skeleton.config)
+            stored = self._stored
             if not stored and os.path.isdir(self.path) and (pickles := _pickles(self.path)):
                 raise SparseSSMError(
                     f"model {self.name} holds its weights in {pickles[0]}, a pickle, which may run "
