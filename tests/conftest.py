@@ -654,9 +654,9 @@ def divergence_from(dense, model, ready):
     return total / count
 
 
-def saved_tiny_model(folder, family="mamba", **changes):
+def saved_tiny_model(folder, family="mamba", model=None, **changes):
     """A random model on disk, with the demo's tokenizer, whose vocabulary is larger."""
-    model = tiny_model(family, **changes)
+    model = tiny_model(family, **changes) if model is None else model
     model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / file, folder)

@@ -7,11 +7,20 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, Loader, batches, divergence_from, run, saved_tiny_model, tiny_model
+from conftest import (
+    DEMO,
+    Loader,
+    batches,
+    divergence_from,
+    run,
+    saved_tiny_model,
+    tiny_model,
+    with_images,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from sparsessm_plugin import (
     ChannelRemovalModifier,
@@ -659,6 +668,35 @@ def test_the_command_writes_model_recipe_report_and_plot(
     assert code == 1
     assert "the nearest is state=" in stderr
     assert json.loads((out / "sparsessm_report.json").read_text()) == report
+
+
+def test_a_language_model_beside_an_image_encoder(sparsessm, text_file, tmp_path):
+    """The folder stays one of both, and the encoder what it was."""
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    saved_tiny_model(dense, model=with_images(vocab_size=8192))
+    code, stdout, stderr = sparsessm(
+        *("fit", dense, "--target", "state=0.6,parameters=0.99", "--calibration", text_file),
+        *("--axes", "states,kv_groups,mlp"),
+        *("--output", out, "--length", 16, *TEXT, "--json"),
+    )
+    assert code == 0, stderr
+    report = json.loads(stdout)
+    assert report["outcome"]["costs"]["state"] <= 0.6
+    whole = AutoModelForImageTextToText.from_pretrained(dense).state_dict()
+    model = AutoModelForImageTextToText.from_pretrained(out)
+    cut = report["after"]["parameters"] / report["before"]["parameters"]
+    assert cut == pytest.approx(report["outcome"]["costs"]["parameters"], abs=1e-6)
+    encoder = [name for name in whole if "visual" in name]
+    assert len(encoder) > 10
+    assert all(torch.equal(whole[name], model.state_dict()[name]) for name in encoder)
+    code, stdout, stderr = sparsessm(
+        *("component-loss", out, "--calibration", text_file, "--sparsities", 0.5, "--by", "kind"),
+        *("--output", tmp_path / "loss.json", "--num-samples", 4, "--max-seq-length", 32),
+    )
+    assert code == 0, stderr
+    measured = json.loads((tmp_path / "loss.json").read_text())["measurements"]
+    kinds = {found["kind"] for found in measured}
+    assert {"in_proj_qkv", "conv1d", "out_proj"} <= kinds
 
 
 def test_the_command_refuses_in_one_line(refused, saved, text_file, tmp_path):
