@@ -224,6 +224,18 @@ def test_shards_are_read(tmp_path):
     assert f"stores {name} as I32" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("method", ["gptq", "fp8", "bitsandbytes"])
+def test_others_quantized_weights_are_refused_with_what_quantized_them(method, tmp_path):
+    folder = saved(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    relabel(folder, A_LOG, "I32")
+    message = refusal(folder)
+    assert f"stores {A_LOG} as I32" in message
+    assert f"says {method}, and of quantized ones those of compressed-tensors load" in message
+
+
 def test_more_layers_than_any_model_has(tmp_path):
     # more than there is memory for, where a list of the layers is made
     change_config(saved(tmp_path), num_hidden_layers=10**12)

@@ -301,7 +301,7 @@ def check_stored(
         ):
             raise SparseSSMError(
                 f"the checkpoint {name} stores {key} as {dtype}; weights are stored as "
-                f"{', '.join(_FLOATS)}"
+                f"{', '.join(_FLOATS)}{_quantized_by(skeleton.config) if quantized else ''}"
             )
         if there is not None and not quantized and shape != tuple(there.shape):
             raise SparseSSMError(
@@ -313,6 +313,16 @@ def check_stored(
             f"the checkpoint {name} stores {halves['F16']} as F16 and {halves['BF16']} as BF16; "
             "one of them is mislabelled, convert it to the type of the others"
         )
+
+
+def _quantized_by(config: Any) -> str:
+    """What to add of a checkpoint that others than compressed-tensors have quantized."""
+    said = config.quantization_config
+    method = (said if isinstance(said, Mapping) else vars(said)).get("quant_method")
+    method = getattr(method, "value", method)
+    if method in (None, "compressed-tensors"):
+        return ""
+    return f"; its config says {method}, and of quantized ones those of compressed-tensors load"
 
 
 def check_loaded(model: Any, info: Mapping[str, Any], name: str, allow_unused: bool) -> None:
