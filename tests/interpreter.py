@@ -1,4 +1,4 @@
-"""Tests of Triton kernels: on a GPU or, in a process of their own, in Triton's interpreter."""
+"""Tests of Triton kernels: on a GPU, in Triton's interpreter, or of what they compile to."""
 
 import os
 import subprocess
@@ -34,3 +34,27 @@ def run_in_interpreter(file: str, *options: str, loops: bool = True) -> None:
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=os.path.dirname(file),
     )
+
+
+def compiled_for_hopper(kernel, types, fixed, multiples=(), **options):
+    """A kernel as Triton compiles it for compute capability 9.0, which takes no GPU.
+
+    :param kernel: not in the interpreter
+    :param types: of arguments that are neither fixed nor pointers to float32, by name
+    :param fixed: values of its constants, by name
+    :param multiples: whole numbers among the arguments that are multiples of 16, as pointers are
+    :param options: such as ``num_warps``
+    """
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    names = kernel.arg_names
+    types = {name: "constexpr" if name in fixed else types.get(name, "*fp32") for name in names}
+    aligned = [name for name in names if types[name].startswith("*") or name in multiples]
+    source = triton.compiler.ASTSource(
+        kernel,
+        types,
+        {(i,): fixed[name] for i, name in enumerate(names) if name in fixed},
+        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

@@ -7,6 +7,7 @@ from llmcompressor import oneshot
 from transformers import AutoTokenizer
 
 from sparsessm_plugin import GradientMagnitudeModifier, SparseGPTQModifier, StateRemovalModifier
+from sparsessm_plugin.calibration.finite import finite_extremes, is_finite
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.training.gradients import differentiable, loss_of
 from sparsessm_plugin.training.non_finite import first_non_finite
@@ -27,6 +28,19 @@ def overflowing(dtype=torch.float16, layer=1):
 def run(model, modifier, ready=None):
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     oneshot(model=model, recipe=modifier, dataset=Loader(ready or batches(4)), processor=tokenizer)
+
+
+@pytest.mark.parametrize("check", [is_finite, finite_extremes])
+@pytest.mark.parametrize("dtype", LARGE)
+def test_one_value_that_is_no_number_is_seen(dtype, check):
+    x = torch.full((3, 40), torch.finfo(dtype).max, dtype=dtype)
+    assert check(x)  # though float32 cannot hold its sum
+    assert check(-x)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for at in ((0, 0), (1, 17), (2, 39)):
+            y = x.clone()
+            y[at] = value
+            assert not check(y)
 
 
 @pytest.mark.parametrize("kind", ["weight_x_gradient", "weight_x_gradient_norm"])

@@ -11,10 +11,17 @@ from importlib import import_module, util
 
 import pytest
 import torch
-from conftest import FAMILIES, STATISTICS, random_quantities, relative, tiny_model
+from conftest import FAMILIES, STATISTICS, Guarded, random_quantities, relative, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import CUDA, DEVICE, kernels_run, run_in_interpreter
+from interpreter import (
+    CUDA,
+    DEVICE,
+    INTERPRETER,
+    compiled_for_hopper,
+    kernels_run,
+    run_in_interpreter,
+)
 
 from sparsessm_plugin import fast_forward
 from sparsessm_plugin import recurrence as package
@@ -117,18 +124,74 @@ def test_half_precision_comes_in_and_float32_is_summed(dtype):
 
 
 @kernels_run
-@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("pruned_value", ["zero", "memoryless"])
 def test_chunks_hand_their_states_on(count, pruned_value, monkeypatch):
     """Slow transitions, so that a chunk still feels the ones before it; the last one is short."""
     gpu = import_module(MODULE)
     length = 27
-    chunk = -(-length // count)
+    chunk = gpu.STEPS * -(-length // (gpu.STEPS * count))
     monkeypatch.setattr(gpu, "_chunk", lambda length, wanted: chunk)
     q = random_quantities(2, length, 3, 2)
     q.A, q.dt = q.A * 0.01, q.dt * 3
     compare(q, StatisticsRequest(True, True, pruned_value), 1e-5)
     compare(q, StatisticsRequest(True, True, pruned_value, per_step=True), 1e-5)
+
+
+@kernels_run
+@pytest.mark.parametrize("chunk", [8, 100])
+@pytest.mark.parametrize(("length", "channels", "states"), [(1, 1, 1), (18, 33, 16), (23, 5, 40)])
+def test_nothing_is_touched_outside_of_the_tensors(length, channels, states, chunk, monkeypatch):
+    gpu = import_module(MODULE)
+    monkeypatch.setattr(gpu, "_chunk", lambda length, wanted: chunk)
+    for name in ("_end_chunks", "_hand_on", "_scan", "_sum_products"):
+        monkeypatch.setattr(gpu, name, Guarded(getattr(gpu, name)))
+    q = random_quantities(3, length, channels, states, masked=True)
+    for per_step in (False, True):
+        compare(q, StatisticsRequest(True, True, "zero", per_step), 1e-5)
+    y, h = scan_states(on_device(q), 3, GPU)
+    assert torch.isfinite(y).all()
+    assert torch.isfinite(h).all()
+    if states <= package.MOST_PRODUCTS:
+        sums = package.scan_products(on_device(q), torch.ones_like(q.u).to(DEVICE), 4, GPU)
+        assert all(torch.isfinite(x).all() for x in sums)
+
+
+@pytest.mark.parametrize("sequences", range(1, 12))
+def test_sequences_are_taken_together(sequences):
+    """All of them once, in order, in groups of few sizes."""
+    gpu = pytest.importorskip(MODULE)
+    groups = gpu._groups(sequences)
+    assert [i for own in groups for i in range(own.start, own.stop)] == list(range(sequences))
+    assert {own.stop - own.start for own in groups} <= {1, 2, gpu.SEQUENCES}
+
+
+@pytest.mark.skipif(INTERPRETER, reason="nothing is compiled")
+@pytest.mark.parametrize("states", [4, 16])
+@pytest.mark.parametrize("kernel", ["default", "frequency", "no statistics", "kept", "ends"])
+def test_no_value_moves_through_shared_memory_on_hopper(kernel, states, tmp_path, monkeypatch):
+    """Each thread loads what it needs itself, its states of B and C in vectors.
+
+    Triton chooses which thread has what, and tiles of another shape would cost a barrier a step.
+    """
+    gpu = pytest.importorskip(MODULE)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    fixed = {"ERROR": 0, "GATED": True, "KEEP": 0, "SEQUENCES": 1, "STEPS": gpu.STEPS}
+    fixed |= dict.fromkeys(("ENERGY", "TRANSITION", "PER_STEP", "MASKED", "UNEVEN"), False)
+    fixed |= {
+        "default": {"ERROR": 1},
+        "frequency": {"ENERGY": True, "PER_STEP": True, "SEQUENCES": gpu.SEQUENCES, "STEPS": 1},
+        "kept": {"KEEP": gpu.STEPS},
+        "ends": {"ERROR": 1},
+    }.get(kernel, {})
+    fixed |= gpu._tiling(states)
+    run = gpu._end_chunks if kernel == "ends" else gpu._scan
+    fixed = {name: value for name, value in fixed.items() if name in run.arg_names}
+    types = dict.fromkeys(gpu._SIZES, "i32") | dict.fromkeys(("u", "z", "y"), "*bf16")
+    compiled = compiled_for_hopper(run, types | {"mask": "*u8"}, fixed, num_warps=1)
+    assert compiled.metadata.shared == 0
+    assert "bar.sync" not in compiled.asm["ptx"]
+    assert "ld.global.v4.b32" in compiled.asm["ptx"]
 
 
 @kernels_run

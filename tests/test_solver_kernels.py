@@ -4,6 +4,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from conftest import Guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import CUDA, DEVICE, kernels_run, run_in_interpreter
@@ -147,15 +148,22 @@ def test_gram_of_windows(batch, length, kernel, own, padded, seed):
 
 @kernels_run
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("length", "lag"), [(1, 0), (300, 0), (300, 3), (257, 1)])
-def test_triton_sums_lagged_products(length, lag, dtype):
+@pytest.mark.parametrize(
+    ("length", "kernel", "own", "padded"),
+    [(1, 4, False, False), (17, 4, False, True), (35, 3, True, False), (7, 1, False, True)],
+)
+def test_triton_sums_products_of_windows(length, kernel, own, padded, dtype, monkeypatch):
+    gpu = import_module(GPU)
+    monkeypatch.setattr(gpu, "_STEPS", 16)
+    monkeypatch.setattr(gpu, "_window_products", Guarded(gpu._window_products))
     generator = torch.Generator().manual_seed(0)
     both = torch.randn(2, length, 2, 130, generator=generator).to(DEVICE, dtype)
     left, right = both.unbind(2)  # views
-    steps = max(0, length - lag - 2)
-    found = import_module(GPU).lagged_products(left, right, lag, steps)
-    expected = (left[:, :steps].double() * right[:, lag : lag + steps].double()).sum((0, 1))
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    right = left if own else right
+    mask = (torch.rand(2, length, generator=generator) > 0.3).to(DEVICE) if padded else None
+    found = gpu.window_products(left, right, kernel, mask)
+    expected = window_gram(left.double().cpu(), right.double().cpu(), kernel, mask)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-4)
 
 
 def to_tf32(x, nearest):

@@ -10,7 +10,14 @@ from importlib import import_module
 import pytest
 import torch
 from conftest import SCAN_LEAVES, Guarded, random_heads, scan_gradients
-from interpreter import CUDA, DEVICE, INTERPRETER, kernels_run, run_in_interpreter
+from interpreter import (
+    CUDA,
+    DEVICE,
+    INTERPRETER,
+    compiled_for_hopper,
+    kernels_run,
+    run_in_interpreter,
+)
 from torch.utils.checkpoint import checkpoint
 
 from sparsessm_plugin.errors import SparseSSMWarning
@@ -75,26 +82,15 @@ def test_nothing_is_touched_outside_of_the_tensors(length, shape, monkeypatch):
 
 def products(name, channels, states):
     """Columns of the tensor cores' products of a kernel, as compiled for Hopper."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-
+    pytest.importorskip("triton")
     kernel = getattr(kernels(), name)
     block_p, block_n = kernels()._blocks(channels, states)
     fixed = {"STEPS": kernels().STEPS, "BLOCK_P": block_p, "BLOCK_N": block_n}
     fixed |= {"PRECISION": "tf32", "C_SIDE": False}
-    types = dict.fromkeys((*kernels()._SIZES, "channels", "states"), "i32")
-    types |= dict.fromkeys(fixed, "constexpr") | {"logarithm": "*fp64"}
-    names = kernel.arg_names
-    aligned = [name for name in names if types.get(name, "*")[0] == "*"]
-    aligned += [name for name, n in (("channels", channels), ("states", states)) if n % 16 == 0]
-    source = triton.compiler.ASTSource(
-        kernel,
-        {name: types.get(name, "*fp32") for name in names},
-        {(i,): fixed[name] for i, name in enumerate(names) if name in fixed},
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
-    )
+    types = dict.fromkeys((*kernels()._SIZES, "channels", "states"), "i32") | {"logarithm": "*fp64"}
+    multiples = [name for name, n in (("channels", channels), ("states", states)) if n % 16 == 0]
     options = {"num_warps": kernels()._WARPS, "num_stages": 1}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = compiled_for_hopper(kernel, types, fixed, multiples, **options)
     return [int(n) for n in re.findall(r"wgmma\.mma_async\S*\.m64n(\d+)k8", compiled.asm["ptx"])]
 
 

@@ -341,27 +341,43 @@ class Floor:
     @classmethod
     def of(cls, shape: Shape, tokens: int, ceilings: Ceilings) -> "Floor":
         hidden, D, N = shape.hidden_size, 2 * shape.hidden_size, STATES
-        R = math.ceil(hidden / 16)
-        weights = hidden * 2 * D + D * (R + 2 * N) + R * D + D * hidden
-        beside_in_proj = 2 * D**2 + R**2  # x_proj and out_proj, dt_proj; conv1d's are tiny
+        # x_proj and out_proj, dt_proj; those of conv1d are tiny
+        beside_in_proj = 2 * D**2 + rank(hidden) ** 2
         each = shape.layers * tokens
         return cls(
-            forward=2 * each * weights / ceilings.matrix,
+            forward=2 * each * sum(weights(shape)) / ceilings.matrix,
             scan=each * (DTYPE.itemsize * (3 * D + 2 * N) + 4 * D) / ceilings.bandwidth,
             hessians=2 * each * (beside_in_proj + hidden**2) / ceilings.gram,
             crosses=2 * each * beside_in_proj / ceilings.gram,
         )
 
-    def stages(self) -> dict[tuple[str, str], float]:
-        """By modifier and stage; what is not here has no floor that was counted."""
-        run = self.forward + self.scan
+    def stages(self, shape: Shape) -> dict[tuple[str, str], float]:
+        """By modifier and stage; what is not here has no floor that was counted.
+
+        A stage that observes a mixer runs all of it but out_proj, which the forward pass does; then
+        the pruned layer runs once more. To gather sums, the pruned mixer runs.
+        """
+        before, last = (part / sum(weights(shape)) * self.forward for part in weights(shape))
+        observe, run = before + self.scan, self.forward + self.scan
         return {
-            ("SparseSSMModifier", "forward"): 2 * self.forward + self.scan,
-            ("SparseSSMModifier", "observe"): self.scan,
+            ("SparseSSMModifier", "forward"): last + run,
+            ("SparseSSMModifier", "observe"): observe,
             ("SensitivitySparseGPTModifier", "first_pass"): run + self.hessians,
-            ("SensitivitySparseGPTModifier", "gather"): self.hessians + self.crosses,
-            ("SensitivitySparseGPTModifier", "forward"): 2 * run,
+            ("SensitivitySparseGPTModifier", "observe"): observe,
+            ("SensitivitySparseGPTModifier", "gather"): self.hessians + self.crosses + observe,
+            ("SensitivitySparseGPTModifier", "forward"): last + run,
         }
+
+
+def rank(hidden_size: int) -> int:
+    """R, as transformers' configuration has it."""
+    return math.ceil(hidden_size / 16)
+
+
+def weights(shape: Shape) -> tuple[int, int]:
+    """Entries of in_proj, x_proj and dt_proj, and those of out_proj."""
+    hidden, D, R = shape.hidden_size, 2 * shape.hidden_size, rank(shape.hidden_size)
+    return hidden * 2 * D + D * (R + 2 * STATES) + R * D, D * hidden
 
 
 def pipeline(job: Job) -> Iterator[Any]:
@@ -394,7 +410,8 @@ def pipeline(job: Job) -> Iterator[Any]:
 
 def render_pipeline(numbers: dict[str, Any], chosen: "Fields", device: str) -> str:
     """A table a recipe, a row a modifier and stage."""
-    ceilings, floors = Ceilings(**numbers["ceilings"]), Floor(**numbers["floor"]).stages()
+    shape = list(chosen.sizes.values())[-1]
+    ceilings, floors = Ceilings(**numbers["ceilings"]), Floor(**numbers["floor"]).stages(shape)
     least, parts = sum(floors.values()), []
     for key in RECIPES:
         if key not in numbers:

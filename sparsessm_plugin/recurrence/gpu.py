@@ -1,11 +1,14 @@
 """The selective scan on CUDA, in Triton.
 
-A program owns a block of channels with all their states, in registers, over a chunk of time.
-Chunks run side by side, so that one sequence fills the GPU, in three passes: every chunk from
+A program is one warp, which owns a block of channels with all their states, in registers: a thread
+keeps a few states of a channel, and some lanes share the channel. Where there are too few of them
+to fill the GPU, time is cut into chunks that run side by side, in three passes: every chunk from
 a zero state, only for the state it ends in; from chunk to chunk, what each really starts with
 (the recurrence is linear, so the transitions over a chunk are ``exp(A sum dt)``); every chunk
 once more, with output and statistics. Each program writes partial sums of its own, which are
-added in a fixed order in float64: no atomics, so two runs give the same bits.
+added in a fixed order in float64: no atomics, so two runs give the same bits. Sums of every step
+apart take more memory than all inputs together, so a program takes several sequences at once,
+reads what is there and writes the sums of all of these.
 
 Sums inside a chunk are float32, whatever the inputs are. One file because the passes share their
 layout of registers and memory.
@@ -17,22 +20,26 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparsessm_plugin.backends.gpu import by_rows
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
 from sparsessm_plugin.recurrence.statistics import ScanStatistics
 
-BLOCK = 32  # channels a program: the lanes of a warp
-STATES_A_WARP = 16  # states that a thread keeps; more of them take more warps
-MOST_WARPS = 16
-PROGRAMS = 64  # warps for each multiprocessor that a launch should have, about two full waves
+WARP = 32
+HELD, MOST_HELD = 4, 16  # states that a thread keeps
+LANES = 4  # of a channel until threads keep the most: channels that lie together are read together
+STEPS = 8  # whose inputs are loaded at once, while the steps before are computed
+SEQUENCES = 4  # that a program takes at once where every step has sums of its own
+WARPS = 16  # for each multiprocessor that a launch should have
 SHORTEST = 16  # steps of the shortest chunk: loading and storing a state must pay off
+BLOCK = 32  # channels a program of :func:`scan_products`, of which a warp has so many states
+STATES_A_WARP = 16
+PRODUCT_WARPS = 256  # in place of ``WARPS``
 LOG2_E = tl.constexpr(1.4426950408889634)
 _ERROR_MODES = {None: 0, "zero": 1, "memoryless": 2}
 _STATISTICS = ("state_energy", "transition", "output_error")
 # Never 1 and never a multiple of 16 to the compiler: one binary for all sizes, and loads of
-# one channel a lane, which keeps the states of a channel in one thread.
+# one channel a lane, which keeps the states of a channel in few threads.
 _SIZES = ["length", "chunk", "chunks", "channels", "states", "every", "z_width"]
 
 
@@ -48,9 +55,10 @@ def scan(
     if statistics is not None:
         statistics.begin(quantities)
         if statistics.request.per_step:
-            # sequences add to the same steps, one after the other
-            rows = [_row(quantities, i) for i in range(len(quantities.u))]
-            return torch.cat([_run(row, statistics, gated=gated)[0] for row in rows])
+            # groups of sequences add to the same steps, one after the other
+            groups = _groups(len(quantities.u))
+            ran = [_run(_rows(quantities, own), statistics, gated=gated)[0] for own in groups]
+            return ran[0] if len(ran) == 1 else torch.cat(ran)
     return _run(quantities, statistics, gated=gated)[0]
 
 
@@ -70,24 +78,37 @@ def scan_kept(
     return _run(quantities, None, every, gated)
 
 
-def _row(q: MixerQuantities, i: int) -> MixerQuantities:
-    cut = {name: getattr(q, name)[i : i + 1] for name in ("u", "dt", "B", "C", "z")}
-    return MixerQuantities(**cut, A=q.A, D=q.D, mask=None if q.mask is None else q.mask[i : i + 1])
+def _groups(sequences: int) -> list[slice]:
+    """All sequences, as many at once as a program takes: a power of two, so that few compile."""
+    groups: list[slice] = []
+    start, size = 0, SEQUENCES
+    while start < sequences:
+        while start + size > sequences:
+            size //= 2
+        groups.append(slice(start, start + size))
+        start += size
+    return groups
+
+
+def _rows(q: MixerQuantities, which: slice) -> MixerQuantities:
+    cut = {name: getattr(q, name)[which] for name in ("u", "dt", "B", "C", "z")}
+    return MixerQuantities(**cut, A=q.A, D=q.D, mask=None if q.mask is None else q.mask[which])
 
 
 def scan_products(
     quantities: MixerQuantities, weight: Tensor, every: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`sparsessm_plugin.recurrence.scan_products`."""
-    work = _Work(quantities, least_states=16)  # the smallest side of a matrix product
+    # the smallest side of a matrix product is 16
+    work = _Work(quantities, least_states=16, warps=PRODUCT_WARPS)
     starts, _ = work.starts(error_mode=0)
-    programs = (work.batch * work.chunks, work.blocks)
-    gram = work.room(*programs, work.block_n, work.block_n)
-    skip, energy = (work.room(programs[0], work.N, work.channels) for _ in range(2))
+    blocks = triton.cdiv(work.channels, BLOCK)
+    slots = work.batch * work.chunks
+    gram = work.room(slots, blocks, work.block_n, work.block_n)
+    skip, energy = (work.room(slots, work.N, work.channels) for _ in range(2))
     with torch.cuda.device_of(starts):
-        _sum_products[(work.blocks, work.chunks, work.batch)](
+        _sum_products[(blocks, work.chunks, work.batch)](
             *work.inputs,
-            work.C,
             weight.detach().contiguous(),
             work.mask,
             starts,
@@ -97,7 +118,9 @@ def scan_products(
             *work.sizes,
             every,
             MASKED=quantities.mask is not None,
-            **work.options,
+            BLOCK_N=work.block_n,
+            BLOCK_D=BLOCK,
+            num_warps=work.block_n // STATES_A_WARP,
         )
     return (
         gram.sum((0, 1), dtype=torch.float64)[: work.N, : work.N],
@@ -107,25 +130,36 @@ def scan_products(
 
 
 class _Work:
-    """What every kernel needs: the inputs as they are read, and how they are shared out."""
+    """What every kernel needs: the inputs as they are read, and how they are shared out.
 
-    def __init__(self, q: MixerQuantities, least_states: int = 4):
+    :param least_states: a program has at least so many, the rest of them zero
+    :param warps: for each multiprocessor that a launch should have
+    :param sequences: that a program takes at once
+    """
+
+    def __init__(
+        self, q: MixerQuantities, least_states: int = 4, warps: int = WARPS, sequences: int = 1
+    ):
         self.batch, self.length, self.channels = q.u.shape
         self.N, self.device = q.A.shape[1], q.u.device
         self.block_n = max(least_states, triton.next_power_of_2(self.N))
-        warps = min(MOST_WARPS, max(1, self.block_n // STATES_A_WARP))
-        self.blocks = triton.cdiv(self.channels, BLOCK)
-        rows = self.batch * self.blocks * warps
-        self.chunk = _chunk(self.length, PROGRAMS * _processors(self.device) // rows)
+        tiling = _tiling(self.block_n)
+        self.options = {**tiling, "num_warps": 1}
+        self.blocks = triton.cdiv(self.channels, tiling["BLOCK_D"])
+        programs = self.blocks * (self.batch // sequences)
+        self.chunk = _chunk(self.length, warps * _processors(self.device) // programs)
         self.chunks = triton.cdiv(self.length, self.chunk)
         self.sizes = (self.length, self.chunk, self.chunks, self.channels, self.N)
-        self.options = {"BLOCK_N": self.block_n, "BLOCK_D": BLOCK, "num_warps": warps}
 
-        # rows of a power of two are loaded whole, in vectors
-        B, self.C = (F.pad(t.detach(), (0, self.block_n - self.N)).contiguous() for t in (q.B, q.C))
-        self.A = q.A.detach().float().t().contiguous()  # (N, D): channels are the lanes
+        # rows of a power of two, float32, aligned: a thread loads its states in vectors
+        BC = self.room(self.batch, self.length, 2, self.block_n)
+        for i, own in enumerate((q.B, q.C)):
+            BC[:, :, i, : self.N] = own.detach()
+        if self.block_n > self.N:
+            BC[..., self.N :] = 0
+        A = q.A.detach().float().t().contiguous()  # (N, D): channels are the lanes
         u = q.u.detach().contiguous()
-        self.inputs = (u, q.dt.detach().contiguous(), self.A, B)
+        self.inputs = (u, q.dt.detach().contiguous(), A, BC)
         self.mask = u if q.mask is None else q.mask.contiguous().view(torch.uint8)
 
     def room(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -140,10 +174,15 @@ class _Work:
             between = (starts, pruned_starts, self.room(self.batch, handed, self.channels))
             with torch.cuda.device_of(starts):
                 _end_chunks[(self.blocks, handed, self.batch)](
-                    *self.inputs, *between, *self.sizes, ERROR=error_mode, **self.options
+                    *self.inputs,
+                    *between,
+                    *self.sizes,
+                    ERROR=error_mode,
+                    STEPS=STEPS,
+                    **self.options,
                 )
                 _hand_on[(self.blocks, self.batch)](
-                    self.A, *between, *self.sizes, ERROR=error_mode, **self.options
+                    self.inputs[2], *between, *self.sizes, ERROR=error_mode, **self.options
                 )
         return starts, pruned_starts
 
@@ -157,7 +196,9 @@ def _run(
     """y (b, L, D), times the gate with ``gated``, and, with ``every``, h (b, L // every, N, D)."""
     request = statistics.request if statistics is not None else None
     error_mode = _ERROR_MODES[request.output_error if request is not None else None]
-    work = _Work(q)
+    per_step = request is not None and request.per_step
+    sequences, steps = (len(q.u), 1) if per_step else (1, STEPS)
+    work = _Work(q, sequences=sequences)
     y = work.room(work.batch, work.length, work.channels, dtype=gated or torch.float32)
     z = by_rows(q.z.detach())
     kept = work.room(work.batch, work.length // every, work.N, work.channels) if every else y
@@ -170,9 +211,8 @@ def _run(
             sums[name] = work.room(work.batch * work.chunks, work.N, work.channels)
     starts, pruned_starts = work.starts(error_mode)
     with torch.cuda.device_of(y):
-        _scan[(work.blocks, work.chunks, work.batch)](
+        _scan[(work.blocks, work.chunks, work.batch // sequences)](
             *work.inputs,
-            work.C,
             q.D.detach().contiguous(),
             z,
             work.mask,
@@ -188,9 +228,12 @@ def _run(
             GATED=gated is not None,
             ENERGY="state_energy" in sums,
             TRANSITION="transition" in sums,
-            PER_STEP=request is not None and request.per_step,
+            PER_STEP=per_step,
             MASKED=q.mask is not None,
-            KEEP=every > 0,
+            KEEP=0 if not every else STEPS if every % STEPS == 0 else 1,
+            UNEVEN=work.length % steps != 0,
+            SEQUENCES=sequences,
+            STEPS=steps,
             **work.options,
         )
     for name, total in _accumulators(statistics).items():
@@ -204,10 +247,22 @@ def _accumulators(statistics: ScanStatistics | None) -> dict[str, Tensor]:
     return {name: total for name, total in found.items() if total is not None}
 
 
+def _tiling(states: int) -> dict[str, int]:
+    """How a warp is shared out: lanes a channel, states a lane, and channels.
+
+    :param states: a power of two
+    """
+    lanes = min(WARP, max(1, min(LANES, states // HELD), states // MOST_HELD))
+    return {"LANES": lanes, "HELD": states // lanes, "BLOCK_D": WARP // lanes}
+
+
 def _chunk(length: int, wanted: int) -> int:
-    """Steps a chunk, so that about so many are made, all of one length but the last."""
+    """Steps a chunk, so that about so many are made, all of one length but the last.
+
+    :return: a multiple of :data:`STEPS`
+    """
     chunks = max(1, min(wanted, length // SHORTEST))
-    return triton.cdiv(length, chunks)
+    return STEPS * triton.cdiv(length, chunks * STEPS)
 
 
 @cache
@@ -219,27 +274,66 @@ def _processors(device: torch.device) -> int:
 
 # -- kernels -----------------------------------------------------------------------------
 #
-# Shapes in memory: u, dt, y (b, L, D), and z, whose rows are z_width apart; A (N, D); B, C
-# (b, L, BLOCK_N); states and sums (..., N, D). In registers: (BLOCK_N, BLOCK_D). What lies outside
+# Shapes in memory: u, dt, y (b, L, D), and z, whose rows are z_width apart; A (N, D); BC
+# (b, L, 2, BLOCK_N); states and sums (..., N, D). In registers (HELD, WARP), a thread a column,
+# which has HELD states of a channel; columns first count channels, then lanes. What lies outside
 # of N and D is zero and stays.
 
 
 @triton.jit
-def _tile(A, channels, states, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The program's channels d and states n, where entries lie in (N, D), and A log2(e)."""
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    n = tl.arange(0, BLOCK_N)
+def _tile(A, channels, states, LANES: tl.constexpr, HELD: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The channel d of each column, states n, where entries lie in (N, D), and A log2(e)."""
+    column = tl.arange(0, LANES * BLOCK_D)
+    d = tl.program_id(0) * BLOCK_D + column % BLOCK_D
+    n = (column // BLOCK_D * HELD)[None, :] + tl.arange(0, HELD)[:, None]
     d_in = d < channels
-    inside = (n < states)[:, None] & d_in[None, :]
-    entry = n[:, None] * channels + d[None, :]
+    inside = (n < states) & d_in[None, :]
+    entry = n * channels + d[None, :]
     a = tl.load(A + entry, mask=inside, other=0.0) * LOG2_E
     return d, d_in, n, inside, entry, a
 
 
 @triton.jit
-def _at(x, row, width, i, inside):
-    """Row of a (rows, width) tensor in float32."""
-    return tl.load(x + row * width + i, mask=inside, other=0.0).to(tl.float32)
+def _to_columns(row, LANES: tl.constexpr, HELD: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What each column reads of a row (BLOCK_N,) in memory; a thread's states lie together."""
+    n = tl.arange(0, LANES)[None, :] * HELD + tl.arange(0, HELD)[:, None]
+    values = tl.broadcast_to(tl.load(row + n)[:, :, None], (HELD, LANES, BLOCK_D))
+    return tl.reshape(values, (HELD, LANES * BLOCK_D))
+
+
+@triton.jit
+def _over_lanes(x, LANES: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The sum over a channel's columns, in each of them."""
+    total = tl.sum(tl.reshape(x, (LANES, BLOCK_D)), axis=0)[None, :]
+    return tl.reshape(tl.broadcast_to(total, (LANES, BLOCK_D)), (LANES * BLOCK_D,))
+
+
+@triton.jit
+def _load(
+    x,
+    width,
+    last,
+    d,
+    d_in,
+    sequence,
+    SEQUENCES: tl.constexpr,
+    STEPS: tl.constexpr,
+    UNEVEN: tl.constexpr,
+):
+    """Rows of the next steps, of each the sequences', as they lie in memory.
+
+    :param width: from one row to the next
+    :param last: the last row that there is, from x on
+    :param sequence: from one sequence to the next
+    """
+    rows = tl.tuple(())
+    for i in tl.static_range(STEPS):
+        row = i * width
+        if UNEVEN:
+            row = tl.minimum(i, last) * width
+        for s in tl.static_range(SEQUENCES):
+            rows += (tl.load(x + s * sequence + row + d, mask=d_in, other=0.0),)
+    return rows
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -247,7 +341,7 @@ def _end_chunks(
     u,
     dt,
     A,
-    B,
+    BC,
     ends,
     pruned_ends,
     elapsed,
@@ -257,34 +351,37 @@ def _end_chunks(
     channels,
     states,
     ERROR: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
+    HELD: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """The state every chunk but the last ends in from a zero state, and its sum of dt."""
-    d, d_in, n, inside, entry, a = _tile(A, channels, states, BLOCK_N, BLOCK_D)
+    BLOCK_N: tl.constexpr = LANES * HELD
+    d, d_in, _, inside, entry, a = _tile(A, channels, states, LANES, HELD, BLOCK_D)
     first = tl.program_id(2).to(tl.int64) * length + tl.program_id(1) * chunk
 
-    h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    h_pruned = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    # the next step is loaded while this one is computed
-    next_x = _at(u, first, channels, d, d_in)
-    next_delta = _at(dt, first, channels, d, d_in)
-    next_b = tl.load(B + first * BLOCK_N + n).to(tl.float32)
-    for step in range(0, chunk):
-        x = next_x
-        delta = next_delta
-        b = next_b
-        row = first + tl.minimum(step + 1, chunk - 1)
-        next_x = _at(u, row, channels, d, d_in)
-        next_delta = _at(dt, row, channels, d, d_in)
-        next_b = tl.load(B + row * BLOCK_N + n).to(tl.float32)
-
-        drive = (delta * x)[None, :] * b[:, None]
-        h = tl.exp2(delta[None, :] * a) * h + drive
-        if ERROR == 1:
-            h_pruned = tl.exp2(delta * -LOG2_E)[None, :] * h_pruned + drive
-        total += delta
+    h = tl.zeros_like(a)
+    h_pruned = tl.zeros_like(a)
+    total = tl.zeros((LANES * BLOCK_D,), tl.float32)
+    xs = _load(u + first * channels, channels, 0, d, d_in, 0, 1, STEPS, False)
+    deltas = _load(dt + first * channels, channels, 0, d, d_in, 0, 1, STEPS, False)
+    for step in range(0, chunk, STEPS):
+        # the next steps are loaded while these are computed; behind the last, these once more
+        at = (first + tl.minimum(step + STEPS, chunk - STEPS)) * channels
+        next_xs = _load(u + at, channels, 0, d, d_in, 0, 1, STEPS, False)
+        next_deltas = _load(dt + at, channels, 0, d, d_in, 0, 1, STEPS, False)
+        row = (first + step) * (2 * BLOCK_N)
+        for i in tl.static_range(STEPS):
+            delta = deltas[i].to(tl.float32)
+            b = _to_columns(BC + row + i * (2 * BLOCK_N), LANES, HELD, BLOCK_D)
+            drive = (delta * xs[i].to(tl.float32))[None, :] * b
+            h = tl.exp2(delta[None, :] * a) * h + drive
+            if ERROR == 1:
+                h_pruned = tl.exp2(delta * -LOG2_E)[None, :] * h_pruned + drive
+            total += delta
+        xs = next_xs
+        deltas = next_deltas
 
     slot = tl.program_id(2).to(tl.int64) * (chunks - 1) + tl.program_id(1)
     tl.store(elapsed + slot * channels + d, total, mask=d_in)
@@ -306,14 +403,15 @@ def _hand_on(
     channels,
     states,
     ERROR: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    LANES: tl.constexpr,
+    HELD: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Turn, in place, what :func:`_end_chunks` left into the state the next chunk starts with."""
-    d, d_in, _, inside, entry, a = _tile(A, channels, states, BLOCK_N, BLOCK_D)
+    d, d_in, _, inside, entry, a = _tile(A, channels, states, LANES, HELD, BLOCK_D)
 
-    h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    h_pruned = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    h = tl.zeros_like(a)
+    h_pruned = tl.zeros_like(a)
     first = tl.program_id(1).to(tl.int64) * (chunks - 1)
     for c in range(0, chunks - 1):
         total = tl.load(elapsed + (first + c) * channels + d, mask=d_in, other=0.0)
@@ -326,20 +424,12 @@ def _hand_on(
             tl.store(pruned_ends + at, h_pruned, mask=inside)
 
 
-@triton.jit
-def _add_step(sums, at, value, inside):
-    """Add to one step of the (L, N, D) sums; no other program adds to this step's channels."""
-    before = tl.load(sums + at, mask=inside, other=0.0)
-    tl.store(sums + at, before + value, mask=inside)
-
-
 @triton.jit(do_not_specialize=_SIZES)
 def _scan(
     u,
     dt,
     A,
-    B,
-    C,
+    BC,
     D,
     z,
     mask,
@@ -364,98 +454,155 @@ def _scan(
     PER_STEP: tl.constexpr,
     MASKED: tl.constexpr,
     KEEP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    UNEVEN: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
+    HELD: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One chunk with the state it really starts with: output, kept states, statistics."""
-    d, d_in, n, inside, entry, a = _tile(A, channels, states, BLOCK_N, BLOCK_D)
+    """One chunk with the state it really starts with: output, kept states, statistics.
+
+    UNEVEN says that STEPS do not divide the length; KEEP, of how many steps one may be kept. With
+    PER_STEP, sums are those of all SEQUENCES.
+    """
+    BLOCK_N: tl.constexpr = LANES * HELD
+    d, d_in, n, inside, entry, a = _tile(A, channels, states, LANES, HELD, BLOCK_D)
     skip = tl.load(D + d, mask=d_in, other=0.0).to(tl.float32)
 
     c_index = tl.program_id(1)
-    sequence = tl.program_id(2).to(tl.int64)
+    sequence = tl.program_id(2).to(tl.int64) * SEQUENCES
     begin = c_index * chunk
     steps = tl.minimum(chunk, length - begin)
     first = sequence * length + begin
+    tile = states * channels
+    rows = length.to(tl.int64)  # from one sequence to the next
     # the first chunk starts from zero
-    handed = (n < tl.where(c_index > 0, states, 0))[:, None] & d_in[None, :]
-    at = (sequence * (chunks - 1) + tl.maximum(c_index - 1, 0)) * states * channels + entry
-    h = tl.load(starts + at, mask=handed, other=0.0)
-    h_pruned = h
-    if ERROR == 1:
-        h_pruned = tl.load(pruned_starts + at, mask=handed, other=0.0)
-    energy_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    transition_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    error_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-
-    # the next step is loaded while this one is computed
-    next_x = _at(u, first, channels, d, d_in)
-    next_delta = _at(dt, first, channels, d, d_in)
-    if GATED or ERROR > 0:
-        next_z = _at(z, first, z_width, d, d_in)
-    next_b = tl.load(B + first * BLOCK_N + n).to(tl.float32)
-    next_c = tl.load(C + first * BLOCK_N + n).to(tl.float32)
-    for step in range(0, steps):
-        x = next_x
-        delta = next_delta
-        if GATED or ERROR > 0:
-            gain = next_z * tl.sigmoid(next_z)
-        b = next_b
-        c = next_c
-        row = first + tl.minimum(step + 1, steps - 1)
-        next_x = _at(u, row, channels, d, d_in)
-        next_delta = _at(dt, row, channels, d, d_in)
-        if GATED or ERROR > 0:
-            next_z = _at(z, row, z_width, d, d_in)
-        next_b = tl.load(B + row * BLOCK_N + n).to(tl.float32)
-        next_c = tl.load(C + row * BLOCK_N + n).to(tl.float32)
-
-        t = begin + step
-        step_at = t.to(tl.int64) * states * channels + entry
-        if MASKED:
-            real = tl.load(mask + first + step) != 0
-        dA = tl.exp2(delta[None, :] * a)
-        drive = (delta * x)[None, :] * b[:, None]
+    handed = (n < tl.where(c_index > 0, states, 0)) & d_in[None, :]
+    hs = tl.tuple(())
+    pruned_hs = tl.tuple(())
+    for s in tl.static_range(SEQUENCES):
+        at = ((sequence + s) * (chunks - 1) + tl.maximum(c_index - 1, 0)) * tile + entry
+        hs += (tl.load(starts + at, mask=handed, other=0.0),)
+        if ERROR == 1:
+            pruned_hs += (tl.load(pruned_starts + at, mask=handed, other=0.0),)
+    energy_sum = tl.zeros_like(a)
+    transition_sum = tl.zeros_like(a)
+    error_sum = tl.zeros_like(a)
+    if PER_STEP:
+        at = begin.to(tl.int64) * tile + entry
         if ENERGY:
-            value = h * h
-            if MASKED:
-                value = tl.where(real, value, 0.0)
-            if PER_STEP:
-                _add_step(energy, step_at, value, inside)
-            else:
-                energy_sum += value
+            next_energy = tl.load(energy + at, mask=inside, other=0.0)
         if TRANSITION:
-            value = dA
-            if MASKED:
-                value = tl.where(real, value, 0.0)
-            if PER_STEP:
-                _add_step(transition, step_at, value, inside)
-            else:
-                transition_sum += value
-        h = dA * h + drive
-        out = tl.sum(h * c[:, None], axis=0) + skip * x
-        if GATED:
-            out *= gain
-        tl.store(y + (first + step) * channels + d, out, mask=d_in)
-        if KEEP:  # noqa: SIM102 - known when compiling, and the next only when running
-            if (t + 1) % every == 0:
-                place = sequence * (length // every) + t // every
-                tl.store(kept + place * states * channels + entry, h, mask=inside)
+            next_transition = tl.load(transition + at, mask=inside, other=0.0)
         if ERROR > 0:
-            if ERROR == 1:
-                h_pruned = tl.exp2(delta * -LOG2_E)[None, :] * h_pruned + drive
-            else:
-                h_pruned = drive
-            value = c[:, None] * gain[None, :] * (h_pruned - h)
-            value = value * value
-            if MASKED:
-                value = tl.where(real, value, 0.0)
+            next_error = tl.load(error + at, mask=inside, other=0.0)
+
+    at = first * channels
+    wide = rows * channels
+    xs = _load(u + at, channels, steps - 1, d, d_in, wide, SEQUENCES, STEPS, UNEVEN)
+    deltas = _load(dt + at, channels, steps - 1, d, d_in, wide, SEQUENCES, STEPS, UNEVEN)
+    if GATED or ERROR > 0:
+        at = first * z_width
+        z_wide = rows * z_width
+        zs = _load(z + at, z_width, steps - 1, d, d_in, z_wide, SEQUENCES, STEPS, UNEVEN)
+    for step in range(0, steps, STEPS):
+        # the next steps are loaded while these are computed; behind the last, these once more
+        ahead = tl.minimum(step + STEPS, (steps - 1) // STEPS * STEPS)
+        last = steps - 1 - ahead
+        at = (first + ahead) * channels
+        next_xs = _load(u + at, channels, last, d, d_in, wide, SEQUENCES, STEPS, UNEVEN)
+        next_deltas = _load(dt + at, channels, last, d, d_in, wide, SEQUENCES, STEPS, UNEVEN)
+        if GATED or ERROR > 0:
+            at = (first + ahead) * z_width
+            next_zs = _load(z + at, z_width, last, d, d_in, z_wide, SEQUENCES, STEPS, UNEVEN)
+        for i in tl.static_range(STEPS):
+            t = begin + step + i
+            row = first + step + i
+            # there is no step behind the last: what is read is that of the last
+            seen = row
+            real = 1
+            written = d_in & (tl.arange(0, LANES * BLOCK_D) < BLOCK_D)  # by a channel's first lane
+            if UNEVEN:
+                seen = first + tl.minimum(step + i, steps - 1)
+                real = tl.where(t < length, 1, 0)
+                written = written & (d < tl.where(t < length, channels, 0))
             if PER_STEP:
-                _add_step(error, step_at, value, inside)
-            else:
-                error_sum += value
+                step_at = t.to(tl.int64) * tile + entry
+                next_at = tl.minimum(t + 1, begin + steps - 1).to(tl.int64) * tile + entry
+                if ENERGY:
+                    energy_sum = next_energy
+                    next_energy = tl.load(energy + next_at, mask=inside, other=0.0)
+                if TRANSITION:
+                    transition_sum = next_transition
+                    next_transition = tl.load(transition + next_at, mask=inside, other=0.0)
+                if ERROR > 0:
+                    error_sum = next_error
+                    next_error = tl.load(error + next_at, mask=inside, other=0.0)
+            before = hs
+            pruned_before = pruned_hs
+            hs = tl.tuple(())
+            pruned_hs = tl.tuple(())
+            for s in tl.static_range(SEQUENCES):
+                h = before[s]
+                x = xs[i * SEQUENCES + s].to(tl.float32)
+                delta = deltas[i * SEQUENCES + s].to(tl.float32)
+                if GATED or ERROR > 0:
+                    gate = zs[i * SEQUENCES + s].to(tl.float32)
+                    gain = gate * tl.sigmoid(gate)
+                bc = BC + (seen + s * rows) * (2 * BLOCK_N)
+                b = _to_columns(bc, LANES, HELD, BLOCK_D)
+                c = _to_columns(bc + BLOCK_N, LANES, HELD, BLOCK_D)
+                counts = real
+                if MASKED:
+                    counts = tl.where(tl.load(mask + seen + s * rows) != 0, real, 0)
+                dA = tl.exp2(delta[None, :] * a)
+                drive = (delta * x)[None, :] * b
+                if ENERGY:
+                    value = h * h
+                    if MASKED or UNEVEN:
+                        value = tl.where(counts != 0, value, 0.0)
+                    energy_sum += value
+                if TRANSITION:
+                    value = dA
+                    if MASKED or UNEVEN:
+                        value = tl.where(counts != 0, value, 0.0)
+                    transition_sum += value
+                h = dA * h + drive
+                hs += (h,)
+                out = _over_lanes(tl.sum(h * c, axis=0), LANES, BLOCK_D) + skip * x
+                if GATED:
+                    out *= gain
+                tl.store(y + (row + s * rows) * channels + d, out, mask=written)
+                if KEEP == 1 or (KEEP == STEPS and i == STEPS - 1):  # noqa: SIM102 - known earlier
+                    if (t + 1) % every == 0 and t < length:
+                        place = (sequence + s) * (length // every) + t // every
+                        tl.store(kept + place * tile + entry, h, mask=inside)
+                if ERROR > 0:
+                    h_pruned = drive
+                    if ERROR == 1:
+                        kept_share = tl.exp2(delta * -LOG2_E)
+                        h_pruned = kept_share[None, :] * pruned_before[s] + drive
+                        pruned_hs += (h_pruned,)
+                    value = c * gain[None, :] * (h_pruned - h)
+                    value = value * value
+                    if MASKED or UNEVEN:
+                        value = tl.where(counts != 0, value, 0.0)
+                    error_sum += value
+            if PER_STEP:
+                if ENERGY:
+                    tl.store(energy + step_at, energy_sum, mask=inside)
+                if TRANSITION:
+                    tl.store(transition + step_at, transition_sum, mask=inside)
+                if ERROR > 0:
+                    tl.store(error + step_at, error_sum, mask=inside)
+        xs = next_xs
+        deltas = next_deltas
+        if GATED or ERROR > 0:
+            zs = next_zs
 
     if not PER_STEP:
-        at = (sequence * chunks + c_index) * states * channels + entry
+        at = (sequence * chunks + c_index) * tile + entry
         if ENERGY:
             tl.store(energy + at, energy_sum, mask=inside)
         if TRANSITION:
@@ -464,13 +611,30 @@ def _scan(
             tl.store(error + at, error_sum, mask=inside)
 
 
+@triton.jit
+def _matrix(A, channels, states, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """:func:`_tile` as a matrix, (BLOCK_N, BLOCK_D)."""
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    d_in = d < channels
+    inside = (n < states)[:, None] & d_in[None, :]
+    entry = n[:, None] * channels + d[None, :]
+    a = tl.load(A + entry, mask=inside, other=0.0) * LOG2_E
+    return d, d_in, n, inside, entry, a
+
+
+@triton.jit
+def _at(x, row, width, i, inside):
+    """Row of a (rows, width) tensor in float32."""
+    return tl.load(x + row * width + i, mask=inside, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _sum_products(
     u,
     dt,
     A,
-    B,
-    C,
+    BC,
     weight,
     mask,
     starts,
@@ -488,7 +652,7 @@ def _sum_products(
     BLOCK_D: tl.constexpr,
 ):
     """One chunk of :func:`scan_products`; gram is (b, chunks, blocks, BLOCK_N, BLOCK_N)."""
-    d, d_in, n, inside, entry, a = _tile(A, channels, states, BLOCK_N, BLOCK_D)
+    d, d_in, n, inside, entry, a = _matrix(A, channels, states, BLOCK_N, BLOCK_D)
 
     c_index = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
@@ -506,7 +670,7 @@ def _sum_products(
     # the next step is loaded while this one is computed
     next_x = _at(u, first, channels, d, d_in)
     next_delta = _at(dt, first, channels, d, d_in)
-    next_b = tl.load(B + first * BLOCK_N + n).to(tl.float32)
+    next_b = tl.load(BC + first * (2 * BLOCK_N) + n)
     for step in range(0, steps):
         x = next_x
         delta = next_delta
@@ -514,7 +678,7 @@ def _sum_products(
         row = first + tl.minimum(step + 1, steps - 1)
         next_x = _at(u, row, channels, d, d_in)
         next_delta = _at(dt, row, channels, d, d_in)
-        next_b = tl.load(B + row * BLOCK_N + n).to(tl.float32)
+        next_b = tl.load(BC + row * (2 * BLOCK_N) + n)
 
         h = tl.exp2(delta[None, :] * a) * h + (delta * x)[None, :] * b[:, None]
         if (begin + step + 1) % every == 0:
@@ -523,7 +687,7 @@ def _sum_products(
                 real = tl.load(mask + first + step).to(tl.int32)
             if real != 0:
                 gain = _at(weight, first + step, channels, d, d_in)
-                c = tl.load(C + (first + step) * BLOCK_N + n).to(tl.float32)
+                c = tl.load(BC + (first + step) * (2 * BLOCK_N) + BLOCK_N + n)
                 phi = h * c[:, None] * gain[None, :]
                 # ieee: in TF32, states that cancel each other would not
                 gram_sum += tl.dot(phi, tl.trans(phi), input_precision="ieee")

@@ -25,10 +25,11 @@ from torch.nn import functional as F
 
 from sparsessm_plugin.backends.gpu import by_rows
 from sparsessm_plugin.recurrence import gpu
-from sparsessm_plugin.recurrence.gpu import BLOCK, MOST_WARPS, STATES_A_WARP
+from sparsessm_plugin.recurrence.gpu import BLOCK, STATES_A_WARP
 from sparsessm_plugin.recurrence.quantities import MixerQuantities
 
 STEPS = 16  # of a chunk: what a thread keeps of its channel; with N = 16 states are as large as u
+MOST_WARPS = 16
 MOST_STATES = 1024  # of a channel, what a program of the first kernel has registers for
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -15,7 +15,7 @@ from sparsessm_plugin.backends.gpu import by_rows
 _ROWS = 16  # a program: 64 registers a thread for 128 columns
 _ROWS_OF_GROUPS = 8  # scores and ranks need registers, too
 _LEAST_ROWS, _PROGRAMS = 4, 512  # fewer programs leave multiprocessors idle
-_STEPS, _TILE, _CHANNELS = 256, 16, 128  # a program that sums products, and what it loads at once
+_STEPS, _TILE, _CHANNELS = 256, 8, 128  # a program that sums products, and what it loads at once
 # Never a constant to the compiler: one binary for all sizes.
 _SIZES = ["columns", "out", "size", "step", "start"]
 
@@ -55,59 +55,108 @@ def sweep(
         )
 
 
-def lagged_products(left: Tensor, right: Tensor, lag: int, steps: int) -> Tensor:
-    """See :func:`sparsessm_plugin.solvers.kernels.lagged_products`."""
-    left, right = by_rows(left), by_rows(right)
+def window_products(left: Tensor, right: Tensor, kernel: int, mask: Tensor | None) -> Tensor:
+    """See :func:`sparsessm_plugin.solvers.kernels.window_products`."""
+    same = left is right
+    left = by_rows(left)
+    right = left if same else by_rows(right)
     batch, length, channels = left.shape
-    parts = triton.cdiv(steps, _STEPS)
-    sums = torch.empty(batch * parts, channels, dtype=torch.float32, device=left.device)
+    parts = triton.cdiv(length, _STEPS)
+    sums = torch.empty(
+        batch * parts, kernel, kernel, channels, dtype=torch.float32, device=left.device
+    )
     with torch.cuda.device_of(left):
-        _lagged_products[(triton.cdiv(channels, _CHANNELS), parts, batch)](
+        _window_products[(triton.cdiv(channels, _CHANNELS), parts, batch)](
             left,
             right,
+            sums if mask is None else mask.contiguous().view(torch.uint8),
             sums,
             length,
-            steps,
             channels,
-            lag,
             left.stride(1),
             right.stride(1),
+            KERNEL=kernel,
+            SAME=same,
+            MASKED=mask is not None,
             STEPS=_STEPS,
             CHANNELS=_CHANNELS,
             TILE=_TILE,
+            num_warps=2,
         )
-    return sums.sum(0)
+    return sums.sum(0, dtype=torch.float64).permute(2, 0, 1)
 
 
-@triton.jit(do_not_specialize=["steps", "lag"])
-def _lagged_products(
+@triton.jit(do_not_specialize=["length"])
+def _window_products(
     left,
     right,
+    mask,
     sums,
     length,
-    steps,
     channels,
-    lag,
     left_width,
     right_width,
+    KERNEL: tl.constexpr,
+    SAME: tl.constexpr,
+    MASKED: tl.constexpr,
     STEPS: tl.constexpr,
     CHANNELS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """A part of the steps of one sequence; widths are the distances of two rows."""
+    """The windows that end in a part of one sequence; widths are the distances of two rows.
+
+    A window moves over the rows; the rows of a tile are loaded together.
+    """
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     begin = tl.program_id(1) * STEPS
     first = tl.program_id(2).to(tl.int64) * length
-    total = tl.zeros((TILE, CHANNELS), tl.float32)
-    for tile in range(0, STEPS, TILE):
-        t = begin + tile + tl.arange(0, TILE)
-        inside = (t < steps)[:, None] & (d < channels)[None, :]
-        row = (first + t)[:, None]
-        a = tl.load(left + row * left_width + d[None, :], mask=inside, other=0.0)
-        b = tl.load(right + (row + lag) * right_width + d[None, :], mask=inside, other=0.0)
-        total += a.to(tl.float32) * b.to(tl.float32)
-    slot = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(sums + slot * channels + d, tl.sum(total, axis=0), mask=d < channels)
+    a = tl.tuple(())
+    b = tl.tuple(())
+    for k in tl.static_range(KERNEL - 1):
+        t = begin + (k - KERNEL + 1)
+        a += (_row(left, first + t, left_width, d, tl.where(t < 0, 0, channels)),)
+        if not SAME:
+            b += (_row(right, first + t, right_width, d, tl.where(t < 0, 0, channels)),)
+    totals = tl.tuple(())
+    for _ in tl.static_range(KERNEL * KERNEL):
+        totals += (tl.zeros((CHANNELS,), tl.float32),)
+    for start in range(0, STEPS, TILE):
+        for k in tl.static_range(TILE):
+            t = begin + start + k
+            a += (_row(left, first + t, left_width, d, tl.where(t < length, channels, 0)),)
+            if not SAME:
+                b += (_row(right, first + t, right_width, d, tl.where(t < length, channels, 0)),)
+        for k in tl.static_range(TILE):
+            t = begin + start + k
+            real = tl.where(t < length, 1, 0)
+            if MASKED:
+                seen = tl.load(mask + first + tl.minimum(t, length - 1)) != 0
+                real = tl.where(seen, real, 0)
+            before = totals
+            totals = tl.tuple(())
+            for i in tl.static_range(KERNEL):
+                own = tl.where(real != 0, a[k + i], 0.0)
+                for j in tl.static_range(KERNEL):
+                    other = a[k + j] if SAME else b[k + j]
+                    totals += (before[i * KERNEL + j] + own * other,)
+        a_before = a
+        b_before = b
+        a = tl.tuple(())
+        b = tl.tuple(())
+        for k in tl.static_range(KERNEL - 1):
+            a += (a_before[TILE + k],)
+            if not SAME:
+                b += (b_before[TILE + k],)
+    slot = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+    for i in tl.static_range(KERNEL * KERNEL):
+        at = (slot * (KERNEL * KERNEL) + i) * channels + d
+        tl.store(sums + at, totals[i], mask=d < channels)
+
+
+@triton.jit
+def _row(x, row, width, d, channels):
+    """(CHANNELS,) float32, zero from so many channels on."""
+    return tl.load(x + row * width + d, mask=d < channels, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -54,17 +54,20 @@ def sweep(
     return errors
 
 
-def lagged_products(left: Tensor, right: Tensor, lag: int, steps: int) -> Tensor:
-    """(D,) sum of ``left[b, t] right[b, t + lag]`` over b and t < steps.
+def window_products(left: Tensor, right: Tensor, kernel: int, mask: Tensor | None) -> Tensor | None:
+    """:func:`sparsessm_plugin.solvers.objective.window_gram` in one kernel.
 
-    :param left: (b, L, D); on CUDA also in half precision, summed in float32
+    :param left: (b, L, D); in half precision, too
     :param right: likewise
+    :param kernel: K, width of a window
+    :param mask: (b, L) bool, the windows' ends that count, or None for all
+    :return: (D, K, K) float64 of sums in float32; None where no kernel runs
     """
     name = _BACKENDS.get(left.device.type)
-    if left.is_cuda and name is not None and backend_for(left.device) != REFERENCE:
-        return import_module(name).lagged_products(left, right, lag, steps)
-    products = left[:, : left.shape[1] - lag] * right[:, lag:]
-    return products[:, :steps].sum((0, 1), dtype=summing_dtype(left))
+    if not left.is_cuda or name is None or backend_for(left.device) == REFERENCE:
+        return None
+    products: Tensor = import_module(name).window_products(left, right, kernel, mask)
+    return products
 
 
 def summing_dtype(x: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from sparsessm_plugin.backends.precision import Factor, tf32
 from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning
-from sparsessm_plugin.solvers.kernels import lagged_products, summing_dtype
+from sparsessm_plugin.solvers.kernels import summing_dtype, window_products
 
 DAMPENING = 0.01  # of the mean diagonal entry, as SparseGPT and GPTQ have it
 _FIRST_RAISE = 1e-8  # where raising starts if no dampening was asked for
@@ -396,6 +396,9 @@ def window_gram(left: Tensor, right: Tensor, kernel: int, mask: Tensor | None = 
     :return: (D, K, K) float32
     """
     length, dtype = left.shape[1], summing_dtype(left)
+    found = window_products(left, right, kernel, mask)
+    if found is not None:
+        return found.to(dtype)
     if mask is not None:  # outputs at padding are not used, though inputs there may be read
         left, right = (F.pad(x, (0, 0, kernel - 1, 0)) for x in (left, right))
         rows = []
@@ -420,7 +423,8 @@ def _fill_diagonal(result: Tensor, left: Tensor, right: Tensor, lag: int) -> Non
     """Entries [:, j - lag, j] of :func:`window_gram`, for lag >= 0."""
     kernel, count = result.shape[-1], left.shape[1] - lag
     body = max(0, count - (kernel - 1))  # what all windows read
-    total = lagged_products(left, right, lag, body)
+    products = left[:, : left.shape[1] - lag] * right[:, lag:]
+    total = products[:, :body].sum((0, 1), dtype=summing_dtype(left))
     ends = left[:, body:count].to(result.dtype) * right[:, body + lag :].to(result.dtype)
     ends = ends.sum(0)
     for j in range(lag, kernel):
