@@ -21,6 +21,7 @@ from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.fitting.costs import Census, state_bytes
 from sparsessm_plugin.fitting.shapes import Shapes
 from sparsessm_plugin.recipes import load_recipe
+from sparsessm_plugin.recipes.memory import count_memory
 from sparsessm_plugin.recipes.pruning import ModelSource
 
 HERE = Path(__file__).parent
@@ -86,6 +87,7 @@ class Counted:
     :param weights: bytes of all weights, before and after; 8-bit ones with one byte
     :param state: bytes of the cache of a sequence of CONTEXT tokens, before and after
     :param memory: bytes on the GPU while it is pruned
+    :param from_disk: the same with weights on disk
     :param work: products and sums with weights
     :param slow: runtimes that leave their fast kernels
     :param refusing: runtimes that do not load it
@@ -96,6 +98,7 @@ class Counted:
     weights: tuple[float, float]
     state: tuple[float, float]
     memory: float
+    from_disk: float
     work: float
     slow: tuple[str, ...]
     refusing: tuple[str, ...]
@@ -129,6 +132,9 @@ def count(pipeline: Pipeline, skeleton: nn.Module) -> Counted:
     batch = min(_TOKENS, pipeline.batch * pipeline.length)
     work = 2 * tokens * (_MODEL_PASSES * _active(skeleton) + _MIXER_PASSES * mixing)
     work += 6 * steps * batch * mixing
+    from_disk = count_memory(
+        skeleton, recipe.modifiers, pipeline.samples, pipeline.length, pipeline.batch
+    )
     return Counted(
         (N, kept),
         (before[0], after[0]),
@@ -136,6 +142,7 @@ def count(pipeline: Pipeline, skeleton: nn.Module) -> Counted:
         (state_bytes(before, CONTEXT), state_bytes(after, CONTEXT)),
         # weights; what enters and leaves a layer and a mixer, float32; copies of a mixer
         before[1] + 16 * tokens * config.hidden_size + 24 * mixing / len(mixers),
+        from_disk.computing,
         work,
         tuple(name for name, answers in met.items() if answers == {"slow"}),
         tuple(name for name, answers in met.items() if "no" in answers),
@@ -167,9 +174,9 @@ def table(configs: Mapping[str, Mapping[str, Any]]) -> str:
     """A row for each pipeline, and the notes."""
     made = cache(lambda name: skeleton_of(configs[name]))
     lines = [
-        "| checkpoint | recipe | N | parameters | weights | cache | memory | work | time "
-        "| slow | no |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| checkpoint | recipe | N | parameters | weights | cache | memory | from disk | work "
+        "| time | slow | no |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     notes: list[str] = []
     for pipeline in pipelines():
@@ -187,13 +194,18 @@ def row(pipeline: Pipeline, found: Counted) -> str:
         _arrow(found.parameters, lambda n: f"{n / 1e9:.3f} B"),
         _arrow(found.weights, lambda n: f"{n / 1e9:.2f} GB"),
         _arrow(found.state, lambda n: f"{n / 1e6:.1f} MB"),
-        f"{found.memory / 1e9:.0f} GB" if found.memory > 1e10 else f"{found.memory / 1e9:.1f} GB",
+        _gb(found.memory),
+        _gb(found.from_disk),
         f"{found.work / 1e15:.1f} PFLOP",
         f"{max(1, round(found.work / RATE / 60))} min",
         ", ".join(found.slow),
         ", ".join(found.refusing),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _gb(value: float) -> str:
+    return f"{value / 1e9:.0f} GB" if value > 1e10 else f"{value / 1e9:.1f} GB"
 
 
 def _arrow(pair: tuple[float, float], shown: Any) -> str:

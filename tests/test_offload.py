@@ -121,7 +121,7 @@ print(json.dumps("sparsessm_plugin.modifiers" in sys.modules))
 
 def test_shards_are_written_one_by_one_and_load(sparsessm, text_file, tmp_path, monkeypatch):
     """A process without the package loads the shards as the one file of the run in memory."""
-    monkeypatch.setattr("sparsessm_plugin.recipes.pruning._SHARD_OF_DISK", "300KB")
+    monkeypatch.setattr("sparsessm_plugin.recipes.pruning.SHARD_BYTES", 300_000)
     saved(tmp_path / "dense", "granitemoehybrid")
     for place in ("none", "disk"):
         code, _, stderr = sparsessm(

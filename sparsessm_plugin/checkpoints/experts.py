@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from compressed_tensors.offload import set_onload_device
 from compressed_tensors.utils import patch_attr
 from compressed_tensors.utils.match import match_targets
 from llmcompressor.core import active_session
@@ -31,7 +32,9 @@ from transformers.conversion_mapping import (
 )
 from transformers.core_model_loading import PrefixChange, WeightConverter
 
+from sparsessm_plugin.checkpoints.offloading import drop_unused
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.families.in_turn import on_disk
 
 _PACKED = "pack-quantized"
 _IGNORE = '"re:.*[.]experts[.]"'
@@ -72,6 +75,31 @@ def check_experts_of_session(model: nn.Module) -> None:
     check_experts(recipe.modifiers if recipe is not None else (), model)
 
 
+def take_experts_apart(model: Any) -> None:
+    """Do what ``oneshot()`` would, layer by layer, so that no file is left of what is apart.
+
+    :param model: nothing happens to one whose weights are not on disk
+    """
+    if not on_disk(model):
+        return
+    # not onto a GPU: each expert is a piece of one tensor, which would go there as a whole
+    set_onload_device(model, torch.device("cpu"))
+    for name, module in get_non_linearized_moes(model):
+        apart = LinearExperts2D.get_linear_experts_cls(type(module))
+        config = getattr(module, "config", model.config)
+        model.set_submodule(name, apart.from_experts_module(module, config))
+        drop_unused(model)
+
+
+def _pack_experts(model: Any) -> None:
+    if not on_disk(model):
+        repack_moe(model)
+        return
+    for name, module in get_linearized_moes(model):
+        model.set_submodule(name, module.to_experts_module())
+        drop_unused(model)
+
+
 @contextmanager
 def loadable_experts(model: Any, **options: Any) -> Iterator[None]:
     """Within it, ``save_pretrained`` writes experts as stock transformers reads them.
@@ -97,7 +125,7 @@ def loadable_experts(model: Any, **options: Any) -> Iterator[None]:
         return
     for _, module in get_linearized_moes(model):
         _remember_origin(module, model)
-    repack_moe(model)
+    _pack_experts(model)
     if schemes and not all(_is_fp8(scheme) for scheme in schemes.values()):
         with patch_attr(model, "_weight_conversions", _without_experts(model)):
             yield

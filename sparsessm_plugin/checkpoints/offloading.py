@@ -25,6 +25,7 @@ from sparsessm_plugin.errors import SparseSSMError
 
 Offload = Literal["none", "cpu", "disk"]
 OFFLOADS = ("auto", "none", "cpu", "disk")
+SHARD_BYTES = 10**9  # of a file of a result whose weights came from disk; it stands in main memory
 # of memory that is free, for weights; the rest is for what a layer computes, its sums, libraries
 _SHARE_OF_GPU, _SHARE_OF_MEMORY = 0.5, 0.7
 
@@ -46,12 +47,19 @@ def choose_offload(asked: str, weights: int, device: torch.device) -> Offload:
     return "none"
 
 
-def on_disk_options(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``from_pretrained`` is given so that it leaves all weights on disk.
+def load_options(offload: Offload, folder: Path | None) -> dict[str, Any]:
+    """What ``from_pretrained`` is given so that it leaves all weights on disk, if they are to be.
 
+    :param offload: where weights stay
     :param folder: for what the checkpoint does not hold as the model has it, such as experts
-        that are merged, and for all that changes
+        that are merged, and for all that changes; what an earlier model has left there goes
     """
+    if offload != "disk":
+        return {}
+    assert folder is not None, "weights on disk need a folder"
+    for earlier in folder.glob("weights-*"):
+        forget(earlier)
+        shutil.rmtree(earlier, ignore_errors=True)
     place = tempfile.mkdtemp(prefix="weights-", dir=folder)
     return {"device_map": {"": "disk"}, "offload_folder": place, "offload_buffers": True}
 
@@ -86,6 +94,27 @@ def weights_as_loaded() -> Iterator[None]:
 
     with patch_attr(DiskCache, "onload", whole):
         yield
+
+
+def drop_unused(model: nn.Module) -> None:
+    """Remove the files of weights that a model had on disk and has no more.
+
+    compressed-tensors keeps them as long as it runs, those of modules that were replaced too.
+    """
+    caches = [c for m in model.modules() for c in (m._parameters, m._buffers)]
+    on_disk = [cache for cache in caches if isinstance(cache, DiskCache)]
+    used = {id(t) for cache in on_disk for t in cache.offloaded_values.values()}
+    folders = {Path(cache.offload_dir) for cache in on_disk}
+    files = {t: Path(entry["safetensors_file"]) for t, entry in DiskCache.index.items()}
+    needed = {file.resolve() for tensor, file in files.items() if id(tensor) in used}
+    for tensor, file in files.items():
+        if id(tensor) in used or file.parent not in folders:
+            continue
+        behind = file.resolve()  # a link, to the checkpoint or to what was merged from it
+        file.unlink(missing_ok=True)
+        if behind.parent in folders and behind not in needed:
+            behind.unlink(missing_ok=True)
+        del DiskCache.index[tensor]
 
 
 def forget(folder: Path) -> None:

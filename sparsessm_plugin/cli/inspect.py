@@ -23,9 +23,11 @@ def inspect(
     source = source_of(model, trust_remote_code, dtype, "cpu", allow_unused_tensors)
     from sparsessm_plugin.evaluation.components import take_inventory
     from sparsessm_plugin.families import find_mixers
+    from sparsessm_plugin.recipes.memory import read_at_once
 
     find_mixers(source.load_skeleton())  # an unknown model is refused before its weights load
-    inventory = take_inventory(source.load())
+    loaded = source.load()
+    inventory, read = take_inventory(loaded), read_at_once(loaded)
     runtimes = None
     if Path(source.path).is_dir():
         from sparsessm_plugin.checkpoints.runtimes import runtime_support
@@ -33,8 +35,11 @@ def inspect(
         runtimes = list(runtime_support(source.path))
     if as_json:
         support = None if runtimes is None else [asdict(runtime) for runtime in runtimes]
-        print_json({"model": model, "inventory": inventory.to_dict(), "runtimes": support})
+        memory = {"weights": read.weights, "at_once": read.at_once}
+        found = {"inventory": inventory.to_dict(), "memory": memory, "runtimes": support}
+        print_json({"model": model, **found})
         return
     tables.print_inventory(model, inventory)
+    tables.print_memory(read.weights, read.at_once)
     if runtimes is not None:
         tables.print_runtimes(runtimes)

@@ -186,6 +186,14 @@ def _with_sources(runtime: "RuntimeSupport") -> tuple[str, ...]:
     )
 
 
+def print_memory(weights: int, at_once: int) -> None:
+    """Bytes of all weights, and of what is read at once where they are on disk."""
+    out.print(
+        f"weights: {weights:,} bytes; prune --offload disk reads {at_once:,} of them at once",
+        soft_wrap=True,
+    )
+
+
 def print_inventory(name: str, inventory: "Inventory") -> None:
     mixers = inventory.mixers
     families = sorted({adapter.family for adapter in mixers})

@@ -47,9 +47,8 @@ def offloaded(
     needed = _weight_bytes(source, skeleton)
     chosen = choose_offload(asked, needed, source.compute_device)
     whole = recipe.needs_whole_model
-    several = "each of several ranks" if distributed.world_size() > 1 else None
-    reason = several or whole
-    if chosen != "none" and reason is not None:
+    reason = "each of several ranks" if distributed.world_size() > 1 else whole
+    if chosen != "none" and reason is not None and asked != "cpu":  # main memory holds it, too
         if asked != "auto":
             raise SparseSSMError(
                 f"--offload {asked}: {reason} holds the whole model; leave --offload out"

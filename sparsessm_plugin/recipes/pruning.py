@@ -32,7 +32,12 @@ from sparsessm_plugin.checkpoints.loading import (
     load,
     read_checkpoint,
 )
-from sparsessm_plugin.checkpoints.offloading import Offload, keep_offloaded, on_disk_options
+from sparsessm_plugin.checkpoints.offloading import (
+    SHARD_BYTES,
+    Offload,
+    keep_offloaded,
+    load_options,
+)
 from sparsessm_plugin.checkpoints.types import HALVES, note_places
 from sparsessm_plugin.cost import (
     halved,
@@ -194,10 +199,7 @@ class ModelSource:
                     "save_pretrained of transformers writes"
                 )
             check_stored(stored, skeleton, quantized, self.name)
-            options: dict[str, Any] = {}
-            if self.offload == "disk":
-                assert self.offload_folder is not None, "weights on disk need a folder"
-                options = on_disk_options(self.offload_folder)
+            options = load_options(self.offload, self.offload_folder)
             with _library_bars():
                 model, info = load(
                     self.path,
@@ -366,10 +368,12 @@ def _run(
     from llmcompressor import active_session, oneshot
 
     from sparsessm_plugin.calibration.contexts import forget_traces
+    from sparsessm_plugin.checkpoints.experts import take_experts_apart
     from sparsessm_plugin.checkpoints.saving import change_config
 
     try:
         with _library_bars():
+            take_experts_apart(model)
             oneshot(
                 model=model,
                 # the text and not the modifiers: what is saved is then what the user wrote
@@ -437,9 +441,6 @@ def _result(
     )
 
 
-_SHARD_OF_DISK = "1GB"
-
-
 def check_saving(skeleton: Any, tokenizer: Any, folder: Path) -> None:
     """Write what can be written before the work, so that what cannot is known before it.
 
@@ -471,8 +472,7 @@ def save(
     from sparsessm_plugin.checkpoints.types import store_as
 
     with _one_line("model"), _library_bars():
-        # a shard stands in main memory as it is written
-        small = {"max_shard_size": _SHARD_OF_DISK} if on_disk(model) else {}
+        small = {"max_shard_size": SHARD_BYTES} if on_disk(model) else {}
         model.save_pretrained(folder, **small)
         if types:
             store_as(folder, types)
