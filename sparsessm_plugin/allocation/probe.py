@@ -185,11 +185,14 @@ class LayerProbe:
                 reference = self._logits(self._reference)
                 self.is_finite = is_finite(reference)
                 for stream in self._streams:
-                    logits = self._logits(stream).chunk(len(stream.names))
-                    for name, each in zip(stream.names, logits, strict=True):
-                        mask = self._batch.get("attention_mask")
-                        found[name] = _divergence(reference, each, mask)
+                    found |= self._divergences(stream, reference)
         return found
+
+    def _divergences(self, stream: _Stream, reference: Tensor) -> dict[str, float]:
+        logits = self._logits(stream).chunk(len(stream.names))
+        mask = self._batch.get("attention_mask")
+        each = zip(stream.names, logits, strict=True)
+        return {name: _divergence(reference, changed, mask) for name, changed in each}
 
     def _layer_of(self, name: str) -> str:
         return next(layer for layer in self._layers if name.startswith(f"{layer}."))

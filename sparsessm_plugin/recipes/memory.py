@@ -1,7 +1,7 @@
 """What pruning a model holds in memory at most, counted from its shapes alone.
 
-Beside the libraries, which take what they take, and a few buffers: the counts say which sizes fit,
-not the last byte.
+Beside the libraries, a few buffers, and the gradient steps of a removal that reconstructs, which
+take some GB more on a CPU: the counts say which sizes fit, not the last byte.
 """
 
 from collections.abc import Iterable
@@ -120,7 +120,8 @@ def _tried(modifier: Any, mixers: list[Any], hidden: int, vocabulary: int, entry
     kinds = len(mixers[0].projections)
     positions = _ROWS * _LENGTH
     streams = _FLOAT * positions * hidden * (len(mixers) * kinds + 1)
-    predicted = (entry + 2 * _FLOAT) * positions * vocabulary * min(kinds, _TOGETHER)
+    # of all changes of a layer as they come and in float32, and of the model as it is
+    predicted = ((entry + _FLOAT) * min(kinds, _TOGETHER) + _FLOAT) * positions * vocabulary
     inputs = max(adapter.sizes.intermediate_size for adapter in mixers)
     return streams + max(predicted, 3 * 8 * inputs**2)
 
