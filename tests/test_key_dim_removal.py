@@ -90,6 +90,19 @@ with torch.no_grad():
         check_reload(model, saved, more)
 
 
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next"])
+def test_norms_come_back_to_where_the_model_computes(family):
+    """LLM Compressor exchanges them, while its pipeline says where all other modules compute."""
+    model = tiny_model(family)
+    with torch.no_grad():
+        model.model.norm.weight.normal_(0, 0.1)
+    run(model, StateRemovalModifier(keep=4, compensate="none"), pipeline="sequential")
+    places = {
+        name: getattr(m._parameters, "onload_device", None) for name, m in model.named_modules()
+    }
+    assert set(places.values()) == {places["lm_head"]} != {None}, places
+
+
 @pytest.mark.parametrize("recipe", ["state-50", "state-75"])
 def test_builtin_recipes_work_unchanged(recipe):
     model = tiny_model("qwen3_5")

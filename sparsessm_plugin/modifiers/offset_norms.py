@@ -8,12 +8,17 @@ with other weights. And layers that stay when others are removed have other name
 would come back in another layer or nowhere, and one whose name no norm had before, as the query
 norm of an attention layer that follows a removed mixer, would stay exchanged, and be saved as
 1 + weight.
+
+A pipeline lets weights in main memory be copied to the GPU when they are used; the norms that
+were put aside meanwhile would come back without that, and the model could not compute.
 """
 
 from functools import partial
 from typing import Any
 
 import torch
+from compressed_tensors.offload import offload_module
+from compressed_tensors.offload.cache import OffloadCache
 from llmcompressor.modeling.offset_norm import NormCalibrationModule
 from torch import nn
 
@@ -49,10 +54,12 @@ def _norms(model: nn.Module) -> dict[str, nn.Module]:
 
 def _restored(norm: Any, original: Any) -> Any:
     """The norm in the convention and the class that it came with, known to ``norm`` from then."""
-    own, before = norm.weight.detach(), original.weight.detach()
+    own, before, place = norm.weight.detach(), original.weight.detach(), norm._parameters
     exchanged = (1.0 + before.float()).to(own.dtype).to(own.device)
     if not torch.equal(own, exchanged):
         original = type(norm).restore(norm, original)
+    if isinstance(place, OffloadCache) and not isinstance(original._parameters, OffloadCache):
+        offload_module(original, place.onload_device, place.offload_device)
     vars(norm)["restored"] = original
     return original
 
