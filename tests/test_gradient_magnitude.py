@@ -257,11 +257,12 @@ def test_half_precision():
     after = prunable(model)
     assert zeros(after) == round(0.5 * sum(p.numel() for p in after.values()))
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    tuned = {n: p.detach().cpu() for n, p in model.named_parameters()}
     # 25 steps of less than 1e-4: no single one moves a weight near 0.3, whose neighbours lie
     # 1e-3 apart
     moved = [
         (p != before[n]) & (p != 0) & (before[n].abs() > 0.26)
-        for n, p in model.named_parameters()
+        for n, p in tuned.items()
         if "embed" not in n
     ]
     assert sum(int(m.sum()) for m in moved) > 0

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEMO, Loader, batches, state, tiny_model
+from conftest import DEMO, DEVICE, Loader, batches, state, tiny_model
 from llmcompressor import oneshot
 from transformers import AutoTokenizer
 
@@ -62,7 +62,8 @@ def test_fewer_batches_than_are_skipped():
 
 
 def test_rounds_before_stay_and_are_counted():
-    model, steps = tiny_model("mamba"), []
+    # where it computes: what is moved there for the work would go back as it was
+    model, steps = tiny_model("mamba").to(DEVICE), []
 
     def loss_fn(model, batch):
         steps.append(None)

@@ -42,12 +42,12 @@ class Tied(nn.Module):
 
 @pytest.fixture
 def onloading_copies(monkeypatch):
-    """As where a GPU computes with weights in main memory."""
+    """As where a GPU computes with weights in main memory; on one, that is what happens."""
 
     def onload(self, offloaded):
         if offloaded is None:
             return None
-        copy = offloaded.detach().clone()
+        copy = offloaded.detach().to(self.onload_device, copy=True)
         if isinstance(offloaded, nn.Parameter):
             copy = nn.Parameter(copy, offloaded.requires_grad)
         return copy
