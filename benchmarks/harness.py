@@ -310,7 +310,7 @@ def assets() -> Path:
 
 def machine() -> dict[str, str]:
     """Versions and processors."""
-    from sparsessm_plugin.recipes.pruning import versions
+    from sparsessm_plugin.recipes.versions import versions
 
     return {**versions(), "cpu": f"{cpu_name()}, {os.cpu_count()} cores"}
 

@@ -1,6 +1,8 @@
 """Which kernels compute on a device: numba's on a CPU, Triton's on a GPU, plain torch elsewhere."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -51,6 +53,23 @@ def kernels_for(x: Tensor) -> Any:
     name = backend_for(x.device)
     modules = _WITH_GRADIENTS if torch.is_grad_enabled() else BACKENDS
     return import_module(modules[name]) if name in modules else None
+
+
+@contextmanager
+def by_itself(device: torch.device) -> Iterator[None]:
+    """A context for trying kernels out, whatever computation is the first that asks for them.
+
+    A layer whose activations are checkpointed counts the tensors that are saved in it, and must
+    save as many when it is computed again.
+
+    :param device: of the kernels
+    """
+    with (
+        torch.inference_mode(False),
+        torch.autocast(device.type, enabled=False),
+        torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda x: x),
+    ):
+        yield
 
 
 def answers(device: torch.device) -> bool:

@@ -119,7 +119,7 @@ def bench(
     )
     from sparsessm_plugin.families import find_mixers
     from sparsessm_plugin.files import write_json
-    from sparsessm_plugin.recipes.pruning import versions
+    from sparsessm_plugin.recipes.versions import versions
 
     with as_options("--memory"):
         given = None if memory is None else bytes_of(memory)
@@ -209,7 +209,7 @@ def _other_runtime(
     from sparsessm_plugin.evaluation.latency import check_matplotlib, plot_latency
     from sparsessm_plugin.evaluation.runtime_latency import check_runtime, measure_runtime
     from sparsessm_plugin.files import write_json
-    from sparsessm_plugin.recipes.pruning import versions
+    from sparsessm_plugin.recipes.versions import versions
 
     if plot is not None:
         check_matplotlib()

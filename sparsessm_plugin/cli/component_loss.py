@@ -82,7 +82,7 @@ def component_loss(
     from sparsessm_plugin.evaluation.data import calibration_loader
     from sparsessm_plugin.evaluation.latency import check_matplotlib
     from sparsessm_plugin.files import write_json
-    from sparsessm_plugin.recipes.pruning import versions
+    from sparsessm_plugin.recipes.versions import versions
 
     with as_options("--sparsities", "--solver", "--by"):
         check_settings(shares, solver, parts)

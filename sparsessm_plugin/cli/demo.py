@@ -34,7 +34,7 @@ def demo(
     from sparsessm_plugin.progress import shown as bars_shown
     from sparsessm_plugin.recipes.demo import QUICK, Sizes, count_models, run_demo
     from sparsessm_plugin.recipes.demo_picture import plot_demo
-    from sparsessm_plugin.recipes.pruning import versions
+    from sparsessm_plugin.recipes.versions import versions
 
     if plot is not None:
         check_matplotlib()

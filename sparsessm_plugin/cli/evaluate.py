@@ -78,7 +78,7 @@ def evaluate(
     source = source_of(model, trust_remote_code, dtype, device, allow_unused_tensors)
     from sparsessm_plugin.evaluation.components import take_inventory
     from sparsessm_plugin.files import write_json
-    from sparsessm_plugin.recipes.pruning import versions
+    from sparsessm_plugin.recipes.versions import versions
 
     skeleton = source.load_skeleton()
     vocab_size = vocab_size_of(skeleton)

@@ -41,7 +41,7 @@ def export(
         output_directory,
         write_json,
     )
-    from sparsessm_plugin.recipes.pruning import versions
+    from sparsessm_plugin.recipes.versions import versions
 
     choice("--format", format_, FORMATS)
     source = source_of(model, trust_remote_code, dtype, "cpu", allow_unused_tensors)

@@ -57,7 +57,8 @@ def write_result(
     """
     from sparsessm_plugin.evaluation.components import take_inventory
     from sparsessm_plugin.files import REPORT_NAME, list_files, write_json
-    from sparsessm_plugin.recipes.pruning import save, versions
+    from sparsessm_plugin.recipes.pruning import save
+    from sparsessm_plugin.recipes.versions import versions
 
     inventory = take_inventory(pruned.model)
     started = time.perf_counter()

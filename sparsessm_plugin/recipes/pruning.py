@@ -2,7 +2,6 @@
 
 import gc
 import os
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -492,22 +490,3 @@ def _one_line(what: str) -> Iterator[None]:
     except Exception as error:
         said = " ".join(str(error).split())[:400] or type(error).__name__
         raise SparseSSMError(f"cannot save the {what}: {said}") from error
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on, and the machine."""
-    packages = ("sparsessm-plugin", "torch", "transformers", "llmcompressor", "compressed-tensors")
-    found = {name: _version(name) for name in packages}
-    found["python"] = platform.python_version()
-    if torch.cuda.is_available():
-        found["device"] = torch.cuda.get_device_name()
-    else:
-        found["device"] = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return found
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except Exception:
-        return "not installed"

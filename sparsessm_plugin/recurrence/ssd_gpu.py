@@ -10,7 +10,8 @@ and M_ts = exp(l_t - l_s) C_t B_s for s <= t,
     dX_s = sum_t M_ts dy_t + exp(l_end - l_s) B_s G
 
 and so on for B, C and l. Between chunks only states are handed on, forwards or backwards. No two
-programs add to the same number: two runs give the same bits.
+programs add to the same number: two runs give the same bits. One file because the kernels of both
+directions read their inputs with the same functions.
 """
 
 import warnings
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sparsessm_plugin.backends.choice import answers
+from sparsessm_plugin.backends.choice import answers, by_itself
 from sparsessm_plugin.errors import SparseSSMWarning
 from sparsessm_plugin.recurrence import ssd
 from sparsessm_plugin.recurrence.quantities import HeadQuantities
@@ -199,25 +200,18 @@ def _usable(device: torch.device, block_p: int, block_n: int, precision: str) ->
     weight = normal(1, length, H * block_p)
 
     def gradients(scan: Any) -> list[Tensor]:
-        leaves = {name: x.clone().requires_grad_(True) for name, x in own.items()}
-        y = scan(HeadQuantities(**leaves, z=weight))
-        return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), weight)]
+        with by_itself(device), torch.enable_grad():
+            leaves = {name: x.clone().requires_grad_(True) for name, x in own.items()}
+            y = scan(HeadQuantities(**leaves, z=weight))
+            return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), weight)]
 
     try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device.type, enabled=False),
-            # A layer whose activations are checkpointed may be what asks first. It counts the
-            # tensors that are saved in it, and saves as many when it is computed again.
-            torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda x: x),
-        ):
-            pairs = zip(gradients(scan), gradients(ssd.scan), strict=True)
-            apart = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+        pairs = zip(gradients(scan), gradients(ssd.scan), strict=True)
+        apart = max(float((a - b).norm() / b.norm()) for a, b in pairs)
         if not apart < 0.01:
             raise RuntimeError(f"they are {apart:.2g} from plain torch, relative")
-    except torch.OutOfMemoryError:
-        raise  # says nothing of the kernels
+    except torch.OutOfMemoryError:  # says nothing of the kernels
+        raise
     except Exception as error:  # whatever a compiler may fail with
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         kernels = f"Triton's kernels for tiles of {block_p} channels and {block_n} states"
