@@ -22,8 +22,11 @@ from typing import Any, Literal
 import torch
 from harness import Configuration, Experiment, Job, joined, markdown, not_measured
 from pydantic import Field
-from random_checkpoint import config_of, write_checkpoint
+from random_checkpoint import config_of, skeleton_of, write_checkpoint
 from safetensors import safe_open
+
+from sparsessm_plugin.recipes import load_recipe
+from sparsessm_plugin.recipes.memory import count_memory, read_at_once
 
 # What stays in main memory is what has no file behind it: pages of the checkpoint that a layer
 # reads may go at any time, and the largest resident set counts them.
@@ -120,10 +123,20 @@ def run(job: Job) -> Iterator[Any]:
                     if first is not None:
                         row["other_tensors"] = differing(first, result)
                     first = first or result
-                    rows.append({**key, **row})
+                    rows.append({**key, **row, "counted": counted(recipe, config, chosen)})
                 yield rows[-1] if rows else None
             for offload in chosen.offload:
                 shutil.rmtree(place / f"{recipe}-{offload}", ignore_errors=True)
+
+
+def counted(recipe: str, config: Mapping[str, Any], chosen: Fields) -> dict[str, int]:
+    """Bytes that pruning from disk holds, and of the weights at once, by the shapes alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        skeleton = skeleton_of(config, Path(folder))
+    modifiers = load_recipe(recipe).modifiers
+    found = count_memory(skeleton, modifiers, chosen.samples, chosen.length, chosen.batch)
+    read = read_at_once(skeleton)
+    return {"computing": found.computing, "saving": found.saving, "at_once": read.at_once}
 
 
 def changes_of(pairs: list[str]) -> dict[str, Any]:
@@ -189,8 +202,8 @@ def gb(value: float) -> str:
 
 def render(numbers: dict[str, Any], chosen: Fields) -> str:
     """A row a run, and what the modifiers took."""
-    head = ["recipe", "weights", "GPU", "main memory", "of it libraries", "resident", "load"]
-    head += ["prune", "save", "stages of the modifiers", "tensors that differ"]
+    head = ["recipe", "weights", "GPU", "main memory", "of it libraries", "resident"]
+    head += ["counted", "load", "prune", "save", "stages of the modifiers", "tensors that differ"]
     lines = []
     for row in numbers["rows"]:
         stages: Mapping[str, float] = row["stages"]
@@ -209,6 +222,7 @@ def render(numbers: dict[str, Any], chosen: Fields) -> str:
                 gb(row["own_peak"]),
                 gb(row["begin"]),
                 gb(row["resident_peak"]),
+                gb(row["counted"]["computing"]) if row["offload"] == "disk" else "",
                 *(f"{stages[name]:.0f}" for name in ("load", "oneshot", "save")),
                 ", ".join(taken),
                 "" if other is None else str(other),
@@ -220,12 +234,25 @@ def render(numbers: dict[str, Any], chosen: Fields) -> str:
         f"Random weights of the shape of {shape}: {gb(numbers['weights'])} GB in bfloat16. "
         f"{chosen.samples} windows of {chosen.length} tokens, {chosen.batch} at once. Peaks in GB: "
         "GPU, tensors that were allocated; main memory, what has no file behind it; resident, "
-        "with the pages of the checkpoint that stood in memory meanwhile. Seconds by stage. "
+        "with the pages of the checkpoint that stood in memory meanwhile; counted, what the shapes "
+        "say of pruning from disk, beside the libraries. Seconds by stage. "
         "Weights `none` are all on the device; tensors that differ from those of the run above.",
         markdown(head, lines),
         not_measured(numbers),
     )
 
+
+CPU = {
+    "changes": [
+        *("num_hidden_layers=16", "hidden_size=512", "intermediate_size=1024"),
+        *("time_step_rank=32", "vocab_size=16384"),
+    ],
+    "recipes": ["alog-50", "whole-50"],
+    "offload": ["none", "disk"],
+    "samples": 8,
+    "length": 256,
+    "device": "cpu",
+}
 
 EXPERIMENT = Experiment(
     measures="pruning with weights on disk: seconds and peak memory",
@@ -235,8 +262,10 @@ EXPERIMENT = Experiment(
     configuration=Fields,
     run=run,
     render=render,
+    results={"streaming_cpu": CPU},
     quick={
         "": {
+            **CPU,
             "changes": ["num_hidden_layers=2", "hidden_size=128", "intermediate_size=256"],
             "recipes": ["alog-50"],
             "samples": 4,

@@ -91,9 +91,11 @@ class LossMeter:
             return solved.weight
 
         shared = {tensor for tensor, p in by_tensor.items() if p.name in everywhere}
-        with Stage(f"{self._who}: what a loss does", len(projections)) as stage:
+        mixers = {p.mixer for p in projections}
+        who = f"{self._who}: {mixers.pop()}" if len(mixers) == 1 else self._who
+        with Stage(f"{who}: what a loss does", len(projections)) as stage:
             self.probe.try_out(list(by_tensor), pruned, lambda name: stage.advance(), shared)
-        with Stage(f"{self._who}: sparsities", len(projections)) as stage:
+        with Stage(f"{who}: sparsities", len(projections)) as stage:
             for tensor, projection in by_tensor.items():
                 stage.at(projection.name)
                 weight = projection.weight.float()
