@@ -262,7 +262,7 @@ EXPERIMENT = Experiment(
     configuration=Fields,
     run=run,
     render=render,
-    results={"streaming_cpu": CPU},
+    results={},
     quick={
         "": {
             **CPU,

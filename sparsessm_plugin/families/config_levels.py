@@ -6,10 +6,15 @@ Works on transformers configs and on the mapping that a config.json holds, and i
 from collections.abc import Mapping
 from typing import Any
 
+from sparsessm_plugin.errors import SparseSSMError
+
 # what composite models call the config of their language model
 NESTED = ("text_config", "llm_config", "language_config", "decoder", "generator")
 
 Path = tuple[str, ...]
+
+# Of published models none has a tenth of it, and even an empty model of this many takes a second.
+_MOST_LAYERS = 2048
 
 
 def language_levels(config: Any) -> dict[Path, Any]:
@@ -56,3 +61,21 @@ def holds(level: Any, field: str) -> bool:
 def get_field(level: Any, field: str) -> Any:
     """The value of a field of a level."""
     return level[field] if isinstance(level, Mapping) else getattr(level, field)
+
+
+def check_layers(fields: Mapping[str, Any], model: str) -> None:
+    """Refuse a config that states, on any level, more layers than any model has.
+
+    :param fields: of the config
+    :param model: its name, for the message
+    :raises SparseSSMError: stating how many
+    """
+    layers = fields.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise SparseSSMError(
+            f"{model}: config.json states num_hidden_layers: {layers}; models of at most "
+            f"{_MOST_LAYERS} layers are loaded"
+        )
+    for inner in fields.values():
+        if isinstance(inner, Mapping):
+            check_layers(inner, model)

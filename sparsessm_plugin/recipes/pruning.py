@@ -46,7 +46,7 @@ from sparsessm_plugin.cost import (
     with_index,
 )
 from sparsessm_plugin.errors import SparseSSMError, SparseSSMWarning, cut
-from sparsessm_plugin.families.config_levels import language_field
+from sparsessm_plugin.families.config_levels import check_layers, language_field
 from sparsessm_plugin.families.in_turn import on_disk
 from sparsessm_plugin.recipes import CheckedRecipe
 
@@ -103,10 +103,10 @@ class ModelSource:
                     "merge_and_unload(), and give the folder of the merged model"
                 )
             # before a config is made of it, which may list all its layers
-            _check_layers(PretrainedConfig.get_config_dict(self.path)[0], self.name)
+            check_layers(PretrainedConfig.get_config_dict(self.path)[0], self.name)
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
             named = getattr(config.get_text_config(), "num_hidden_layers", None)  # as n_layer, say
-            _check_layers({"num_hidden_layers": named}, self.name)
+            check_layers({"num_hidden_layers": named}, self.name)
             with torch.device("meta"):
                 model: nn.Module = auto_class(config).from_config(
                     config, trust_remote_code=self.trust_remote_code
@@ -226,23 +226,6 @@ def _vocabularies(tokenizer: Any) -> tuple[str, ...]:
     if tokenizer is None:
         return ("tokenizer.json", "tokenizer.model")
     return tuple(sorted(getattr(tokenizer, "vocab_files_names", {}).values()))
-
-
-# Of published models none has a tenth of it, and even an empty model of this many takes a second.
-_MOST_LAYERS = 2048
-
-
-def _check_layers(fields: Mapping[str, Any], model: str) -> None:
-    """Refuse a config that states, on any level, more layers than any model has."""
-    layers = fields.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > _MOST_LAYERS:
-        raise SparseSSMError(
-            f"{model}: config.json states num_hidden_layers: {layers}; models of at most "
-            f"{_MOST_LAYERS} layers are loaded"
-        )
-    for inner in fields.values():
-        if isinstance(inner, Mapping):
-            _check_layers(inner, model)
 
 
 class _model_errors:
