@@ -11,17 +11,20 @@ from conftest import (
     check_reload,
     logits_beside,
     same_logits,
+    state,
     tiny_model,
+    with_images,
 )
 from llmcompressor import active_session, oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import sparsessm_plugin
 from sparsessm_plugin import SparseGPTQModifier
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.modifiers.conflicts import check_modifiers
 from sparsessm_plugin.recipes import parse_recipe
 
 IGNORE = ["lm_head", "re:.*dt_proj$"]
@@ -363,3 +366,48 @@ def test_packed_zamba_is_loaded_by_load(tmp_path):
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
         assert same_logits(logits_beside(loaded, expected, ids), expected)
+
+
+@pytest.mark.parametrize("kind", [SparseGPTQModifier, GPTQModifier])
+def test_an_encoder_that_no_text_reaches_is_not_quantized(kind):
+    """Its scales would be whatever the memory held."""
+    model = with_images()
+    before = state(model)
+    modifier = kind(targets=["Linear"], ignore=["lm_head"], scheme="W8A8")
+    refused = r'beside the language model.*"re:\.\*visual\[\.\]"'
+    ours = kind is SparseGPTQModifier
+    with pytest.raises(SparseSSMError, match=refused):
+        run(model, modifier) if ours else check_modifiers([modifier], model)
+    assert all(torch.equal(before[name], value) for name, value in state(model).items())
+    # rounding to the nearest asks for no data
+    to_nearest = QuantizationModifier(targets=["Linear"], ignore=["lm_head"], scheme="W8A8")
+    check_modifiers([to_nearest], model)
+
+
+def test_a_language_model_beside_an_encoder_is_quantized(tmp_path):
+    model = with_images()
+    encoder = {n: v for n, v in state(model).items() if "visual" in n}
+    ignore = ["lm_head", "re:.*visual[.]"]
+    run(model, SparseGPTQModifier(targets=["Linear"], ignore=ignore, scheme="W8A8"))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    ids = torch.randint(1, 80, (1, 9))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    found = again.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in encoder.items())
+
+
+def test_a_weight_that_no_data_has_reached_is_named():
+    """An expert that nothing was routed to, for example."""
+    model = tiny_model("qwen3_5")
+    mlp = model.model.layers[0].mlp
+
+    class NotTaken(type(mlp)):
+        def forward(self, x):
+            return x
+
+    mlp.__class__ = NotTaken
+    modifier = SparseGPTQModifier(targets=["Linear"], ignore=["lm_head"], scheme="W8A8")
+    with pytest.raises(SparseSSMError, match=r"no calibration data has reached model\.layers\.0"):
+        run(model, modifier)

@@ -42,6 +42,23 @@ def never_called(model: nn.Module) -> dict[str, str]:
     return {f"{name}.{part}": part for name, _ in iter_mixers(model) for part in _NEVER_CALLED}
 
 
+def encoder_prefix(model: Any, name: str) -> str | None:
+    """The part beside a language model in which a module stands: its name, None for the others.
+
+    :param model: of transformers
+    :param name: of a module
+    """
+    base = getattr(model, "base_model", model)
+    language = getattr(base, "language_model", None)
+    if language is None:
+        return None
+    prefix = f"{model.base_model_prefix}." if base is not model else ""
+    if not name.startswith(prefix):
+        return None
+    child = name.removeprefix(prefix).partition(".")[0]
+    return None if getattr(base, child, language) is language else child
+
+
 def check_quantized(modifier: Any, model: nn.Module, who: str | None = None) -> None:
     """Refuse targets that cannot be calibrated, or that do not fit the group size.
 
@@ -54,8 +71,15 @@ def check_quantized(modifier: Any, model: nn.Module, who: str | None = None) -> 
     check_not_quantized(model)
     who = who or type(modifier).__name__
     inside, routers = never_called(model), router_names(model)
+    by_data = getattr(modifier, "requires_calibration_data", True)
     _check_shared(modifier, model)
     for name, (module, args) in quantized_weights(modifier, model).items():
+        beside = encoder_prefix(model, name) if by_data else None
+        if beside is not None:
+            raise SparseSSMError(
+                f"{who}: {name} would be quantized, but it stands beside the language model, where "
+                f'no text comes by, so it cannot be calibrated; add "re:.*{beside}[.]" to ignore'
+            )
         if name in routers:
             raise SparseSSMError(
                 f"{who}: {name} would be quantized, but it chooses experts: a rounded score sends "

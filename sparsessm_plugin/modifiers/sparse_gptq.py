@@ -111,6 +111,7 @@ class SparseGPTQModifier(GPTQModifier):
     _shared: list[list[Any]] = PrivateAttr(default_factory=list)
     _pooled: dict[int, tuple[Tensor, Tensor]] = PrivateAttr(default_factory=dict)
     _done: set[int] = PrivateAttr(default_factory=set)
+    _seen: set[int] = PrivateAttr(default_factory=set)
     _batches: CalibrationBatches | None = PrivateAttr(default=None)
 
     def __init__(self, **fields: Any):
@@ -160,6 +161,7 @@ class SparseGPTQModifier(GPTQModifier):
         if self._pooled:  # of layers that were never called
             self._done |= {id(module) for group in self._shared for module in group}
             self.compress_modules()
+        self._check_seen(state.model)
         super().on_calibration_end(state, event, **kwargs)
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -187,6 +189,7 @@ class SparseGPTQModifier(GPTQModifier):
             distributed.fail(error)
             self.release()
             raise
+        self._seen.add(id(module))
         super().calibrate_module(module, args, _output)
 
     def check_model(self, model: nn.Module) -> None:
@@ -235,6 +238,22 @@ class SparseGPTQModifier(GPTQModifier):
                 error = SparseSSMError(
                     f"{self._module_names[module]}: the Hessian of its inputs holds NaN or "
                     f"infinite values, which have overflowed; {self._in_memory()}"
+                )
+                distributed.fail(error)
+                self.release()
+                raise error
+
+    def _check_seen(self, model: nn.Module) -> None:
+        """Refuse a weight that no calibration data has reached: its scales were never set."""
+        for group in self._shared:
+            ids = {id(module) for module in group}
+            if ids & self._seen:
+                self._seen |= ids
+        for name, (module, _) in quantized_weights(self, model).items():
+            if id(module) not in self._seen:
+                error = SparseSSMError(
+                    f"{type(self).__name__}: no calibration data has reached {name}, so it cannot "
+                    f"be quantized; give more text, or add {name!r} to ignore. {self._in_memory()}"
                 )
                 distributed.fail(error)
                 self.release()
