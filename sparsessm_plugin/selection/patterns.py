@@ -45,6 +45,9 @@ class Unstructured:
         if count == 0 or scores.numel() == 0:
             return torch.zeros_like(scores, dtype=torch.bool)
         threshold = flat.kthvalue(count, dim=1, keepdim=True).values
+        chosen = flat <= threshold
+        if bool((chosen.sum(dim=1) == count).all()):  # nothing ties with the last that is chosen
+            return chosen.reshape(scores.shape)
         below = flat < threshold
         ties = flat == threshold
         free = count - below.sum(dim=1, keepdim=True)  # places left for the ties
