@@ -62,6 +62,21 @@ RECIPES = {
 }
 
 
+@pytest.mark.parametrize(("stored", "dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_weights_are_read_in_the_type_that_is_asked_for(
+    sparsessm, text_file, tmp_path, stored, dtype
+):
+    saved(tmp_path / "dense", "falcon_mamba", getattr(torch, stored))
+    for place in ("none", "disk"):
+        code, _, stderr = sparsessm(
+            *("prune", tmp_path / "dense", "--recipe", "alog-50", "--calibration", text_file),
+            *(*SHORT, "--dtype", dtype, "--offload", place, "--output", tmp_path / place),
+        )
+        assert code == 0, stderr
+    found = [bytes_of(tmp_path / place) for place in ("none", "disk")]
+    assert found[0]["model.safetensors"] == found[1]["model.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("family", "recipe"), [(family, name) for name, own in RECIPES.items() for family in own]
 )

@@ -91,6 +91,7 @@ class Fields(Configuration):
     length: int = Field(512, description="tokens a window")
     batch: int = Field(4, description="windows a forward pass")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where")
+    dtype: Literal["auto", "float32"] = Field("auto", description="that weights are loaded in")
     folder: str = Field("", description="for the checkpoint and results; default a temporary one")
     seed: int = Field(0, description="of the weights")
 
@@ -133,6 +134,8 @@ def counted(recipe: str, config: Mapping[str, Any], chosen: Fields) -> dict[str,
     """Bytes that pruning from disk holds, and of the weights at once, by the shapes alone."""
     with tempfile.TemporaryDirectory() as folder:
         skeleton = skeleton_of(config, Path(folder))
+    if chosen.dtype == "float32":
+        skeleton.float()
     modifiers = load_recipe(recipe).modifiers
     found = count_memory(skeleton, modifiers, chosen.samples, chosen.length, chosen.batch)
     read = read_at_once(skeleton)
@@ -160,6 +163,7 @@ def prune(recipe: str, offload: str, place: Path, chosen: Fields) -> dict[str, A
     command += ["--recipe", recipe, "--calibration", str(place / "text.txt")]
     command += ["--num-samples", str(chosen.samples), "--max-seq-length", str(chosen.length)]
     command += ["--batch-size", str(chosen.batch), "--device", chosen.device]
+    command += ["--dtype", chosen.dtype]
     command += ["--offload", offload, "--output", str(output), "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -231,7 +235,8 @@ def render(numbers: dict[str, Any], chosen: Fields) -> str:
     shape = ", ".join([chosen.model, *chosen.changes])
     return joined(
         "# Pruning with weights on disk",
-        f"Random weights of the shape of {shape}: {gb(numbers['weights'])} GB in bfloat16. "
+        f"Random weights of the shape of {shape}: {gb(numbers['weights'])} GB in bfloat16"
+        f"{', loaded in float32' * (chosen.dtype == 'float32')}. "
         f"{chosen.samples} windows of {chosen.length} tokens, {chosen.batch} at once. Peaks in GB: "
         "GPU, tensors that were allocated; main memory, what has no file behind it; resident, "
         "with the pages of the checkpoint that stood in memory meanwhile; counted, what the shapes "
@@ -254,6 +259,17 @@ CPU = {
     "device": "cpu",
 }
 
+# in main memory weights of the stored type are pages of the checkpoint, those of another are not
+CPU_FLOAT32 = {
+    **CPU,
+    "changes": [
+        *("num_hidden_layers=24", "hidden_size=1024", "intermediate_size=2048"),
+        *("time_step_rank=64", "vocab_size=16384"),
+    ],
+    "recipes": ["alog-50"],
+    "dtype": "float32",
+}
+
 EXPERIMENT = Experiment(
     measures="pruning with weights on disk: seconds and peak memory",
     device="CPU or GPU",
@@ -262,7 +278,7 @@ EXPERIMENT = Experiment(
     configuration=Fields,
     run=run,
     render=render,
-    results={},
+    results={"streaming_cpu": CPU, "streaming_cpu_float32": CPU_FLOAT32},
     quick={
         "": {
             **CPU,

@@ -79,17 +79,18 @@ def weights_as_loaded() -> Iterator[None]:
     """Let weights that are read from disk be multiplied as those in memory are, to the last bit.
 
     compressed-tensors gives a view of the file's bytes for a parameter. Of such a view torch does
-    not see that it wants gradients once it is transposed, and multiplies in other steps.
+    not see that it wants gradients once it is transposed, and multiplies in other steps. Where the
+    file's type is another one it gives a tensor that is no parameter.
     """
     onload = DiskCache.onload
 
     @wraps(onload)
     def whole(self: DiskCache, offloaded: Tensor | None) -> Tensor | None:
         read = onload(self, offloaded)
-        if not isinstance(read, nn.Parameter):
+        if read is None or not isinstance(offloaded, nn.Parameter):
             return read
-        weight = nn.Parameter(read.data, read.requires_grad)
-        weight.__dict__.update(read.__dict__)
+        weight = nn.Parameter(read.data, offloaded.requires_grad)
+        weight.__dict__.update(offloaded.__dict__)
         return weight
 
     with patch_attr(DiskCache, "onload", whole):

@@ -85,7 +85,7 @@ def round_weights(model: Any, types: Mapping[str, torch.dtype]) -> None:
         if weight.dtype != torch.float32 or weight.is_meta:
             continue
         rounded = weight.to(kind).to(weight.dtype)
-        if torch.isfinite(rounded).all():
+        if torch.isfinite(rounded).all() and not torch.equal(rounded, weight):
             update_offload_parameter(module, leaf, rounded)
 
 
