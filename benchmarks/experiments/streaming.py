@@ -242,8 +242,8 @@ def render(numbers: dict[str, Any], chosen: Fields) -> str:
         f"{chosen.samples} windows of {chosen.length} tokens, {chosen.batch} at once. Peaks in GB: "
         "GPU, tensors that were allocated; main memory, what has no file behind it; resident, "
         "with the pages of the checkpoint that stood in memory meanwhile; counted, what the shapes "
-        "say of pruning from disk, beside the libraries, while it computes / while it saves, a file of "
-        "1 GB in main memory. Seconds by stage. "
+        "say of pruning from disk, beside the libraries, while it computes / while it saves, a "
+        "file of 1 GB in main memory. Seconds by stage. "
         "Weights `none` are all on the device; tensors that differ from those of the run above.",
         markdown(head, lines),
         not_measured(numbers),
