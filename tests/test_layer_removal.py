@@ -11,6 +11,7 @@ from conftest import (
     VOCAB,
     batches,
     fresh_process,
+    may_be_off,
     run,
     state,
     tiny_model,
@@ -421,7 +422,7 @@ def saved(tmp_path_factory):
         expected = {"ids": ids, "logits": logits(model, ids), "tokens": tokens}
         # experts that LLM Compressor has taken apart round otherwise than packed ones
         apart = any(".experts" in name for name, _ in model.named_parameters())
-        expected["tolerance"] = 1e-6 if apart else 0.0
+        expected["tolerance"] = may_be_off(expected["logits"], 1e-6 if apart else 0.0)
         torch.save(expected, root / family / "expected.pt")
         indices = {m.layer_idx: n for n, m in model.named_modules() if hasattr(m, "layer_idx")}
         reports[family] = modifier.report(), sorted(i for i in indices if i is not None and i >= 0)
