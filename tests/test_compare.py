@@ -207,8 +207,9 @@ def test_bad_arguments(refused, tmp_path, arguments, message):
 
 def test_a_model_that_a_recipe_does_not_fit(refused, tmp_path):
     tiny_model("mamba2").save_pretrained(tmp_path / "model")
-    options = ("--recipes", "alog-50", "--calibration", "a.txt", "--text", "a.txt")
+    options = ("--recipes", "state-50,mine=alog-50", "--calibration", "a.txt", "--text", "a.txt")
     message = refused("compare", tmp_path / "model", *options, "--output", tmp_path / "out")
+    assert "mine: SparseSSMModifier: A_log of" in message
     assert "has one entry a head" in message
 
 

@@ -116,7 +116,8 @@ def compare(
         with of_option("--recipes"):
             recipe = load_recipe(where)
         recipe.check_data(calibration)
-        recipe.check_model(skeleton)
+        with of_option(label):  # which of them
+            recipe.check_model(skeleton)
         chosen[label] = (where, recipe.text)
         runs += [(label, seed) for seed in (numbers if recipe.reads_data else numbers[:1])]
     # only to find out now what would fail later
