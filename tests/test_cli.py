@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import DEMO, EXPERTS, VOCAB, saved_tiny_model, tiny_model
+from conftest import DEMO, DEVICE, EXPERTS, VOCAB, saved_tiny_model, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -73,7 +73,9 @@ def test_tensors_keep_the_type_in_which_they_are_stored(sparsessm, text_file, tm
     samples = windows(tokenize(read_texts(text_file), tokenizer), 64, "text")
     found = evaluate_perplexity(AutoModelForCausalLM.from_pretrained(out), samples, 4).to_dict()
     report = json.loads((out / "sparsessm_report.json").read_text())
-    assert report["perplexity"]["after"] == found
+    after = report["perplexity"]["after"]
+    exact = DEVICE == "cpu"  # a GPU's sums may differ in their last bits
+    assert after == found if exact else after == pytest.approx(found, rel=1e-5)
     # and who asks for a type gets it
     code, _, _ = sparsessm(*run, "--output", out, *SHORT, "--dtype", "float32")
     assert code == 0

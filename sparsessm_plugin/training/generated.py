@@ -52,7 +52,8 @@ class Writer:
         self.tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
         self._given = torch.ones(rows, 1, dtype=torch.long, device=device)
         self._position = torch.zeros(1, dtype=torch.long, device=device)
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._seed = seed
+        self._generator = self._new_generator()
         self.cache = _empty_cache(model, self.tokens[:1, :1], rows, length)
         self._graph = self._capture() if device.type == "cuda" else None
 
@@ -93,6 +94,9 @@ class Writer:
                     if isinstance(each, Tensor):
                         each.zero_()
 
+    def _new_generator(self) -> torch.Generator:
+        return torch.Generator(self.tokens.device).manual_seed(self._seed)
+
     def _capture(self) -> Any:
         """A step as a CUDA graph; None where the model waits for the GPU inside of one."""
         device = self.tokens.device
@@ -113,6 +117,7 @@ class Writer:
             raise
         except RuntimeError as error:
             logger.debug(f"a decode step is not captured: {str(error).partition(chr(10))[0]}")
+            self._generator = self._new_generator()  # the old one may still wait for the capture
             return None
         return graph
 
