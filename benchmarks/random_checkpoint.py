@@ -77,7 +77,7 @@ def _pieces(model: Any) -> Iterator[tuple[list[str], list[nn.Module]]]:
     layers = {
         f"{path}.{child}": layer
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and ".layers." not in f".{path}."
+        if isinstance(module, nn.ModuleList) and ".layers." not in f".{path}"
         for child, layer in module.named_children()
     }
     held = list(model.state_dict())
@@ -87,8 +87,7 @@ def _pieces(model: Any) -> Iterator[tuple[list[str], list[nn.Module]]]:
         yield names, list(layer.modules())
     within = {id(m) for layer in layers.values() for m in layer.modules()}
     for path, module in model.named_modules():
-        own = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
-        own = [name for name in own if name not in tied]
+        own = [n for n in held if n.rpartition(".")[0] == path and n not in tied]
         if id(module) not in within and own:
             yield own, [module]
 

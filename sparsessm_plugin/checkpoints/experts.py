@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from compressed_tensors.offload import set_onload_device
+from compressed_tensors.offload import disable_offloading, set_onload_device
 from compressed_tensors.utils import patch_attr
 from compressed_tensors.utils.match import match_targets
 from llmcompressor.core import active_session
@@ -87,7 +87,9 @@ def take_experts_apart(model: Any) -> None:
     for name, module in get_non_linearized_moes(model):
         apart = LinearExperts2D.get_linear_experts_cls(type(module))
         config = getattr(module, "config", model.config)
-        model.set_submodule(name, apart.from_experts_module(module, config))
+        with disable_offloading():  # what holds all of a layer's experts is read once
+            experts = apart.from_experts_module(module, config)
+        model.set_submodule(name, experts)
         drop_unused(model)
 
 
