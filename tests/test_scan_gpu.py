@@ -130,8 +130,7 @@ def test_chunks_hand_their_states_on(count, pruned_value, monkeypatch):
     """Slow transitions, so that a chunk still feels the ones before it; the last one is short."""
     gpu = import_module(MODULE)
     length = 27
-    chunk = gpu.STEPS * -(-length // (gpu.STEPS * count))
-    monkeypatch.setattr(gpu, "_chunk", lambda length, wanted: chunk)
+    monkeypatch.setattr(gpu, "_chunk", lambda length, wanted: -(-length // count))
     q = random_quantities(2, length, 3, 2)
     q.A, q.dt = q.A * 0.01, q.dt * 3
     compare(q, StatisticsRequest(True, True, pruned_value), 1e-5)
@@ -180,7 +179,7 @@ def test_no_value_moves_through_shared_memory_on_hopper(kernel, states, tmp_path
     fixed |= dict.fromkeys(("ENERGY", "TRANSITION", "PER_STEP", "MASKED", "UNEVEN"), False)
     fixed |= {
         "default": {"ERROR": 1},
-        "frequency": {"ENERGY": True, "PER_STEP": True, "SEQUENCES": gpu.SEQUENCES, "STEPS": 1},
+        "frequency": {"ENERGY": True, "PER_STEP": True, "SEQUENCES": gpu.SEQUENCES},
         "kept": {"KEEP": gpu.STEPS},
         "ends": {"ERROR": 1},
     }.get(kernel, {})

@@ -28,7 +28,7 @@ from sparsessm_plugin.recurrence.statistics import ScanStatistics
 WARP = 32
 HELD, MOST_HELD = 4, 16  # states that a thread keeps
 LANES = 4  # of a channel until threads keep the most: channels that lie together are read together
-STEPS = 8  # whose inputs are loaded at once, while the steps before are computed
+STEPS = 4  # whose inputs are loaded at once, while the steps before are computed
 SEQUENCES = 4  # that a program takes at once where every step has sums of its own
 WARPS = 20  # for each multiprocessor that a launch should have
 SHORTEST = 16  # steps of the shortest chunk: loading and storing a state must pay off
@@ -147,7 +147,9 @@ class _Work:
         self.options = {**tiling, "num_warps": 1}
         self.blocks = triton.cdiv(self.channels, tiling["BLOCK_D"])
         programs = self.blocks * (self.batch // sequences)
-        self.chunk = _chunk(self.length, warps * _processors(self.device) // programs)
+        self.steps = max(STEPS, tiling["LANES"])
+        wanted = warps * _processors(self.device) // programs
+        self.chunk = self.steps * triton.cdiv(_chunk(self.length, wanted), self.steps)
         self.chunks = triton.cdiv(self.length, self.chunk)
         self.sizes = (self.length, self.chunk, self.chunks, self.channels, self.N)
 
@@ -178,7 +180,7 @@ class _Work:
                     *between,
                     *self.sizes,
                     ERROR=error_mode,
-                    STEPS=STEPS,
+                    STEPS=self.steps,
                     **self.options,
                 )
                 _hand_on[(self.blocks, self.batch)](
@@ -197,8 +199,9 @@ def _run(
     request = statistics.request if statistics is not None else None
     error_mode = _ERROR_MODES[request.output_error if request is not None else None]
     per_step = request is not None and request.per_step
-    sequences, steps = (len(q.u), 1) if per_step else (1, STEPS)
+    sequences = len(q.u) if per_step else 1
     work = _Work(q, sequences=sequences)
+    steps = work.options["LANES"] if per_step else work.steps
     y = work.room(work.batch, work.length, work.channels, dtype=gated or torch.float32)
     z = by_rows(q.z.detach())
     kept = work.room(work.batch, work.length // every, work.N, work.channels) if every else y
@@ -230,7 +233,7 @@ def _run(
             TRANSITION="transition" in sums,
             PER_STEP=per_step,
             MASKED=q.mask is not None,
-            KEEP=0 if not every else STEPS if every % STEPS == 0 else 1,
+            KEEP=0 if not every else steps if every % steps == 0 else 1,
             UNEVEN=work.length % steps != 0,
             SEQUENCES=sequences,
             STEPS=steps,
@@ -257,12 +260,9 @@ def _tiling(states: int) -> dict[str, int]:
 
 
 def _chunk(length: int, wanted: int) -> int:
-    """Steps a chunk, so that about so many are made, all of one length but the last.
-
-    :return: a multiple of :data:`STEPS`
-    """
+    """Steps a chunk, so that about so many are made, all of one length but the last."""
     chunks = max(1, min(wanted, length // SHORTEST))
-    return STEPS * triton.cdiv(length, chunks * STEPS)
+    return triton.cdiv(length, chunks)
 
 
 @cache
@@ -275,37 +275,24 @@ def _processors(device: torch.device) -> int:
 # -- kernels -----------------------------------------------------------------------------
 #
 # Shapes in memory: u, dt, y (b, L, D), and z, whose rows are z_width apart; A (N, D); BC
-# (b, L, 2, BLOCK_N); states and sums (..., N, D). In registers (HELD, WARP), a thread a column,
+# (b, L, 2, BLOCK_N); states and sums (..., N, D). In registers (HELD, WARP): a thread is a column,
 # which has HELD states of a channel; columns first count channels, then lanes. What lies outside
-# of N and D is zero and stays.
+# of N and D is zero and stays. What has no states is loaded for LANES steps at once, (WARP,), each
+# lane one of them, so that no lane computes what another has.
 
 
 @triton.jit
 def _tile(A, channels, states, LANES: tl.constexpr, HELD: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The channel d of each column, states n, where entries lie in (N, D), and A log2(e)."""
+    """Channel d and lane of each column, states n, where entries lie in (N, D), and A log2(e)."""
     column = tl.arange(0, LANES * BLOCK_D)
     d = tl.program_id(0) * BLOCK_D + column % BLOCK_D
-    n = (column // BLOCK_D * HELD)[None, :] + tl.arange(0, HELD)[:, None]
+    lane = column // BLOCK_D
+    n = (lane * HELD)[None, :] + tl.arange(0, HELD)[:, None]
     d_in = d < channels
     inside = (n < states) & d_in[None, :]
     entry = n * channels + d[None, :]
     a = tl.load(A + entry, mask=inside, other=0.0) * LOG2_E
-    return d, d_in, n, inside, entry, a
-
-
-@triton.jit
-def _to_columns(row, LANES: tl.constexpr, HELD: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What each column reads of a row (BLOCK_N,) in memory; a thread's states lie together."""
-    n = tl.arange(0, LANES)[None, :] * HELD + tl.arange(0, HELD)[:, None]
-    values = tl.broadcast_to(tl.load(row + n)[:, :, None], (HELD, LANES, BLOCK_D))
-    return tl.reshape(values, (HELD, LANES * BLOCK_D))
-
-
-@triton.jit
-def _over_lanes(x, LANES: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The sum over a channel's columns, in each of them."""
-    total = tl.sum(tl.reshape(x, (LANES, BLOCK_D)), axis=0)[None, :]
-    return tl.reshape(tl.broadcast_to(total, (LANES, BLOCK_D)), (LANES * BLOCK_D,))
+    return d, lane, d_in, n, inside, entry, a
 
 
 @triton.jit
@@ -314,26 +301,73 @@ def _load(
     width,
     last,
     d,
+    lane,
     d_in,
     sequence,
     SEQUENCES: tl.constexpr,
     STEPS: tl.constexpr,
-    UNEVEN: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """Rows of the next steps, of each the sequences', as they lie in memory.
+    """The next steps of some sequences, as they lie in memory: (WARP,) for every LANES steps.
 
     :param width: from one row to the next
     :param last: the last row that there is, from x on
     :param sequence: from one sequence to the next
     """
     rows = tl.tuple(())
-    for i in tl.static_range(STEPS):
-        row = i * width
-        if UNEVEN:
-            row = tl.minimum(i, last) * width
+    for i in tl.static_range(0, STEPS, LANES):
+        at = tl.minimum(i + lane, last) * width + d
         for s in tl.static_range(SEQUENCES):
-            rows += (tl.load(x + s * sequence + row + d, mask=d_in, other=0.0),)
+            rows += (tl.load(x + s * sequence + at, mask=d_in, other=0.0),)
     return rows
+
+
+@triton.jit
+def _of_lane(x, lane: tl.constexpr, LANES: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What one lane has of (WARP,), in all of its channel."""
+    if LANES == 1:
+        return x
+    which = tl.full((LANES, BLOCK_D), lane, tl.int32)
+    return tl.reshape(tl.gather(tl.reshape(x, (LANES, BLOCK_D)), which, 0), (LANES * BLOCK_D,))
+
+
+@triton.jit
+def _load_BC(
+    BC,
+    last,
+    rows,
+    SEQUENCES: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
+    HELD: tl.constexpr,
+):
+    """B, then C of each of the next steps of some sequences, (HELD, LANES); see :func:`_load`."""
+    found = tl.tuple(())
+    for i in tl.static_range(STEPS):
+        for s in tl.static_range(SEQUENCES):
+            row = BC + (tl.minimum(i, last) + s * rows) * (2 * LANES * HELD)
+            found += (_load_row(row, LANES, HELD), _load_row(row + LANES * HELD, LANES, HELD))
+    return found
+
+
+@triton.jit
+def _load_row(row, LANES: tl.constexpr, HELD: tl.constexpr):
+    """(HELD, LANES) of a row (BLOCK_N,) in memory; a lane's states lie together."""
+    return tl.load(row + tl.arange(0, LANES)[None, :] * HELD + tl.arange(0, HELD)[:, None])
+
+
+@triton.jit
+def _to_columns(x, LANES: tl.constexpr, HELD: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What each column has of (HELD, LANES)."""
+    x = tl.broadcast_to(x[:, :, None], (HELD, LANES, BLOCK_D))
+    return tl.reshape(x, (HELD, LANES * BLOCK_D))
+
+
+@triton.jit
+def _over_lanes(x, LANES: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The sum of (WARP,) over a channel's lanes, in each of them."""
+    total = tl.sum(tl.reshape(x, (LANES, BLOCK_D)), axis=0)[None, :]
+    return tl.reshape(tl.broadcast_to(total, (LANES, BLOCK_D)), (LANES * BLOCK_D,))
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -358,33 +392,39 @@ def _end_chunks(
 ):
     """The state every chunk but the last ends in from a zero state, and its sum of dt."""
     BLOCK_N: tl.constexpr = LANES * HELD
-    d, d_in, _, inside, entry, a = _tile(A, channels, states, LANES, HELD, BLOCK_D)
+    d, lane, d_in, _, inside, entry, a = _tile(A, channels, states, LANES, HELD, BLOCK_D)
     first = tl.program_id(2).to(tl.int64) * length + tl.program_id(1) * chunk
 
     h = tl.zeros_like(a)
     h_pruned = tl.zeros_like(a)
     total = tl.zeros((LANES * BLOCK_D,), tl.float32)
-    xs = _load(u + first * channels, channels, 0, d, d_in, 0, 1, STEPS, False)
-    deltas = _load(dt + first * channels, channels, 0, d, d_in, 0, 1, STEPS, False)
+    at = first * channels
+    xs = _load(u + at, channels, chunk, d, lane, d_in, 0, 1, STEPS, LANES)
+    deltas = _load(dt + at, channels, chunk, d, lane, d_in, 0, 1, STEPS, LANES)
+    BC += first * (2 * BLOCK_N)
     for step in range(0, chunk, STEPS):
         # the next steps are loaded while these are computed; behind the last, these once more
         at = (first + tl.minimum(step + STEPS, chunk - STEPS)) * channels
-        next_xs = _load(u + at, channels, 0, d, d_in, 0, 1, STEPS, False)
-        next_deltas = _load(dt + at, channels, 0, d, d_in, 0, 1, STEPS, False)
-        row = (first + step) * (2 * BLOCK_N)
-        for i in tl.static_range(STEPS):
-            delta = deltas[i].to(tl.float32)
-            b = _to_columns(BC + row + i * (2 * BLOCK_N), LANES, HELD, BLOCK_D)
-            drive = (delta * xs[i].to(tl.float32))[None, :] * b
-            h = tl.exp2(delta[None, :] * a) * h + drive
-            if ERROR == 1:
-                h_pruned = tl.exp2(delta * -LOG2_E)[None, :] * h_pruned + drive
+        next_xs = _load(u + at, channels, chunk, d, lane, d_in, 0, 1, STEPS, LANES)
+        next_deltas = _load(dt + at, channels, chunk, d, lane, d_in, 0, 1, STEPS, LANES)
+        for k in tl.static_range(STEPS // LANES):
+            delta = deltas[k].to(tl.float32)
+            share = delta * xs[k].to(tl.float32)
             total += delta
+            for i in tl.static_range(LANES):
+                b = _load_row(BC + (step + k * LANES + i) * (2 * BLOCK_N), LANES, HELD)
+                b = _to_columns(b, LANES, HELD, BLOCK_D)
+                now = _of_lane(delta, i, LANES, BLOCK_D)
+                drive = _of_lane(share, i, LANES, BLOCK_D)[None, :] * b
+                h = tl.exp2(now[None, :] * a) * h + drive
+                if ERROR == 1:
+                    h_pruned = tl.exp2(now * -LOG2_E)[None, :] * h_pruned + drive
         xs = next_xs
         deltas = next_deltas
 
     slot = tl.program_id(2).to(tl.int64) * (chunks - 1) + tl.program_id(1)
-    tl.store(elapsed + slot * channels + d, total, mask=d_in)
+    total = _over_lanes(total, LANES, BLOCK_D)
+    tl.store(elapsed + slot * channels + d, total, mask=d_in & (lane == 0))
     at = slot * states * channels + entry
     tl.store(ends + at, h, mask=inside)
     if ERROR == 1:
@@ -408,7 +448,7 @@ def _hand_on(
     BLOCK_D: tl.constexpr,
 ):
     """Turn, in place, what :func:`_end_chunks` left into the state the next chunk starts with."""
-    d, d_in, _, inside, entry, a = _tile(A, channels, states, LANES, HELD, BLOCK_D)
+    d, _, d_in, _, inside, entry, a = _tile(A, channels, states, LANES, HELD, BLOCK_D)
 
     h = tl.zeros_like(a)
     h_pruned = tl.zeros_like(a)
@@ -467,7 +507,10 @@ def _scan(
     PER_STEP, sums are those of all SEQUENCES.
     """
     BLOCK_N: tl.constexpr = LANES * HELD
-    d, d_in, n, inside, entry, a = _tile(A, channels, states, LANES, HELD, BLOCK_D)
+    NEEDS_Z: tl.constexpr = GATED or ERROR > 0
+    PICKS: tl.constexpr = MASKED or UNEVEN
+    AHEAD: tl.constexpr = SEQUENCES == 1  # registers for B and C of the next steps, too
+    d, lane, d_in, n, inside, entry, a = _tile(A, channels, states, LANES, HELD, BLOCK_D)
     skip = tl.load(D + d, mask=d_in, other=0.0).to(tl.float32)
 
     c_index = tl.program_id(1)
@@ -498,107 +541,140 @@ def _scan(
         if ERROR > 0:
             next_error = tl.load(error + at, mask=inside, other=0.0)
 
-    at = first * channels
     wide = rows * channels
-    xs = _load(u + at, channels, steps - 1, d, d_in, wide, SEQUENCES, STEPS, UNEVEN)
-    deltas = _load(dt + at, channels, steps - 1, d, d_in, wide, SEQUENCES, STEPS, UNEVEN)
-    if GATED or ERROR > 0:
+    z_wide = rows * z_width
+    at = first * channels
+    last = steps - 1
+    xs = _load(u + at, channels, last, d, lane, d_in, wide, SEQUENCES, STEPS, LANES)
+    deltas = _load(dt + at, channels, last, d, lane, d_in, wide, SEQUENCES, STEPS, LANES)
+    if NEEDS_Z:
         at = first * z_width
-        z_wide = rows * z_width
-        zs = _load(z + at, z_width, steps - 1, d, d_in, z_wide, SEQUENCES, STEPS, UNEVEN)
+        zs = _load(z + at, z_width, last, d, lane, d_in, z_wide, SEQUENCES, STEPS, LANES)
+    bc = BC + first * (2 * BLOCK_N)
+    if AHEAD:
+        bcs = _load_BC(bc, steps - 1, rows, 1, STEPS, LANES, HELD)
     for step in range(0, steps, STEPS):
         # the next steps are loaded while these are computed; behind the last, these once more
         ahead = tl.minimum(step + STEPS, (steps - 1) // STEPS * STEPS)
         last = steps - 1 - ahead
+        if AHEAD:
+            next_bc = bc + ahead * (2 * BLOCK_N)
+            next_bcs = _load_BC(next_bc, last, rows, 1, STEPS, LANES, HELD)
         at = (first + ahead) * channels
-        next_xs = _load(u + at, channels, last, d, d_in, wide, SEQUENCES, STEPS, UNEVEN)
-        next_deltas = _load(dt + at, channels, last, d, d_in, wide, SEQUENCES, STEPS, UNEVEN)
-        if GATED or ERROR > 0:
+        next_xs = _load(u + at, channels, last, d, lane, d_in, wide, SEQUENCES, STEPS, LANES)
+        next_deltas = _load(dt + at, channels, last, d, lane, d_in, wide, SEQUENCES, STEPS, LANES)
+        if NEEDS_Z:
             at = (first + ahead) * z_width
-            next_zs = _load(z + at, z_width, last, d, d_in, z_wide, SEQUENCES, STEPS, UNEVEN)
-        for i in tl.static_range(STEPS):
-            t = begin + step + i
-            row = first + step + i
-            # there is no step behind the last: what is read is that of the last
-            seen = row
-            real = 1
-            written = d_in & (tl.arange(0, LANES * BLOCK_D) < BLOCK_D)  # by a channel's first lane
-            if UNEVEN:
-                seen = first + tl.minimum(step + i, steps - 1)
-                real = tl.where(t < length, 1, 0)
-                written = written & (d < tl.where(t < length, channels, 0))
-            if PER_STEP:
-                step_at = t.to(tl.int64) * tile + entry
-                next_at = tl.minimum(t + 1, begin + steps - 1).to(tl.int64) * tile + entry
-                if ENERGY:
-                    energy_sum = next_energy
-                    next_energy = tl.load(energy + next_at, mask=inside, other=0.0)
-                if TRANSITION:
-                    transition_sum = next_transition
-                    next_transition = tl.load(transition + next_at, mask=inside, other=0.0)
-                if ERROR > 0:
-                    error_sum = next_error
-                    next_error = tl.load(error + next_at, mask=inside, other=0.0)
-            before = hs
-            pruned_before = pruned_hs
-            hs = tl.tuple(())
-            pruned_hs = tl.tuple(())
+            next_zs = _load(z + at, z_width, last, d, lane, d_in, z_wide, SEQUENCES, STEPS, LANES)
+        for k in tl.static_range(STEPS // LANES):
+            own = step + k * LANES + lane  # the step that a lane has
+            shares = tl.tuple(())
+            gains = tl.tuple(())
+            picked = tl.tuple(())
+            outs = tl.tuple(())
             for s in tl.static_range(SEQUENCES):
-                h = before[s]
-                x = xs[i * SEQUENCES + s].to(tl.float32)
-                delta = deltas[i * SEQUENCES + s].to(tl.float32)
-                if GATED or ERROR > 0:
-                    gate = zs[i * SEQUENCES + s].to(tl.float32)
-                    gain = gate * tl.sigmoid(gate)
-                bc = BC + (seen + s * rows) * (2 * BLOCK_N)
-                b = _to_columns(bc, LANES, HELD, BLOCK_D)
-                c = _to_columns(bc + BLOCK_N, LANES, HELD, BLOCK_D)
-                counts = real
-                if MASKED:
-                    counts = tl.where(tl.load(mask + seen + s * rows) != 0, real, 0)
-                dA = tl.exp2(delta[None, :] * a)
-                drive = (delta * x)[None, :] * b
-                if ENERGY:
-                    value = h * h
-                    if MASKED or UNEVEN:
-                        value = tl.where(counts != 0, value, 0.0)
-                    energy_sum += value
-                if TRANSITION:
-                    value = dA
-                    if MASKED or UNEVEN:
-                        value = tl.where(counts != 0, value, 0.0)
-                    transition_sum += value
-                h = dA * h + drive
-                hs += (h,)
-                out = _over_lanes(tl.sum(h * c, axis=0), LANES, BLOCK_D) + skip * x
+                x = xs[k * SEQUENCES + s].to(tl.float32)
+                shares += (deltas[k * SEQUENCES + s].to(tl.float32) * x,)
+                outs += (skip * x,)
+                if NEEDS_Z:
+                    gate = zs[k * SEQUENCES + s].to(tl.float32)
+                    gains += (gate * tl.sigmoid(gate),)
+                if PICKS:
+                    real = tl.where(own < steps, 1, 0)
+                    if MASKED:
+                        seen = first + s * rows + tl.minimum(own, steps - 1)
+                        real = tl.where(tl.load(mask + seen) != 0, real, 0)
+                    picked += (real,)
+            for i in tl.static_range(LANES):
+                t = begin + step + k * LANES + i
+                if PER_STEP:
+                    next_at = tl.minimum(t + 1, begin + steps - 1).to(tl.int64) * tile + entry
+                    if ENERGY:
+                        energy_sum = next_energy
+                        next_energy = tl.load(energy + next_at, mask=inside, other=0.0)
+                    if TRANSITION:
+                        transition_sum = next_transition
+                        next_transition = tl.load(transition + next_at, mask=inside, other=0.0)
+                    if ERROR > 0:
+                        error_sum = next_error
+                        next_error = tl.load(error + next_at, mask=inside, other=0.0)
+                if not AHEAD:
+                    at_bc = bc + tl.minimum(step + k * LANES + i, steps - 1) * (2 * BLOCK_N)
+                    here = _load_BC(at_bc, 0, rows, SEQUENCES, 1, LANES, HELD)
+                before = hs
+                pruned_before = pruned_hs
+                outs_before = outs
+                hs = tl.tuple(())
+                pruned_hs = tl.tuple(())
+                outs = tl.tuple(())
+                for s in tl.static_range(SEQUENCES):
+                    if AHEAD:
+                        b = _to_columns(bcs[2 * (k * LANES + i)], LANES, HELD, BLOCK_D)
+                        c = _to_columns(bcs[2 * (k * LANES + i) + 1], LANES, HELD, BLOCK_D)
+                    else:
+                        b = _to_columns(here[2 * s], LANES, HELD, BLOCK_D)
+                        c = _to_columns(here[2 * s + 1], LANES, HELD, BLOCK_D)
+                    delta = deltas[k * SEQUENCES + s].to(tl.float32)
+                    delta = _of_lane(delta, i, LANES, BLOCK_D)
+                    dA = tl.exp2(delta[None, :] * a)
+                    drive = _of_lane(shares[s], i, LANES, BLOCK_D)[None, :] * b
+                    if PICKS:
+                        real = _of_lane(picked[s], i, LANES, BLOCK_D)[None, :] != 0
+                    if ENERGY:
+                        value = before[s] * before[s]
+                        if PICKS:
+                            value = tl.where(real, value, 0.0)
+                        energy_sum += value
+                    if TRANSITION:
+                        value = dA
+                        if PICKS:
+                            value = tl.where(real, value, 0.0)
+                        transition_sum += value
+                    h = dA * before[s] + drive
+                    hs += (h,)
+                    out = _over_lanes(tl.sum(h * c, axis=0), LANES, BLOCK_D)
+                    outs += (outs_before[s] + tl.where(lane == i, out, 0.0),)
+                    if KEEP == 1 or (KEEP > 1 and k * LANES + i == STEPS - 1):  # noqa: SIM102
+                        if (t + 1) % every == 0 and t < length:
+                            place = (sequence + s) * (length // every) + t // every
+                            tl.store(kept + place * tile + entry, h, mask=inside)
+                    if ERROR > 0:
+                        h_pruned = drive
+                        if ERROR == 1:
+                            left = tl.exp2(delta * -LOG2_E)[None, :]
+                            h_pruned = left * pruned_before[s] + drive
+                            pruned_hs += (h_pruned,)
+                        gain = _of_lane(gains[s], i, LANES, BLOCK_D)[None, :]
+                        value = c * gain * (h_pruned - h)
+                        value = value * value
+                        if PICKS:
+                            value = tl.where(real, value, 0.0)
+                        error_sum += value
+                if PER_STEP:
+                    step_at = t.to(tl.int64) * tile + entry
+                    step_in = inside
+                    if UNEVEN:
+                        step_in = (n < tl.where(t < length, states, 0)) & d_in[None, :]
+                    if ENERGY:
+                        tl.store(energy + step_at, energy_sum, mask=step_in)
+                    if TRANSITION:
+                        tl.store(transition + step_at, transition_sum, mask=step_in)
+                    if ERROR > 0:
+                        tl.store(error + step_at, error_sum, mask=step_in)
+            for s in tl.static_range(SEQUENCES):
+                out = outs[s]
                 if GATED:
-                    out *= gain
-                tl.store(y + (row + s * rows) * channels + d, out, mask=written)
-                if KEEP == 1 or (KEEP == STEPS and i == STEPS - 1):  # noqa: SIM102 - known earlier
-                    if (t + 1) % every == 0 and t < length:
-                        place = (sequence + s) * (length // every) + t // every
-                        tl.store(kept + place * tile + entry, h, mask=inside)
-                if ERROR > 0:
-                    h_pruned = drive
-                    if ERROR == 1:
-                        kept_share = tl.exp2(delta * -LOG2_E)
-                        h_pruned = kept_share[None, :] * pruned_before[s] + drive
-                        pruned_hs += (h_pruned,)
-                    value = c * gain[None, :] * (h_pruned - h)
-                    value = value * value
-                    if MASKED or UNEVEN:
-                        value = tl.where(counts != 0, value, 0.0)
-                    error_sum += value
-            if PER_STEP:
-                if ENERGY:
-                    tl.store(energy + step_at, energy_sum, mask=inside)
-                if TRANSITION:
-                    tl.store(transition + step_at, transition_sum, mask=inside)
-                if ERROR > 0:
-                    tl.store(error + step_at, error_sum, mask=inside)
+                    out *= gains[s]
+                written = d_in
+                if UNEVEN:
+                    written = d_in & (own < steps)
+                y_at = (first + s * rows + step) * channels + (k * LANES + lane) * channels + d
+                tl.store(y + y_at, out, mask=written)
         xs = next_xs
+        if AHEAD:
+            bcs = next_bcs
         deltas = next_deltas
-        if GATED or ERROR > 0:
+        if NEEDS_Z:
             zs = next_zs
 
     if not PER_STEP:
