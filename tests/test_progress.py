@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from sparsessm_plugin import cli, progress
 from sparsessm_plugin.cost import Cost
+from sparsessm_plugin.methods import remove_width
 from sparsessm_plugin.progress import Stage, clock, shown
 from sparsessm_plugin.recipes import parse_recipe
 from sparsessm_plugin.recipes.pruning import prune
@@ -170,6 +171,18 @@ def test_a_run_shows_every_stage_with_its_layers(tokenizer, monkeypatch):
     assert names[0] == "SparseSSMModifier"
     assert names[-1] == "SensitivitySparseGPTModifier"
     assert len(names) > 2  # what comes before its layers are pruned has stages of its own
+
+
+def test_the_removal_of_width_says_what_it_is_at(monkeypatch):
+    """It has no layers one after the other, and its three passes are what takes long."""
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with shown(console):
+        remove_width(tiny_model("mamba2"), batches(3, 2, 8), keep=16)
+    lines = console.file.getvalue().splitlines()
+    assert any("covariances of the stream: 3 of 3" in line for line in lines)
+    assert any("gradients of the stream: 6 of 6" in line for line in lines)  # a row each
+    assert sum("subspace of the stream: " in line for line in lines) > 3
 
 
 # -- what it took --------------------------------------------------------------------------

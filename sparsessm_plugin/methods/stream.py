@@ -16,6 +16,7 @@ from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import ModelAdapter, Part
 from sparsessm_plugin.families.fast_forward import fast_forward
 from sparsessm_plugin.families.parts import Head, Linear, Norm
+from sparsessm_plugin.progress import Stage
 from sparsessm_plugin.training.gradients import differentiable, loss_of, single_rows, to_device
 
 _TRACED = 8  # tokens
@@ -141,8 +142,9 @@ class StreamSums:
 
     def add_covariances(self, batches: Sequence[Any]) -> None:
         """What is read, over all batches."""
-        tokens = self._over(batches, self._add_covariance, self._forward)
-        self._reduce("covariances", self.covariances, tokens)
+        what = "covariances"
+        tokens = self._over(batches, self._add_covariance, self._forward, what)
+        self._reduce(what, self.covariances, tokens)
 
     def add_metrics(self, batches: Sequence[Any], tokens: int) -> None:
         """What an error costs, over the first batches with so many tokens in all (of each rank).
@@ -156,7 +158,7 @@ class StreamSums:
                     used.append(row)
                     count += row["input_ids"].numel()
         with differentiable(self.adapter.model, []), self._from_embeddings():
-            counted = self._over(used, self._add_gradient, self._backward)
+            counted = self._over(used, self._add_gradient, self._backward, "gradients")
         self._reduce("gradients", self.metrics, counted)
 
     def readings(self, fitted: Callable[[ReadingPoint], bool]) -> list[Reading]:
@@ -176,8 +178,12 @@ class StreamSums:
         batches: Sequence[Any],
         hook: Callable[[ReadingPoint, int, Tensor, Tensor], None],
         run: Callable[[Any], float],
+        what: str,
     ) -> float:
-        """Run batches with a hook at every point; the weight of all of them."""
+        """Run batches with a hook at every point; the weight of all of them.
+
+        :param what: is added up, for the display of progress
+        """
         device = self.covariances[0].device
         handles = [
             p.part.module.register_forward_hook(partial(self._at, hook, p, i))
@@ -185,12 +191,16 @@ class StreamSums:
         ]
         total = 0.0
         try:
-            with fast_forward(self.adapter.model, gradients=True):
+            with (
+                fast_forward(self.adapter.model, gradients=True),
+                Stage(f"{what} of the stream", len(batches)) as stage,
+            ):
                 for batch in batches:
                     ready = to_device(batch, device)
                     mask = ready.get("attention_mask")
                     self._mask = None if mask is None or bool(mask.all()) else mask.bool()
                     total += run(ready)
+                    stage.advance()
         finally:
             for handle in handles:
                 handle.remove()

@@ -35,6 +35,7 @@ from sparsessm_plugin.methods.stream import (
     is_tied_head,
     reading_points,
 )
+from sparsessm_plugin.progress import Stage
 from sparsessm_plugin.refit.width import expand, lift, narrow_scale, repeated
 from sparsessm_plugin.selection.subspaces import best_entries, best_subspace, leading_subspace
 from sparsessm_plugin.training.distillation import Weights
@@ -230,11 +231,13 @@ class WidthRemoval(ModelRemoval[WidthSettings]):
         ]
         if self.settings.rotate:
             operators = [r.covariance @ r.metric @ r.covariance / r.size for r in readings]
-            basis = best_subspace(
-                partial(loss_of_basis, readings=readings),
-                leading_subspace(operators, keep),
-                _STEPS,
-            )
+            with Stage("subspace of the stream", None) as stage:
+
+                def loss(basis: Tensor) -> Tensor:
+                    stage.advance()
+                    return loss_of_basis(basis, readings)
+
+                basis = best_subspace(loss, leading_subspace(operators, keep), _STEPS)
             entries = torch.arange(keep)
         else:
             basis, entries = self._entries(size, _best_entries(readings, keep))
