@@ -288,7 +288,7 @@ EXPERIMENT = Experiment(
     configuration=Fields,
     run=run,
     render=render,
-    results={"structure_latency_cuda": {}},
+    results={"structure_latency_cuda": {}, "structure_latency_cpu": {"device": "cpu"}},
     quick={"": {"device": "cpu", "tiny": True, "shapes": ["Mamba, tiny", "Granite"]}},
     extends=("shapes",),
 )
