@@ -32,7 +32,6 @@ from sparsessm_plugin.cli.options import (
 )
 from sparsessm_plugin.cli.results import check_output, warn_of_more_bytes, write_result
 from sparsessm_plugin.cli.stopping import check_signals
-from sparsessm_plugin.cost import with_index
 from sparsessm_plugin.errors import SparseSSMError
 
 _WINDOWS = {"cuda": 4096, "cpu": 128}  # distillation is worth its time on a GPU, and wants text
@@ -113,6 +112,7 @@ def fit(
     import torch
 
     from sparsessm_plugin.checkpoints.types import at_new_places, round_weights
+    from sparsessm_plugin.cost import with_index
     from sparsessm_plugin.evaluation.components import take_inventory
     from sparsessm_plugin.evaluation.data import calibration_loader
     from sparsessm_plugin.evaluation.latency import check_matplotlib
