@@ -206,6 +206,13 @@ EXPERIMENT = Experiment(
             "models": ["granite-hybrid-16m"],
             "everywhere": True,
         },
+        "whole_model_quality_groups_25m_cpu": {
+            "models": ["mamba-25m", "mamba2-25m"],
+            "seeds": 1,
+            "cases": ["2:4"],
+            "methods": [REFERENCE, "defaults", "SparseGPT of LLM Compressor"],
+            **SMALL,
+        },
         "whole_model_quality_groups_6m_cpu": {
             "models": ["mamba-6m", "mamba2-6m"],
             "seeds": 1,
