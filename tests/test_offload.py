@@ -35,6 +35,12 @@ SPREAD = {  # all of a hybrid, its experts among it, each as much as it can bear
 }
 
 
+@pytest.fixture(autouse=True)
+def own_index(monkeypatch):
+    """What other tests leave on disk is not these tests' matter."""
+    monkeypatch.setattr(DiskCache, "index", {})
+
+
 def recipe_of(**modifiers):
     return json.dumps({"a_stage": {"a_modifiers": modifiers}})
 
