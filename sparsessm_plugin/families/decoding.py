@@ -1,7 +1,7 @@
 """Greedy decode steps from a cache: as a model makes it, and with tensors that stay in place."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from sparsessm_plugin.families.state_cache import expand, lengthen, make_static
 
 # transformers passes the cache of pure state-space models under the first name
 _CACHE_NAMES = ("cache_params", "past_key_values")
-_WARM_UP = 3  # steps in which kernels compile and tune, before a capture
+WARM_UP = 3  # steps in which kernels compile and tune, before a capture
 _ROUND = 64  # lengths of static buffers: masks of such rows are read in whole vectors
 
 
@@ -52,6 +52,46 @@ def _parameters(model: Any) -> Mapping[str, Any]:
     return inspect.signature(model.forward).parameters
 
 
+class NotCapturable(Exception):
+    """A step holds what no CUDA graph does."""
+
+
+def capture_step(
+    step: Callable[[], None],
+    rewind: Callable[[], None],
+    device: torch.device,
+    warm_up: int = WARM_UP,
+    generator: torch.Generator | None = None,
+) -> torch.cuda.CUDAGraph:
+    """A decode step as a CUDA graph, whose replay costs one launch.
+
+    :param step: changes tensors that stay in place
+    :param rewind: undoes the steps of the warm-up, in which kernels compile and tune
+    :param device: of the model
+    :param warm_up: steps
+    :param generator: that the step draws from, if not from torch's own
+    :raises NotCapturable: the step holds what no graph does
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up):
+            step()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    rewind()
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise NotCapturable(str(error).partition("\n")[0]) from error
+    return graph
+
+
 class StaticDecode:
     """Decode steps over a cache whose tensors stay where they are, so that a step can be replayed.
 
@@ -81,7 +121,7 @@ class StaticDecode:
         self.steps = steps
         token, self.cache = prefill(model, prompt)
         lengthen(self.cache, context)
-        length = max(context, prompt.shape[1]) + max(steps, _WARM_UP)
+        length = max(context, prompt.shape[1]) + max(steps, WARM_UP)
         make_static(self.cache, -(-length // _ROUND) * _ROUND)
         if batch_size is not None:
             expand(self.cache, batch_size)
@@ -115,23 +155,10 @@ class StaticDecode:
         self.token.copy_(step(self.model, self.token, self.cache))
 
     def _capture(self) -> Any:
-        device = self.token.device
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                self._step()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self.rewind()
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                self._step()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+            return capture_step(self._step, self.rewind, self.token.device)
+        except NotCapturable as error:
             raise SparseSSMError(
                 f"CUDA graphs: a decode step of {type(self.model).__name__} cannot be captured: "
-                f"{str(error).partition(chr(10))[0]}"
+                f"{error}"
             ) from error
-        return graph

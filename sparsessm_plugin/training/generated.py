@@ -17,7 +17,13 @@ from torch import Tensor
 from sparsessm_plugin import distributed
 from sparsessm_plugin.cost import memory_available
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families.decoding import StaticDecode, step_logits
+from sparsessm_plugin.families.decoding import (
+    WARM_UP,
+    NotCapturable,
+    StaticDecode,
+    capture_step,
+    step_logits,
+)
 from sparsessm_plugin.families.state_cache import cache_bytes
 from sparsessm_plugin.progress import Stage
 from sparsessm_plugin.training.dense import real_positions
@@ -25,7 +31,6 @@ from sparsessm_plugin.training.dense import real_positions
 _LONGEST_PROMPT = 0.5  # of a window; the shortest is a token
 _MOST_ROWS = 1024  # that are written at once
 _SHARE = 4  # of memory that is free, by what states and predictions may take of it
-_WARM_UP = 3  # steps in which kernels compile and tune, before a capture
 # Of a token's predictions: as the model gives them, as float32, with noise, and the noise.
 _LOGITS_HELD = 4
 
@@ -99,27 +104,15 @@ class Writer:
 
     def _capture(self) -> Any:
         """A step as a CUDA graph; None where the model waits for the GPU inside of one."""
-        device = self.tokens.device
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            self._restart()
-            for _ in range(min(_WARM_UP, self.tokens.shape[1] - 1)):
-                self._step()
-        torch.cuda.current_stream(device).wait_stream(stream)
         self._restart()
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self._generator)
+        steps = min(WARM_UP, self.tokens.shape[1] - 1)
+        device = self.tokens.device
         try:
-            with torch.cuda.graph(graph):
-                self._step()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            logger.debug(f"a decode step is not captured: {str(error).partition(chr(10))[0]}")
+            return capture_step(self._step, self._restart, device, steps, self._generator)
+        except NotCapturable as error:
+            logger.debug(f"a decode step is not captured: {error}")
             self._generator = self._new_generator()  # the old one may still wait for the capture
             return None
-        return graph
 
 
 @torch.no_grad()
