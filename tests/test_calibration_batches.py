@@ -9,6 +9,7 @@ from loguru import logger
 from transformers import AutoTokenizer
 
 from sparsessm_plugin import modifiers as m
+from sparsessm_plugin.calibration.rows import unpadded_rows
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.methods import prune_by_gradient
 
@@ -323,3 +324,14 @@ def test_a_modifier_prunes_once(tokenizer, name):
         oneshot(
             model=tiny_model(family), recipe=chosen, dataset=Loader(batches(2)), processor=tokenizer
         )
+
+
+def test_rows_are_read_without_their_padding_wherever_it_stands():
+    ids = torch.arange(1, 13).view(4, 3)
+    mask = torch.tensor([[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 0, 1]])
+    found = [row.tolist() for row in unpadded_rows({"input_ids": ids, "attention_mask": mask})]
+    assert found == [[2, 3], [4], [10, 12]]
+    # masks of which positions see which tell of no padding
+    for other in (None, mask[:, None, :, None].expand(4, 1, 3, 3), torch.ones_like(ids)):
+        rows = unpadded_rows({"input_ids": ids, "attention_mask": other})
+        assert [row.tolist() for row in rows] == ids.tolist()

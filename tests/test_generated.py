@@ -5,6 +5,7 @@ import torch
 from conftest import DELTA, DEVICE, FAMILIES, batches, run, state, tiny_model
 
 from sparsessm_plugin import StateRemovalModifier
+from sparsessm_plugin.calibration.rows import unpadded_rows
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families.decoding import step_logits
 from sparsessm_plugin.training import generated
@@ -59,7 +60,7 @@ def test_batches_stand_evenly_between_those_of_the_data(monkeypatch):
     own = [any(batch is one for one in data) for batch in found]
     assert own == [True, False, False] * 4 or own == [False, True, False] * 4
     assert [batch for batch, mine in zip(found, own, strict=True) if mine] == data
-    pieces = [row.tolist() for batch in data for row in generated._rows(batch)]
+    pieces = [row.tolist() for batch in data for row in unpadded_rows(batch)]
     for batch in (b for b, mine in zip(found, own, strict=True) if not mine):
         assert batch["input_ids"].shape == (2, 12)
         assert bool(batch["attention_mask"].all())

@@ -20,6 +20,7 @@ from sparsessm_plugin.calibration.contexts import undisturbed
 from sparsessm_plugin.calibration.finite import is_finite
 from sparsessm_plugin.calibration.passes import moved, output_of
 from sparsessm_plugin.calibration.replay import Replay
+from sparsessm_plugin.calibration.rows import unpadded_rows
 from sparsessm_plugin.cost import kept
 from sparsessm_plugin.training.divergence import divergences
 
@@ -263,17 +264,9 @@ def _repeated(batch: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
 
 def _little_of(data: Iterable[Mapping[str, Any]], device: torch.device) -> dict[str, Tensor]:
     """A batch of a little of the data; all ranks make it together."""
-    shares = distributed.gather("probe", _longest_rows(_rows(data)))
+    rows = (row[:_LENGTH].tolist() for batch in data for row in unpadded_rows(batch))
+    shares = distributed.gather("probe", _longest_rows(rows))
     return _padded(_longest_rows(row for part in shares for row in part), device)
-
-
-def _rows(data: Iterable[Mapping[str, Any]]) -> Iterator[list[int]]:
-    """The first tokens of every row, wherever its padding stands."""
-    for batch in data:
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        for row in range(len(ids)):
-            tokens = ids[row] if mask is None else ids[row][mask[row].bool()]
-            yield tokens[:_LENGTH].tolist()
 
 
 def _longest_rows(rows: Iterable[list[int]]) -> list[list[int]]:

@@ -15,6 +15,7 @@ from loguru import logger
 from torch import Tensor
 
 from sparsessm_plugin import distributed
+from sparsessm_plugin.calibration.rows import unpadded_rows
 from sparsessm_plugin.cost import memory_available
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families.decoding import (
@@ -26,7 +27,6 @@ from sparsessm_plugin.families.decoding import (
 )
 from sparsessm_plugin.families.state_cache import cache_bytes
 from sparsessm_plugin.progress import Stage
-from sparsessm_plugin.training.dense import real_positions
 
 _LONGEST_PROMPT = 0.5  # of a window; the shortest is a token
 _MOST_ROWS = 1024  # that are written at once
@@ -139,7 +139,7 @@ def with_written(
         raise SparseSSMError(f"{who}: it continues input_ids of at least 2 tokens")
     batch, length = first["input_ids"].shape
     count = -(-tokens // (distributed.world_size() * batch * length))
-    pieces = [row for each in data for row in _rows(each)]
+    pieces = [row for each in data for row in unpadded_rows(each)]
     windows = _windows(model, pieces, count * batch, length, who, seed + distributed.rank())
     written = [_batch_like(first, rows) for rows in windows.split(batch)]
     return _between(list(data), written)
@@ -180,16 +180,6 @@ def _prompts(
         prompts[row, :many] = text[start : start + many]
         given[row] = many
     return prompts, given
-
-
-def _rows(batch: Mapping[str, Any]) -> list[Tensor]:
-    """The tokens of each row, wherever its padding stands."""
-    ids = batch["input_ids"].cpu()
-    real = real_positions(batch, ids.numel())
-    if real is None:
-        return list(ids)
-    mask = torch.zeros(ids.numel(), dtype=torch.bool).index_fill_(0, real, True).view_as(ids)
-    return [row[here] for row, here in zip(ids, mask, strict=True) if here.any()]
 
 
 def _batch_like(first: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
