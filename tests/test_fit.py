@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from conftest import (
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from loguru import logger
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -36,7 +38,7 @@ from sparsessm_plugin.dependency_graph import (
 )
 from sparsessm_plugin.evaluation.latency import DECODE, Latency, Timing, cache_bytes
 from sparsessm_plugin.families import find_mixers, get_model_adapter
-from sparsessm_plugin.fitting import FitSettings, Prepared, split
+from sparsessm_plugin.fitting import FitSettings, Prepared, make_plan, split
 from sparsessm_plugin.fitting.axes import AXES, Axis, in_order, register_axis
 from sparsessm_plugin.fitting.choice import (
     OVERLAP,
@@ -386,7 +388,8 @@ def test_fit_reaches_the_target_and_says_what_came_out():
     assert result.costs["parameters"] == left / dense == result.plan.costs["parameters"]
     plan = result.plan
     assert plan.sizes == {k: v for k, v in result.sizes.items() if v != plan.dense[k]}
-    assert {row.axis for row in plan.rows} >= {"channels", "states"}
+    assert {row.axis for row in plan.rows} <= set(axes)
+    assert any(row.measured for row in plan.rows)
     assert all(row.loss >= 0 for row in plan.rows)
     assert json.loads(json.dumps(result.to_dict())) == json.loads(json.dumps(result.to_dict()))
     # what the dense model predicted for the text held back, by a pass of its own
@@ -418,6 +421,92 @@ def test_the_chosen_mix_is_the_least_of_what_was_tried():
     assert plan.loss == min([*tried, *single])
     for found in plan.alone.values():
         assert found["loss"] >= plan.loss
+
+
+class Clock:
+    """Time that only trials take: so many seconds for a removal along an axis, one to measure."""
+
+    def __init__(self, monkeypatch, **seconds):
+        self.seconds = seconds
+        self.now = 0.0
+        self.trials = []  # the names of axes, and when each ended
+        real = Trials.measure
+        time = SimpleNamespace(monotonic=lambda: 1000 + self.now)
+        for module in ("search", "plan"):
+            monkeypatch.setattr(f"sparsessm_plugin.fitting.{module}.time", time)
+
+        def measure(trials, sizes, minutes=0.0):
+            steps = tuple((axis.name, sizes[axis.name]) for axis in in_order(sizes))
+            left = steps[trials.shared.longest(steps) :]
+            found = real(trials, sizes)  # distillation is left out: it ends by another clock
+            self.now += 1 + 60 * minutes + sum(seconds[name] for name, _ in left)
+            trials.seconds.update({name: seconds[name] for name in trials.seconds})
+            trials.measuring = 1.0
+            self.trials.append((list(sizes), self.now))
+            return found
+
+        monkeypatch.setattr("sparsessm_plugin.fitting.losses.Trials.measure", measure)
+
+    def removals(self, plan):
+        """Seconds of a recipe's removals: 7 batches where a trial has one, of states all fits."""
+        found = 0.0
+        for modifier in parse_recipe(plan.recipe).modifiers:
+            axis = next(AXES[name] for name in plan.sizes if _makes(name, modifier))
+            whole = axis.name == "states" and modifier.compensate is None
+            batches = modifier.calibration_batches or 7
+            found += batches * self.seconds[axis.name] * (axis.slower if whole else 1)
+        return found
+
+
+def _makes(name, modifier):
+    return type(modifier) is AXES[name].modifier_class
+
+
+@pytest.mark.parametrize("minutes", [0.1, 1.5, 4, 25])
+@pytest.mark.parametrize("target", ["parameters=0.7", "parameters=0.97,state=0.3"])
+def test_a_search_ends_by_the_clock(monkeypatch, minutes, target):
+    """No trial begins that does not end in time, but for the least, and then one line says so."""
+    lines = []
+    clock = Clock(monkeypatch, layers=40.0, hidden=20.0, channels=15.0, states=25.0)
+    model, (fitted, held) = small_mamba(num_hidden_layers=3), split(batches(8))
+    wanted = FitSettings(parse_targets(target), minutes=minutes, search_tokens=1)
+    prepared = Prepared(Shapes(model), wanted, torch.device("cpu"))
+    kept = "sparsessm_plugin.fitting"
+    handle = logger.add(lines.append, level="WARNING", filter=kept, format="{message}")
+    try:
+        plan = make_plan(prepared, model, fitted, HeldBack(model, held))
+    finally:
+        logger.remove(handle)
+    costs, limits, ladders = prepared.costs(), prepared.limits(), prepared.space.ladders
+
+    def reach(axes):  # some mix of these axes
+        mix = tuple(len(own.sizes) - 1 if own.axis in axes else 0 for own in ladders)
+        return all(cost[mix] <= limit for cost, limit in zip(costs, limits, strict=True))
+
+    tables, mixes = clock.trials[: -len(plan.candidates) or None], len(plan.candidates)
+    measured = [name for (name,), _ in tables]
+    late = [place for place, (_, ended) in enumerate(clock.trials) if ended > 60 * minutes]
+    for place in late:
+        if place < len(tables):
+            assert not reach(measured[:place])
+        else:
+            assert mixes == 1
+    spent = clock.now + clock.removals(plan) + 60 * plan.distill_minutes
+    assert spent <= 60 * minutes or lines
+    assert reach(measured)
+    unmeasured = {own.axis for own in ladders} - set(measured)
+    assert {entry["axis"] for entry in plan.excluded} >= unmeasured
+    assert {row.axis for row in plan.rows} == set(measured)
+    json.dumps(plan.to_dict(), allow_nan=False)
+    if lines:
+        (line,) = lines
+        assert line.startswith(f"{minutes:g} minutes are too few: the least")
+        assert float(line.rpartition(" ")[2]) > minutes
+        assert {m.calibration_batches for m in parse_recipe(plan.recipe).modifiers} == {1}
+    if minutes == 25:
+        assert not unmeasured
+        assert mixes > 1
+        assert not any(m.calibration_batches for m in parse_recipe(plan.recipe).modifiers)
 
 
 def test_what_is_left_of_the_time_is_for_distillation(monkeypatch):

@@ -29,7 +29,8 @@ def mixed_losses(losses: Sequence[Array], overlap: float = 0.0) -> Array:
         view = [-1 if i == place else 1 for i in range(len(losses))]
         total = total + own.reshape(view)
         roots = roots + np.sqrt(np.maximum(own, 0)).reshape(view)
-    found: Array = total + overlap * (roots**2 - total)
+    with np.errstate(invalid="ignore"):  # of an axis that was not measured, infinity less itself
+        found: Array = total + overlap * (roots**2 - total)
     return np.maximum(found, 0)
 
 

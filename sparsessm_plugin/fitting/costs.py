@@ -124,6 +124,13 @@ class Space:
         pairs = zip(self.ladders, mix, strict=True)
         return {ladder.axis: ladder.sizes[place] for ladder, place in pairs if place}
 
+    def alone(self, place: int, step: int) -> tuple[int, ...]:
+        """The mix in which one axis shrinks, by its place and that of its size in the ladder."""
+        last = len(self.ladders[place].sizes) - 1
+        return tuple(
+            (last if step < 0 else step) if p == place else 0 for p in range(len(self.ladders))
+        )
+
     def count(self, sizes: Sizes) -> Array:
         """(quantities,) of the one model of these sizes, made for it.
 

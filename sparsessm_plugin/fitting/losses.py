@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from loguru import logger
@@ -173,6 +173,17 @@ def distillation_fields(axes: Sequence[Axis], minutes: float) -> dict[str, Any]:
     return found
 
 
+class Effort(NamedTuple):
+    """How long removals fit.
+
+    :param used: how many of the batches, the first, they choose and fit by
+    :param quick: whether each axis leaves out its longest fits
+    """
+
+    used: int
+    quick: bool
+
+
 @dataclass
 class Trials:
     """Removes from copies what mixes say, with the closed-form fits, and measures the loss.
@@ -186,7 +197,8 @@ class Trials:
     :param recipe_uses: how many the recipe's removals choose and fit by; default as many
     :param way: more fields of the modifier that makes an axis so long, as :meth:`Shapes.way`
 
-    Attributes: ``seconds``, how long a whole removal along each axis took the last time.
+    Attributes: ``seconds``, how long a whole removal along each axis took the last time, and
+    ``measuring``, how long measuring the loss did.
     """
 
     copies: Copies
@@ -197,25 +209,31 @@ class Trials:
     way: Callable[[Axis, int], dict[str, Any]] = lambda axis, size: {}
     shared: Shared = field(default_factory=Shared)
     seconds: dict[str, float] = field(default_factory=dict)
+    measuring: float = 0.0
 
-    def fields(self, sizes: Mapping[str, int], minutes: float = 0.0) -> dict[str, dict[str, Any]]:
+    @property
+    def efforts(self) -> tuple[Effort, ...]:
+        """Of a recipe, the longest first; the last one is that of a trial."""
+        used = self.recipe_uses or self.used
+        return Effort(used, quick=False), Effort(used, quick=True), Effort(self.used, quick=True)
+
+    def fields(
+        self, sizes: Mapping[str, int], minutes: float = 0.0, effort: Effort | None = None
+    ) -> dict[str, dict[str, Any]]:
         """The fields of each axis's modifier, in the order of a recipe; the last one distils.
 
         :param sizes: by axis
         :param minutes: of distillation
+        :param effort: of the removals; default the first of ``efforts``
         """
-        return self._fields(sizes, minutes, self.recipe_uses or self.used, trial=False)
-
-    def _fields(
-        self, sizes: Mapping[str, int], minutes: float, used: int, trial: bool
-    ) -> dict[str, dict[str, Any]]:
+        used, quick = effort or self.efforts[0]
         axes = in_order(sizes)
         found = {
             axis.name: axis.fields(sizes[axis.name]) | self.way(axis, sizes[axis.name])
             for axis in axes
         }
         for axis in axes:
-            if trial or axis.slower == 1:
+            if quick or axis.slower == 1:
                 found[axis.name] |= axis.quick_fields(self.copies.model, self.copies.device)
         if used < len(self.batches):
             for own in found.values():
@@ -234,15 +252,17 @@ class Trials:
         started = time.perf_counter()
         with _unheard():
             model, layers = self._remove(sizes, minutes)
-        seconds = time.perf_counter() - started
-        return Tried(dict(sizes), self.held_back.divergence(model), seconds, layers)
+        removed = time.perf_counter()
+        loss = self.held_back.divergence(model)
+        self.measuring = time.perf_counter() - removed
+        return Tried(dict(sizes), loss, removed - started, layers)
 
     def _remove(
         self, sizes: Mapping[str, int], minutes: float
     ) -> tuple[Any, tuple[int, ...] | None]:
         """A smaller copy of the model, and the indices of the layers that stay, if some go."""
-        steps: Steps = tuple((axis.name, sizes[axis.name]) for axis in in_order(sizes))
-        fields = self._fields(sizes, minutes, self.used, trial=True)
+        steps = _steps(sizes)
+        fields = self.fields(sizes, minutes, self.efforts[-1])
         done = self.shared.longest(steps[:-1] if minutes else steps)
         model = self.shared.copy(steps[:done]) if done else self.copies.new()
         methods = [AXES[n].modifier_class(**fields[n]).new_method() for n, _ in steps[done:]]
@@ -282,10 +302,29 @@ class Trials:
             gone = {i for entry in result.layers for i in entry.removed}
             self.shared.layers[steps] = tuple(i for i in range(length or 0) if i not in gone)
 
-    def removal_seconds(self, sizes: Mapping[str, int]) -> float:
-        """About how long the removals of a recipe take, without the text of a trial being more."""
-        more = (self.recipe_uses or self.used) / self.used
-        return sum(more * self.seconds.get(name, 0.0) * AXES[name].slower for name in sizes)
+    def removal_seconds(self, sizes: Mapping[str, int], effort: Effort | None = None) -> float:
+        """About how long the removals of a recipe take, as those of trials did.
+
+        :param sizes: by axis
+        :param effort: of the removals; default the first of ``efforts``
+        """
+        used, quick = effort or self.efforts[0]
+        slower = {name: 1.0 if quick else AXES[name].slower for name in sizes}
+        return used / self.used * sum(self._seconds_of(name) * slower[name] for name in sizes)
+
+    def trial_seconds(self, sizes: Mapping[str, int]) -> float:
+        """About how long a trial takes, without what it shares with earlier ones."""
+        steps = _steps(sizes)
+        left = steps[self.shared.longest(steps) :]
+        return sum(self._seconds_of(name) for name, _ in left) + self.measuring
+
+    def _seconds_of(self, name: str) -> float:
+        """Of a removal along an axis; along one that was never tried, those of the longest."""
+        return self.seconds.get(name, max(self.seconds.values(), default=0.0))
+
+
+def _steps(sizes: Mapping[str, int]) -> Steps:
+    return tuple((axis.name, sizes[axis.name]) for axis in in_order(sizes))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What a search found: tables, the mixes that were tried, and the recipe of the best."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,7 +9,7 @@ from typing import Any
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.fitting.choice import Array, front
 from sparsessm_plugin.fitting.losses import HeldBack
-from sparsessm_plugin.fitting.prepare import Prepared
+from sparsessm_plugin.fitting.prepare import Excluded, Prepared
 from sparsessm_plugin.fitting.search import Search
 
 _LEAST_ROWS = 8
@@ -147,9 +148,7 @@ def make_plan(
 def _plan(search: Search, mix: tuple[int, ...]) -> Plan:
     prepared = search.prepared
     sizes, tried = search.space.sizes(mix), search.tried.get(mix)
-    needed = 1.2 * search.trials.removal_seconds(sizes) / 60
-    left = prepared.settings.minutes - search.minutes - needed
-    recipe, distilled = search.recipe(sizes, left)
+    recipe, distilled = search.recipe(sizes)
     tables, costs = search.tables(), prepared.costs()
     targets = prepared.settings.targets
     predicted = search.predictions.get(mix, float(search.losses()[mix]))
@@ -181,7 +180,7 @@ def _plan(search: Search, mix: tuple[int, ...]) -> Plan:
             if m in search.predictions
         ],
         alone=_alone(search, tables, costs),
-        excluded=[asdict(entry) for entry in prepared.excluded],
+        excluded=_excluded(search),
         distill_minutes=distilled,
         seconds=60 * search.minutes,
         front=_front(search.losses(), costs[0]),
@@ -193,12 +192,21 @@ def _rows(search: Search, tables: Sequence[Array], costs_of: Any) -> list[Row]:
     rows = []
     for place, (ladder, table) in enumerate(zip(search.space.ladders, tables, strict=True)):
         for step, size in enumerate(ladder.sizes[1:], 1):
-            mix = tuple(step if p == place else 0 for p in range(len(tables)))
+            mix = search.space.alone(place, step)
             tried = search.measured[place].get(step)
             seconds = None if tried is None else round(tried.seconds, 3)
             loss = float(table[step])
-            rows.append(Row(ladder.axis, size, costs_of(mix), loss, tried is not None, seconds))
+            if math.isfinite(loss):
+                rows.append(Row(ladder.axis, size, costs_of(mix), loss, tried is not None, seconds))
     return rows
+
+
+def _excluded(search: Search) -> list[dict[str, Any]]:
+    found = list(search.prepared.excluded)
+    for ladder, measured in zip(search.space.ladders, search.measured, strict=True):
+        if not measured:
+            found.append(Excluded(ladder.axis, None, "no size of it was measured in the minutes"))
+    return [asdict(entry) for entry in found]
 
 
 def _alone(
@@ -207,11 +215,12 @@ def _alone(
     limits, found = search.prepared.limits(), {}
     for place, (ladder, table) in enumerate(zip(search.space.ladders, tables, strict=True)):
         for step, size in enumerate(ladder.sizes[1:], 1):
-            mix = tuple(step if p == place else 0 for p in range(len(tables)))
-            if all(c[mix] <= limit for c, limit in zip(costs, limits, strict=True)):
+            mix, loss = search.space.alone(place, step), float(table[step])
+            reached = all(c[mix] <= limit for c, limit in zip(costs, limits, strict=True))
+            if reached and math.isfinite(loss):
                 found[ladder.axis] = {
                     "size": size,
-                    "loss": float(table[step]),
+                    "loss": loss,
                     "measured": step in search.measured[place],
                 }
                 break

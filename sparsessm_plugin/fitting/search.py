@@ -35,6 +35,7 @@ _TRIAL_TOKENS = {"cuda": 2**16, "cpu": 3 * 2**12}
 _LEAST_MINUTES = 0.05  # of a distillation
 # Of all minutes, those that a finalist is distilled for, and when all finalists are to be done.
 _FINALIST, _FOR_FINALISTS = 0.06, 0.8
+_LONGER = 1.2  # removals of a recipe than foreseen, at most
 # Distillation evens out what axes lose. Finalists are also the best mixes with the loss of each
 # axis, per square of the cost that it saves, raised to these powers.
 _EVEN = (0.5, 0.25)
@@ -77,6 +78,7 @@ class Search:
         self.failed: dict[tuple[int, ...], SparseSSMError] = {}
         self.predictions: dict[tuple[int, ...], float] = {}
         self.distilled: dict[tuple[int, ...], float] = {}
+        self._said_short = False
 
     @property
     def minutes(self) -> float:
@@ -87,31 +89,77 @@ class Search:
         """Whether more than a share of all the time has passed."""
         return self.minutes > share * self.prepared.settings.minutes
 
+    def has_time(self, seconds: float) -> bool:
+        """Whether what is foreseen to take so long ends within the minutes."""
+        return self.minutes + seconds / 60 <= self.prepared.settings.minutes
+
+    def _best_known(self) -> tuple[int, ...] | None:
+        """The mix of least loss that reaches the targets, of axes that were measured."""
+        best = best_mixes(self.losses(), self.prepared.costs(), self.prepared.limits())
+        return best[0] if best else None
+
+    def _rest(self, mix: tuple[int, ...]) -> float:
+        """Seconds of what is done in any case: a mix is tried, and made by the recipe."""
+        sizes = self.space.sizes(mix)
+        made = _LONGER * self.trials.removal_seconds(sizes, self.trials.efforts[-1])
+        return made if mix in self.tried else made + self.trials.trial_seconds(sizes)
+
+    def _say_if_short(self) -> None:
+        """Say once that even what is done in any case does not end within the minutes."""
+        best = self._best_known()
+        if best is None or self._said_short or self.has_time(self._rest(best)):
+            return
+        self._said_short = True
+        logger.warning(
+            f"{self.prepared.settings.minutes:g} minutes are too few: the least, to measure axes "
+            "until a mix of them reaches the targets, to try that mix and to make it, takes about "
+            f"{self.minutes + self._rest(best) / 60:.3g}"
+        )
+
     # -- single axes -----------------------------------------------------------------
 
     def measure_tables(self) -> None:
-        """Try sizes of each axis alone, the middle ones first, as long as there is time."""
+        """Try sizes of each axis alone, the middle ones first, as long as there is time.
+
+        In any case as many axes as it takes until some mix of them reaches the targets.
+        """
         orders = [_order(len(ladder.sizes) - 1) for ladder in self.space.ladders]
         rounds = max(map(len, orders), default=0)
-        total = sum(map(len, orders))
-        with Stage("loss of single axes", total) as stage:
+        places = sorted(range(len(orders)), key=self._turn)
+        with Stage("loss of single axes", sum(map(len, orders))) as stage:
             for turn in range(rounds):
-                for place, order in enumerate(orders):
-                    # one size of each axis at least, whatever the time
-                    needed = not self.measured[place] or not self.is_late(_FOR_TABLES)
-                    if turn < len(order) and needed:
-                        self._measure_one(place, order[turn], stage)
-                    elif turn < len(order):
+                for place in places:
+                    if turn >= len(orders[place]):
+                        continue
+                    step = orders[place][turn]
+                    if self._is_to_be_measured(place, step):
+                        self._measure_one(place, step, stage)
+                        self._say_if_short()
+                    else:
                         stage.advance()
         if not any(self.measured):
             raise next(iter(self.failed.values()))
 
+    def _turn(self, place: int) -> tuple[bool, bool]:
+        """First axes that reach the targets alone; layers, whose sets are compared, last of all."""
+        end = self.space.alone(place, -1)
+        limits = zip(self.prepared.costs(), self.prepared.limits(), strict=True)
+        alone = all(cost[end] <= limit for cost, limit in limits)
+        return self.space.ladders[place].axis == "layers", not alone
+
+    def _is_to_be_measured(self, place: int, step: int) -> bool:
+        if self.measured[place] and self.is_late(_FOR_TABLES):
+            return False
+        best = self._best_known()
+        if best is None:  # this axis may be what is missing
+            return True
+        sizes = self.space.sizes(self.space.alone(place, step))
+        return self.has_time(self.trials.trial_seconds(sizes) + self._rest(best))
+
     def _measure_one(self, place: int, step: int, stage: Stage) -> None:
         ladder = self.space.ladders[place]
-        size = ladder.sizes[step]
-        stage.at(f"{ladder.axis} {size} of {ladder.sizes[0]}")
-        mix = tuple(step if p == place else 0 for p in range(len(self.space.ladders)))
-        self._try(mix)
+        stage.at(f"{ladder.axis} {ladder.sizes[step]} of {ladder.sizes[0]}")
+        self._try(self.space.alone(place, step))
         stage.advance()
 
     def _try(self, mix: tuple[int, ...]) -> None:
@@ -175,6 +223,8 @@ class Search:
                 if not untried or tries >= _MOST_TRIED or (settled and tries >= _LEAST_TRIED):
                     break
                 if tries and self.is_late(_FOR_FINALISTS if tries == 1 else _FOR_TRIALS):
+                    break
+                if tries and not self.has_time(self._rest(untried[0])):
                     break
                 layers = self._layers_alone(untried[0])
                 if layers is not None:  # which ones stay decides what the mix costs
@@ -300,12 +350,17 @@ class Search:
 
     # -- the recipe ------------------------------------------------------------------
 
-    def recipe(self, sizes: Mapping[str, int], minutes: float) -> tuple[str, float]:
-        """YAML, and the minutes of distillation in it."""
+    def recipe(self, sizes: Mapping[str, int]) -> tuple[str, float]:
+        """YAML, and the minutes of distillation in it: those that its removals leave."""
+        efforts = self.trials.efforts
+        needed = [_LONGER * self.trials.removal_seconds(sizes, effort) for effort in efforts]
+        fits = [i for i, seconds in enumerate(needed) if self.has_time(seconds)]
+        chosen = fits[0] if fits else -1
+        minutes = self.prepared.settings.minutes - self.minutes - needed[chosen] / 60
         last = in_order(sizes)[-1].modifier_class
         able = "distill_minutes" in last.model_fields and minutes >= _LEAST_MINUTES
         distilled = round(minutes, 2) if able else 0.0
-        fields = self.trials.fields(sizes, distilled)
+        fields = self.trials.fields(sizes, distilled, efforts[chosen])
         if distilled and self.prepared.settings.generated:
             fields[list(fields)[-1]]["distill_generated"] = self.prepared.settings.generated
         modifiers = {AXES[name].modifier_class.__name__: own for name, own in fields.items()}

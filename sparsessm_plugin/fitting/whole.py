@@ -73,7 +73,9 @@ def fit(
     :param batch: sequences at once, for a speed
     :param length: tokens of each, for a speed, and for an attention cache in ``state``
     :param phase: what is to be fast, ``decode`` or ``prefill``
-    :param minutes: that the whole may take; what the search leaves is for distillation
+    :param minutes: that the whole may take; what the search leaves is for distillation. The least
+        (one size of an axis, and of one more until a mix reaches the targets, one trial of a mix
+        and the removals) is done in any case, with a warning where it takes longer
     :param axes: to choose from; default all that there are
     :param search_tokens: of the text that a trial chooses and fits by; default 65,536 on a GPU
         and 12,288 on a CPU; the removals themselves then read 131,072 and 32,768
