@@ -669,6 +669,14 @@ def test_sizes_that_the_runtime_takes_one_by_one_are_judged_together(monkeypatch
         Prepared(Shapes(small_mamba()), wanted, torch.device("cpu"))
 
 
+def test_layers_that_suit_the_data_and_miss_the_target_are_said_with_the_nearest():
+    """Before that, other layers are counted: with them the target would have been reached."""
+    kinds = ["mlp", "full_attention", "linear_attention", "mlp"]
+    model = tiny_model("nemotron_h", layers_block_type=kinds)
+    with pytest.raises(SparseSSMError, match=r"layers that suit .* no mix .*=0.55: the nearest is"):
+        fit(model, batches(8), "parameters=0.55", minutes=0.01, axes=("layers", "mlp"))
+
+
 def test_too_little_text_is_said_before_the_work():
     with pytest.raises(SparseSSMError, match=r"gives 2 windows in 1 batches, .* at least 8 in 2"):
         fit(small_mamba(), batches(1), "state=0.5")

@@ -1,10 +1,12 @@
 """Removals along an axis of a whole model: lifecycle, pipelines, ranks, and what errors leave."""
 
+import re
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from conftest import batches, check_reload, nothing_left_behind, run, state, tiny_model
+from loguru import logger
 from torch import nn
 
 import sparsessm_plugin as plugin
@@ -13,6 +15,7 @@ from sparsessm_plugin.methods.model_removal import ModelRemoval, ModelRemovalSet
 from sparsessm_plugin.methods.removal import Removed
 from sparsessm_plugin.methods.run import run as directly
 from sparsessm_plugin.modifiers.model_removal import ModelRemovalModifier
+from sparsessm_plugin.recipes import parse_recipe
 
 READY = batches(2, 2, 16, padded=True)
 
@@ -104,6 +107,53 @@ def test_one_removal_after_the_other(pipeline):
     assert len(model.base_model.layers) == model.config.num_hidden_layers == 1
     with pytest.raises(SparseSSMError, match="would keep 3 layers, and an earlier one leaves 1"):
         run(deep(), [LastLayersModifier(keep=1), LastLayersModifier(keep=3)], READY)
+
+
+def _nemotron(*kinds):
+    names = {"m": "linear_attention", "a": "full_attention", "p": "mlp"}
+    return tiny_model("nemotron_h", layers_block_type=[names[kind] for kind in kinds])
+
+
+def _layers_first(keep, then):
+    return f"""
+    removal_stage:
+      removal_modifiers:
+        LayerRemovalModifier: {{keep: {keep}, saliency: last, compensate: []}}
+        {then}
+    """
+
+
+@pytest.mark.parametrize(
+    ("kinds", "keep", "then", "said"),
+    [
+        ("mamp", 3, "MLPRemovalModifier: {keep: 32}", r"all layers with mlp \(1 of 4\)"),
+        ("mamp", 3, "AttentionRemovalModifier: {keep: 1}", None),  # one attends in any case
+        ("mampp", 3, "MLPRemovalModifier: {keep: 32}", r"\(2 of 5\).*keep at least 4 layers, or"),
+        ("mampp", 4, "MLPRemovalModifier: {keep: 32}", None),
+        ("amap", 2, "StateRemovalModifier: {keep: 4}", r"all layers with mixers \(1 of 4\)"),
+    ],
+)
+def test_layers_that_may_take_along_what_comes_next_are_said_before(kinds, keep, then, said):
+    lines = []
+    handle = logger.add(lines.append, level="WARNING", format="{message}")
+    try:
+        parse_recipe(_layers_first(keep, then)).check_model(_nemotron(*kinds).to("meta"))
+    finally:
+        logger.remove(handle)
+    assert len(lines) == (said is not None)
+    assert not said or re.search(said, lines[0])
+
+
+def test_layers_that_take_along_what_comes_next_are_refused_before_anything_changes():
+    model = _nemotron(*"mamp")
+    before = state(model)
+    recipe = parse_recipe(_layers_first(1, "MLPRemovalModifier: {keep: 32}"))
+    said = r"LayerRemovalModifier, which comes before it, leaves no layer with mlp; keep at least 4"
+    with pytest.raises(SparseSSMError, match=said):
+        recipe.check_model(model)
+    with pytest.raises(SparseSSMError, match=said):
+        run(model, list(recipe.modifiers), READY)
+    assert_same(model, before)
 
 
 OTHERS = {

@@ -157,6 +157,14 @@ class ModelAdapter:
             raise SparseSSMError(f"{self.name}: {axis} has no units that a module could choose")
         return tuple(block for block in self._blocks() if block.kind == axis)
 
+    def layers_with(self, axis: str) -> tuple[int, ...]:
+        """Indices of the layers with modules whose units make up an axis, shared ones too."""
+        return tuple(
+            layer.index
+            for layer in self.layers
+            if any(self._axis_of(b) == axis for part in layer.parts for b in part.blocks())
+        )
+
     def axis_length(self, axis: str) -> int:
         """How many indices an axis has.
 

@@ -129,10 +129,10 @@ class Prepared:
         self._known: dict[str, dict[tuple[int, ...], float]] = {}
         self.predicted: dict[tuple[int, ...], float] = {}
         counts = [t for t in self.settings.targets if t.kind != "speed"]
-        self._check_reached(counts)
+        self.check_reached(counts)
         if len(counts) < len(self.settings.targets):
             self.speed = fit_speed_model(self.space, self.settings.workload, self.device)
-            self._check_reached(self.settings.targets)
+            self.check_reached(self.settings.targets)
         self._drop_needless()
         self._check_together()
 
@@ -291,7 +291,11 @@ class Prepared:
 
     # -- whether it is enough --------------------------------------------------------
 
-    def _check_reached(self, targets: Sequence[Target]) -> None:
+    def check_reached(self, targets: Sequence[Target]) -> None:
+        """Refuse targets that no mix reaches, as costs are known now.
+
+        :raises SparseSSMError: naming the nearest
+        """
         if not targets:
             return
         costs, limits = self.costs(targets), self.limits(targets)

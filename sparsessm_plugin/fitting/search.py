@@ -234,6 +234,11 @@ class Search:
                 tries += 1
                 stage.advance()
         best = self._best(limits)
+        if not best and not self.failed:
+            try:
+                self.prepared.check_reached(self.prepared.settings.targets)
+            except SparseSSMError as error:
+                raise SparseSSMError(f"of the layers that suit the data, {error}") from error
         if not best:
             raise SparseSSMError(
                 "none of the mixes that were to reach the targets could be made: "
