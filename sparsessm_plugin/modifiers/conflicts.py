@@ -36,14 +36,13 @@ from llmcompressor.modifiers.transform.smoothquant.dynamic_mappings import (
     get_layer_mappings_from_model as smoothquant_mappings,
 )
 from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
-from loguru import logger
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
 
 from sparsessm_plugin.checkpoints.experts import check_experts
 from sparsessm_plugin.errors import SparseSSMError, shown
-from sparsessm_plugin.families import MixerAdapter, ModelAdapter, find_mixers, get_model_adapter
+from sparsessm_plugin.families import MixerAdapter, find_mixers
 from sparsessm_plugin.families.quantizable import (
     check_quantized,
     never_called,
@@ -52,18 +51,20 @@ from sparsessm_plugin.families.quantizable import (
 from sparsessm_plugin.families.shared_weights import weight_holders
 from sparsessm_plugin.methods.gradient import tuned_parameters
 from sparsessm_plugin.modifiers.base import MethodModifier
-from sparsessm_plugin.modifiers.channel_removal import ChannelRemovalModifier
 from sparsessm_plugin.modifiers.gradient_magnitude import GradientMagnitudeModifier
 from sparsessm_plugin.modifiers.lifecycle import register_check
 from sparsessm_plugin.modifiers.model_removal import ModelRemovalModifier
 from sparsessm_plugin.modifiers.removal import RemovalModifier
+from sparsessm_plugin.modifiers.removals_in_turn import (
+    check_layers_left,
+    check_sizes_left,
+    matching_names,
+)
 from sparsessm_plugin.modifiers.rules import RULES, Effects, Names, Rule
 from sparsessm_plugin.modifiers.sensitivity import SensitivitySparseGPTModifier
 from sparsessm_plugin.modifiers.sparse_gptq import SparseGPTQModifier, check_quantizes
 from sparsessm_plugin.modifiers.sparsessm import SparseSSMModifier
-from sparsessm_plugin.modifiers.state_removal import StateRemovalModifier
 from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure
-from sparsessm_plugin.selection.sets import allowed_sets
 from sparsessm_plugin.training.distillation import fitted_parameters, mixer_parameters
 
 # What a removal writes new values into, by what it fits again; reconstruct depends on the family.
@@ -132,96 +133,13 @@ def check_modifiers(modifiers: Sequence[Any], model: nn.Module) -> None:
         elif isinstance(modifier, QuIPModifier):
             _check_called(modifier, model)
     check_experts(modifiers, model)
-    _check_sizes(modifiers, model)
-    _check_layers_left(modifiers, model)
+    check_sizes_left(modifiers, model)
+    check_layers_left(modifiers, model)
     for first, second in combinations(modifiers, 2):
         found = _broken(first, second, model)
         if found is not None:
             rule, names = found
             raise SparseSSMError(rule.message(first, second, _shown(names)))
-
-
-def _check_sizes(modifiers: Sequence[Any], model: nn.Module) -> None:
-    """Refuse a removal that an earlier one leaves nothing to remove."""
-    left: dict[str, int] = {}
-    for modifier in modifiers:
-        if isinstance(modifier, ModelRemovalModifier) and _names(modifier.matching_mixers, model):
-            for axis, kept in modifier.kept_sizes(model).items():
-                if modifier.keep is not None and kept >= left.get(axis, kept + 1):
-                    raise SparseSSMError(
-                        f"{type(modifier).__name__} would keep {kept} {axis}, and an earlier one "
-                        f"leaves {left[axis]}; keep fewer, or leave one of them out"
-                    )
-                left[axis] = min(kept, left.get(axis, kept))
-        if not isinstance(modifier, RemovalModifier) or not _names(modifier.matching_mixers, model):
-            continue
-        adapter = find_mixers(model)[0]
-        if isinstance(modifier, StateRemovalModifier):
-            axis, kept = "states", modifier.kept(adapter.sizes.state_size)
-        else:
-            assert isinstance(modifier, ChannelRemovalModifier)
-            axis, kept = modifier.axis_of(adapter), modifier.kept(adapter)
-        if modifier.keep is not None and modifier.keep >= left.get(axis, modifier.keep + 1):
-            raise SparseSSMError(
-                f"{type(modifier).__name__}: keep is {modifier.keep}, and an earlier one leaves "
-                f"{left[axis]} {axis}; keep fewer, or leave one of them out"
-            )
-        left[axis] = min(kept, left.get(axis, kept))
-
-
-def _check_layers_left(modifiers: Sequence[Any], model: nn.Module) -> None:
-    """Refuse a removal for which an earlier one leaves no layer, and say if it may leave none.
-
-    Which layers go is known once the data has been read.
-    """
-    removals = [m for m in modifiers if isinstance(m, (ModelRemovalModifier, RemovalModifier))]
-    fitting = all(_names(m.matching_mixers, model) for m in removals)  # else it is said elsewhere
-    if not fitting or not any(isinstance(m, ModelRemovalModifier) for m in removals[:-1]):
-        return
-    adapter = get_model_adapter(model)
-    length = left = adapter.axis_length("layers")
-    units = set(adapter.axis_names) - {"hidden", "layers"}
-    earlier: Any = None
-    for modifier in removals:
-        whole = isinstance(modifier, ModelRemovalModifier)
-        sizes = modifier.kept_sizes(model) if whole else {}
-        if sizes.get("layers", left) < left:
-            earlier, left = modifier, sizes["layers"]
-        wanted = {axis: adapter.layers_with(axis) for axis in sizes if axis in units}
-        if not whole:
-            wanted["mixers"] = tuple(e.index for e in adapter.layers if e.has("mixer"))
-        for axis, carriers in wanted.items():
-            if earlier is None or length - left < len(carriers):
-                continue
-            who = f"{type(modifier).__name__}: {type(earlier).__name__}, which comes before it,"
-            advice = f"keep at least {length - len(carriers) + 1} layers, or let it come last"
-            if not _can_go(adapter, length - left, leaves=carriers):
-                raise SparseSSMError(f"{who} leaves no layer with {axis}; {advice}")
-            if _can_go(adapter, length - left, takes=carriers):
-                logger.bind(log_once=True).warning(
-                    f"{who} may remove all layers with {axis} ({len(carriers)} of {length}), and "
-                    f"the recipe would then end there; {advice}"
-                )
-
-
-def _can_go(
-    adapter: ModelAdapter, count: int, leaves: Sequence[int] = (), takes: Sequence[int] = ()
-) -> bool:
-    """Whether so many layers may be removed that some of one set stay, or all of another go."""
-    others = [i for i in range(adapter.axis_length("layers")) if i not in takes]
-
-    def allowed(places: Sequence[int]) -> bool:
-        gone = {*takes, *(others[place] for place in places)}
-        kept = [i for i in range(len(others) + len(takes)) if i not in gone]
-        if leaves and gone.issuperset(leaves):
-            return False
-        with suppress(SparseSSMError):
-            adapter.layer_fields(kept)
-            return True
-        return False
-
-    rest = count - len(takes)
-    return allowed(()) if rest == 0 else any(allowed_sets(len(others), rest, allowed))
 
 
 @register_check("initialize")
@@ -362,7 +280,7 @@ def effects_of(modifier: Any, model: nn.Module) -> Effects:
 
 
 def _of_transitions(modifier: Any, model: nn.Module) -> Effects:
-    names = frozenset(f"{mixer}.A_log" for mixer in _names(modifier.matching_mixers, model))
+    names = frozenset(f"{mixer}.A_log" for mixer in matching_names(modifier.matching_mixers, model))
     return Effects(
         changes=names,
         pruned=names,
@@ -396,7 +314,7 @@ def _of_gradients(modifier: Any, model: nn.Module) -> Effects:
 
 
 def _of_removal(modifier: Any, model: nn.Module) -> Effects:
-    if not _names(modifier.matching_mixers, model):
+    if not matching_names(modifier.matching_mixers, model):
         return Effects()
     everything = frozenset(mixer_parameters(model))
     written, columns = set(), set()
@@ -422,7 +340,7 @@ def _of_removal(modifier: Any, model: nn.Module) -> Effects:
 
 
 def _of_model_removal(modifier: Any, model: nn.Module) -> Effects:
-    if not _names(modifier.matching_mixers, model):
+    if not matching_names(modifier.matching_mixers, model):
         return Effects()
     everything = frozenset(n for n in dict(model.named_parameters()) if ".experts." not in n)
     return Effects(
@@ -526,13 +444,6 @@ def _parameter(adapter: MixerAdapter, own: str) -> str:
         found = adapter.projection(kind)
         own = f"{found.path}.weight" if found.attribute == "weight" else found.path
     return f"{adapter.name}.{own}"
-
-
-def _names(matching: Any, model: nn.Module) -> Names:
-    try:
-        return frozenset(found.name for found in matching(model))
-    except SparseSSMError:  # does not fit this model, which is said elsewhere
-        return _NONE
 
 
 def _check_called(modifier: Any, model: nn.Module) -> None:
