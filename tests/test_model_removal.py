@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import batches, check_reload, nothing_left_behind, run, state, tiny_model
+from conftest import DEVICE, batches, check_reload, nothing_left_behind, run, state, tiny_model
 from loguru import logger
 from torch import nn
 
@@ -215,7 +215,7 @@ def test_an_error_says_what_is_in_memory(fails, said, layers, tmp_path):
         lambda m, f: directly(LastLayers(Settings(**f)), m, READY),
         lambda m, f: run(m, LastLayersModifier(**f), READY),
     ):
-        model = deep()
+        model = deep().to(DEVICE)  # what is moved there for the work goes back as it was
         before = state(model)
         with pytest.raises(SparseSSMError, match=said):
             drive(model, {"keep": 2, "distill_steps": 1, "fails": fails})
@@ -223,6 +223,16 @@ def test_an_error_says_what_is_in_memory(fails, said, layers, tmp_path):
         if fails == "at once":
             assert_same(model, before)
         nothing_left_behind(model)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the model computes where it is")
+def test_an_error_leaves_a_model_that_was_moved_for_the_work():
+    model = deep()
+    before = state(model)
+    with pytest.raises(SparseSSMError, match=r"^the fit failed$"):
+        run(model, LastLayersModifier(keep=2, fails="fitted"), READY)
+    assert_same(model, before)
+    nothing_left_behind(model)
 
 
 def test_distilled():

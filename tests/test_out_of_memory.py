@@ -4,7 +4,8 @@ import sys
 
 import pytest
 import torch
-from conftest import DEMO, Loader, batches, tiny_model
+from compressed_tensors.offload import disable_onloading
+from conftest import DEMO, Loader, batches, state, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -60,10 +61,6 @@ class Device:
             raise torch.OutOfMemoryError(FULL)
 
 
-def weights(model):
-    return {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
-
-
 def assert_untouched(model):
     for adapter in find_mixers(model):
         assert not isinstance(getattr(vars(adapter.mixer).get("forward"), "__func__", 0), _Forward)
@@ -77,7 +74,7 @@ def test_half_batches_give_what_such_a_loader_gives(tokenizer, pipeline):
     device = Device(rows=2)
     with pytest.warns(UserWarning, match=f"batches of 4 x 24 tokens: {NUMBERS}; trying once more"):
         result = prune(device.model(), recipe(ALOG), loader, tokenizer, pipeline, device.model)
-    found, wanted = weights(result.model), weights(expected.model)
+    found, wanted = state(result.model), state(expected.model)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert result.reports[0]["layers"][0]["tokens"] == expected.reports[0]["layers"][0]["tokens"]
     assert_untouched(result.model)
@@ -90,12 +87,12 @@ def test_what_an_earlier_modifier_changed_is_not_pruned_twice(tokenizer):
     expected = prune(tiny_model("mamba"), both, halved(loader), tokenizer)
     device = Device(rows=2, after=12)  # the first one calls each of 2 mixers 2 x 2 times
     first = device.model()
-    A_log, before = first.backbone.layers[0].mixer.A_log, weights(first)[A_LOG]
+    A_log, before = first.backbone.layers[0].mixer.A_log, state(first)[A_LOG]
     with pytest.warns(UserWarning, match="trying once more"):
         result = prune(first, both, loader, tokenizer, reload=device.model)
     assert not torch.equal(A_log, before)  # the first modifier had been here
     assert not list(first.parameters())  # its memory is free
-    found, wanted = weights(result.model), weights(expected.model)
+    found, wanted = state(result.model), state(expected.model)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
@@ -124,12 +121,16 @@ def test_the_second_time_it_is_an_error_with_the_numbers(tokenizer):
 def test_without_a_second_try_the_model_is_left_as_it_was(tokenizer, rows, can_reload):
     device = Device(rows=0)
     model = device.model()
-    before = weights(model)
+    before = state(model)
     loader = Loader(batches(count=2, batch=rows))
     reload = device.model if can_reload else None
     with pytest.raises(SparseSSMError, match="give smaller batches"):
         prune(model, recipe(ALOG), loader, tokenizer, reload=reload)
-    assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
+    after = state(model)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    with disable_onloading():  # what weights on a GPU are copied from is still tied
+        assert model.lm_head.weight is model.backbone.embeddings.weight
     assert_untouched(model)
 
 
@@ -232,7 +233,7 @@ def test_where_inputs_wait_changes_no_bit(tokenizer, monkeypatch):
         monkeypatch.setattr(pruning, "has_room", lambda device, needed, room=room: room)
         loader = Loader(batches(count=4, batch=4))
         result = prune(tiny_model("mamba").cuda(), recipe(text, PROJECTIONS), loader, tokenizer)
-        found.append(weights(result.model))
+        found.append(state(result.model))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 

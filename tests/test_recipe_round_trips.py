@@ -49,7 +49,7 @@ for case in sys.argv[2:]:
         logits = model.to(ids.device)(ids).logits  # unpacks the weights, too
     zeros = [(model.get_parameter(k) == 0, z) for k, z in expected["zeros"].items()]
     results[case] = {
-        "logits": float((logits - expected["logits"]).abs().max()) <= expected["away"],
+        "off": float((logits - expected["logits"]).abs().max()),
         "zeros": all(
             f[z].all() if expected["more_zeros"] else torch.equal(f, z) for f, z in zeros
         ),
@@ -89,7 +89,7 @@ def run(family, text, **kwargs):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folder of all cases; by case the zeros after quantization and the quantizer's report."""
+    """Folder of all cases; by case zeros, the quantizer's report, and how far logits may be off."""
     root, found = tmp_path_factory.mktemp("saved"), {}
     ids = batches(1)[0]["input_ids"]
     for case, (family, name) in zip(CASES, BUILT_IN + SINGLE, strict=True):
@@ -103,12 +103,11 @@ def saved(tmp_path_factory):
         model.save_pretrained(root / case)
         packed = case.endswith(("w4a16", "W4A16"))
         expected = {"logits": logits, "zeros": zeros, "packed": packed}
-        expected["away"] = may_be_off(logits)
         expected["input_ids"] = ids.to(logits.device)
         # LLM Compressor's own modifier rounds in the forward, and the weight only when it is saved
         expected["more_zeros"] = name in ("state-50-w8a8", "fast-1.5x-w8a8")
         torch.save(expected, root / case / "expected.pt")
-        found[case] = (zeros, report)
+        found[case] = (zeros, report, may_be_off(logits, model=model))
     return root, found
 
 
@@ -120,8 +119,10 @@ def loaded(saved):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_saved_checkpoints_load_with_the_logits_and_zeros_in_memory(loaded, case):
-    assert loaded[case] == {"logits": True, "zeros": True}
+def test_saved_checkpoints_load_with_the_logits_and_zeros_in_memory(saved, loaded, case):
+    *_, most = saved[1][case]
+    assert loaded[case]["off"] <= most
+    assert loaded[case]["zeros"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -142,7 +143,7 @@ def test_inspect_says_who_loads_it(saved, case):
 @pytest.mark.parametrize("name", [*QUANTIZED, *(f"one-stage-{s}" for s in QUANTIZED.values())])
 def test_quantization_keeps_the_zeros_of_the_stage_before(saved, family, name):
     """int4 rounds small weights to zero besides; nothing that was zero comes back."""
-    zeros, report = saved[1][f"{family}-{name}"]
+    zeros, report, _ = saved[1][f"{family}-{name}"]
     for layer in report["layers"]:
         after = zeros[f"{layer['name']}.weight"]
         assert after.sum() == layer["zeros"] >= layer["pruned"] > 0
@@ -165,7 +166,7 @@ def test_zeros_before_are_zeros_after(saved, family, name):
     pruning, _, _ = text_of(name).partition("quantization_stage:")
     assert len(parse_recipe(pruning).modifiers) == len(load_recipe(name).modifiers) - 1
     before = {k: w == 0 for k, w in projections(run(family, pruning)).items()}
-    after, _ = saved[1][f"{family}-{name}"]
+    after, *_ = saved[1][f"{family}-{name}"]
     # what is pruned first sees the same in both runs
     first = "backbone.layers.0.mixer.in_proj.weight"
     for key in (first, "backbone.layers.0.mixer.out_proj.weight"):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import (
+    DEVICE,
     assert_same_sums,
     batches,
     check_reload,
@@ -510,6 +511,8 @@ def test_inputs_that_are_not_finite(target_output):
     assert nothing_left_behind(model)
 
 
+# a GPU multiplies halves as they are, the CPU what is widened before
+_READS = "conv1d" if DEVICE == "cuda" else "out_proj"
 _IN_PROJ = "first appear in the output of backbone.layers.1.mixer.in_proj in float16"
 _SCAN = "first appear in the scan output of backbone.layers.1.mixer behind its gate"
 _SQUARES = "all outputs of modules are finite, so float32 cannot hold the squares"
@@ -520,7 +523,7 @@ _SQUARES = "all outputs of modules are finite, so float32 cannot hold the square
     [
         (torch.float16, 1e5, "optimal", 2, "layers.1.mixer.conv1d cannot", _IN_PROJ),
         (torch.float16, 1e5, "optimal", 3, "layers.2.mixer: its input", _IN_PROJ),
-        (torch.float16, 1e5, "uniform", 2, "layers.1.mixer.out_proj cannot", _IN_PROJ),
+        (torch.float16, 1e5, "uniform", 2, f"layers.1.mixer.{_READS} cannot", _IN_PROJ),
         (torch.bfloat16, 1e25, "optimal", 2, "layers.1.mixer.conv1d cannot", _SCAN),
         (torch.bfloat16, 1e7, "optimal", 3, "layers.1.mixer.out_proj cannot", _SQUARES),
         (torch.bfloat16, 1e7, "uniform", 2, "layers.1.mixer.out_proj cannot", _SQUARES),
