@@ -297,11 +297,11 @@ for folder in sys.argv[1:]:
     model, info = cls.from_pretrained(folder, output_loading_info=True)
     ids, logits, tensors = torch.load(folder + "/expected.pt")
     model = model.eval().to(ids.device)
-    with torch.no_grad(), torch.device(ids.device):
+    with torch.no_grad():
         away = (model(ids).logits - logits).abs().max()
-        grid = torch.tensor([[1, 2, 2]])
-        pixels = torch.ones(4, 3 * 2 * 4 * 4)
-        image = torch.tensor([[92, 90, 93, 5]])
+        grid = torch.tensor([[1, 2, 2]], device=ids.device)
+        pixels = torch.ones(4, 3 * 2 * 4 * 4, device=ids.device)
+        image = torch.tensor([[92, 90, 93, 5]], device=ids.device)
         types = (image == 90).int()
         seen = model(image, pixel_values=pixels, image_grid_thw=grid, mm_token_type_ids=types)
     own = model.state_dict()
