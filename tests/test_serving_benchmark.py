@@ -4,14 +4,17 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import harness
-from experiments import serving
+from experiments import serving, serving_llama_cpp
 from run import Common, run_experiment
+
+from sparsessm_plugin.fitting.timing import Workload, features_of
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels of a GPU refuse the CPU")
@@ -49,3 +52,28 @@ def test_every_row_once(tmp_path, monkeypatch):
         else:
             assert [model["model"] for model in row["models"]] == ["N 16", "N 8", "N 4"]
             assert row["models"][0]["speedup"] == 1
+
+
+@pytest.mark.parametrize("family", serving_llama_cpp.STATES)
+def test_times_of_llama_cpp_that_follow_their_parts_are_predicted(family):
+    """Rows as a machine would give them whose times are a sum of what grows with the sizes."""
+    chosen = serving_llama_cpp.Fields(removed="fast-1.5x", families=[family], tiny=True)
+    rows, configs = zip(*serving_llama_cpp.models_to_time(chosen), strict=True)
+    assert [row["model"] for row in rows[:2]] == ["dense", "fast-1.5x"]
+    assert [config.num_hidden_layers for config in configs] == [row["layers"] for row in rows]
+    dense, fast = rows[0], rows[1]
+    assert fast["layers"] == round(0.67 * dense["layers"])
+    assert fast["N"] == dense["N"] // 2
+    weights = np.array([2.0, 0.5, 3.0, 10.0, 4.0, 1.0, 3.0])
+    for row in rows:
+        features = features_of(np.array(row["quantities"]), Workload(1, chosen.prompt))
+        row["prompt"] = row["generation"] = [1000 / float(features @ weights)] * 3
+    numbers = {"rows": rows}
+    speedup = fast["prompt"][0] / dense["prompt"][0]
+    assert speedup > 1
+    for phase in ("prompt", "generation"):
+        found = serving_llama_cpp.predicted_speedup(numbers, chosen, fast, phase)
+        assert found == pytest.approx(speedup, rel=1e-6)
+    assert serving_llama_cpp.ratios(numbers)[f"{family}, fast-1.5x, prompt"] == speedup
+    table = serving_llama_cpp.render(numbers, chosen)
+    assert len([line for line in table.splitlines() if line.startswith(f"| {family}")]) == 2
