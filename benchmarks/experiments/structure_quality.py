@@ -39,19 +39,26 @@ NOTED = ("parameters", "steps", "passes", "divergence")
 # Axis of the package, and fields of its modifier; what this package does comes first, the others
 # are to compare with.
 WRITTEN = "distill_generated: {generated}"
+ADAM = "distill_optimizer: adam, distill_learning_rate: 0.001"  # what was the default once
+DISTILLED = {"generated text": WRITTEN, "Adam": ADAM, "generated text, Adam": f"{WRITTEN}, {ADAM}"}
+
+
+def with_distilled(method: str) -> dict[str, str]:
+    """A method, and what its distillation may be beside the default."""
+    return {method: ""} | {f"{method}, {name}": fields for name, fields in DISTILLED.items()}
+
+
 METHODS: dict[str, dict[str, str]] = {
-    "mix": {"fit": "", "fit, generated text": WRITTEN},
+    "mix": with_distilled("fit"),
     "layers": {
-        "loss after the fit": "",
-        "loss after the fit, generated text": WRITTEN,
+        **with_distilled("loss after the fit"),
         "loss after the fit, 600 steps a layer": "reconstruct_steps: 600",
         "perplexity, greedy, nothing fitted": "saliency: perplexity, compensate: none",
         "block influence, nothing fitted": "saliency: block_influence, compensate: none",
         "random, nothing fitted": "saliency: random, seed: {seed}, compensate: none",
     },
     "hidden": {
-        "output energy": "",
-        "output energy, generated text": WRITTEN,
+        **with_distilled("output energy"),
         "magnitude": "saliency: magnitude",
         "magnitude, nothing fitted": "saliency: magnitude, compensate: none",
     },
@@ -78,7 +85,7 @@ class Fields(OfTexts):
     generated: int = Field(
         1_150_000, description="tokens that the dense model writes, where it does; as many as given"
     )
-    rate: float = Field(1e-3, description="learning rate of distillation")
+    rate: float | None = Field(None, description="learning rate of distillation; else the default")
     weights: str = Field("auto", description="distill_weights")
     fit_minutes: float | None = Field(
         None, description="whose half a mix is sought for; default 1 on a GPU, 5"
@@ -115,8 +122,8 @@ def wanted_rows(chosen: "Fields") -> Iterator[tuple[float, str, str, float, int]
     for seed in range(chosen.seeds):
         for methods, lengths in parts:
             for minutes, (axis, method), share in product(lengths, methods, chosen.shares):
-                if "generated" in method and not minutes:
-                    continue  # no fit but distillation reads it
+                if method.endswith(tuple(DISTILLED)) and not minutes:
+                    continue  # what is said is of distillation
                 if not chosen.rows or {axis, f"{axis}: {method}"} & set(chosen.rows):
                     yield share, axis, method, minutes, seed
 
@@ -195,7 +202,9 @@ class Run(Checkpoint):
         for fields in modifiers.values():
             fields["calibration_batches"] = batches
         if minutes:
-            last |= {"distill_minutes": minutes, "distill_learning_rate": chosen.rate}
+            last["distill_minutes"] = minutes
+            if chosen.rate:
+                last["distill_learning_rate"] = chosen.rate
             if chosen.weights != "auto":
                 last["distill_weights"] = chosen.weights
         text = yaml.safe_dump({"prune_stage": {"prune_modifiers": modifiers}}, sort_keys=False)
@@ -228,11 +237,12 @@ class Run(Checkpoint):
             + METHODS[axis][method].format(seed=seed, generated=self.job.configuration.generated)
             + "}"
         )
-        found[axes[-1].modifier] |= fields
+        last = found[axes[-1].modifier]
         if minutes:
-            found[axes[-1].modifier] |= distillation_fields(axes, minutes)
+            last |= distillation_fields(axes, minutes)
             if axis not in ("mix", *WHOLE):  # what is distilled is the same in all rows
-                found[axes[-1].modifier]["distill_weights"] = "all_but_vocabulary"
+                last["distill_weights"] = "all_but_vocabulary"
+        last |= fields
         return found
 
     def size(self, axis: Any, share: float) -> int:
@@ -319,6 +329,11 @@ def render(numbers: dict[str, Any], chosen: Fields) -> str:
         cells += [mean_and_range(row[kind], digits) for kind in TEXTS]
         cells += [mean_and_range(row["blimp"]), mean_and_range(row["steps"], 0)]
         lines.append([*cells, str(len(row["seeds"])), mean_and_range(row["seconds"], 1)])
+    distilled = (
+        f"; distilled: so many minutes of steps of {chosen.batch_size} x {chosen.length} tokens "
+        f"towards the dense predictions of {chosen.distill_windows or 'all'} windows, "
+        + (f"at a learning rate of {chosen.rate:g}" if chosen.rate else STEPPED)
+    )
     written = (
         f" Generated text: {chosen.generated:,} more tokens, which the dense model has written; "
         "the minutes begin behind that, the seconds before."
@@ -326,12 +341,15 @@ def render(numbers: dict[str, Any], chosen: Fields) -> str:
     head = "model|asked for|axis|method|minutes|parameters|corpus validation|wikitext2 test|BLiMP"
     return joined(
         f"Perplexity relative to dense, mean of the draws (highest - lowest). Layers are fitted "
-        f"over {chosen.windows} x {chosen.length} tokens; distilled: so many minutes of steps of "
-        f"{chosen.batch_size} x {chosen.length} tokens towards the dense predictions of "
-        f"{chosen.distill_windows or 'all'} windows, at a learning rate of {chosen.rate:g}."
+        f"over {chosen.windows} x {chosen.length} tokens"
+        + (distilled if any(row.get("minutes") for row in rows) else "")
+        + "."
         + (written if any("generated" in row["method"] for row in rows) else ""),
         markdown([*head.split("|"), "steps", "draws", "seconds"], lines),
     )
+
+
+STEPPED = "by Muon at a learning rate of 0.002, where a row says so by Adam at 0.001"
 
 
 def ratios(numbers: dict[str, Any]) -> dict[str, float]:

@@ -169,7 +169,8 @@ def distillation_fields(axes: Sequence[Axis], minutes: float) -> dict[str, Any]:
     widest = classes[weights.index(min(weights, key=_BREADTH.index))]
     if weights[classes.index(widest)] != weights[-1]:
         found["distill_weights"] = widest.fitted_by_default
-        found["distill_learning_rate"] = widest.model_fields["distill_learning_rate"].default
+        for name in ("distill_learning_rate", "distill_optimizer"):
+            found[name] = widest.model_fields[name].default
     return found
 
 

@@ -1,5 +1,6 @@
 """The fields of methods that take gradient steps through the whole model."""
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -53,6 +54,7 @@ class DistillSettings(TuneSettings):
     fitted_by_default: ClassVar[Weights] = "mixers"
 
     distill_weights: Literal["auto", "mixers", "all", "all_but_vocabulary"] = "auto"
+    distill_optimizer: Literal["adam", "muon"] = "adam"
     distill_generated: int = Field(default=0, ge=0)
     distill_resume: str | None = None
 
@@ -72,6 +74,10 @@ class DistillSettings(TuneSettings):
                         f"{field} has no meaning without distill_steps or distill_minutes"
                     )
         return self
+
+    def plan(self, repeated: int = 1) -> Plan:
+        """For the tuner; see :meth:`TuneSettings.plan`."""
+        return replace(super().plan(repeated), optimizer=self.distill_optimizer)
 
     @property
     def distilled_weights(self) -> Weights | None:

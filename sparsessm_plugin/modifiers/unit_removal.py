@@ -39,7 +39,8 @@ class MLPRemovalModifier(MLPSettings, ModelRemovalModifier):
     :param distill_steps: gradient steps towards the dense model's predictions of the calibration
         data, after the removal; 0 is none
     :param distill_minutes: instead, or at most, so many minutes of them
-    :param distill_learning_rate: of Adam, the highest
+    :param distill_learning_rate: the highest
+    :param distill_optimizer: ``adam``, or ``muon`` for the matrices of linear layers
     :param distill_weights: which are fitted: ``all`` (default); ``mixers``; ``all_but_vocabulary``
     :param distill_checkpointing: compute layers twice instead of keeping what they made; default
         ``auto``, by the memory that is free
@@ -82,7 +83,8 @@ class AttentionRemovalModifier(AttentionSettings, ModelRemovalModifier):
     :param distill_steps: gradient steps towards the dense model's predictions of the calibration
         data, after the removal; 0 is none
     :param distill_minutes: instead, or at most, so many minutes of them
-    :param distill_learning_rate: of Adam, the highest
+    :param distill_learning_rate: the highest
+    :param distill_optimizer: ``adam``, or ``muon`` for the matrices of linear layers
     :param distill_weights: which are fitted: ``all`` (default); ``mixers``; ``all_but_vocabulary``
     :param distill_checkpointing: compute layers twice instead of keeping what they made; default
         ``auto``, by the memory that is free

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -19,6 +20,7 @@ class Plan:
     :param checkpointing: whether layers are computed twice instead of kept; None where the
         memory that is free decides
     :param precision: what matrix products of float32 models are made in
+    :param optimizer: ``adam``, or ``muon`` for the matrices of linear layers and Adam for the rest
     """
 
     steps: int = 0
@@ -26,6 +28,7 @@ class Plan:
     learning_rate: float = 3e-4
     checkpointing: bool | None = None
     precision: str = "auto"
+    optimizer: Literal["adam", "muon"] = "adam"
 
 
 class Budget:

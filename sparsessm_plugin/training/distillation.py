@@ -169,6 +169,7 @@ class Distillation:
                 measure=partial(self.divergence, model),
                 resume=self._resume,
                 capturable=_is_capturable,
+                matrices=matrices_of(model, fitted) if plan.optimizer == "muon" else (),
             )
             with torch.enable_grad():
                 found = tuner.run({})
@@ -281,6 +282,21 @@ def mixer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, mixer in iter_mixers(model)
         for own, parameter in mixer.named_parameters()
         if parameter.is_floating_point() and not of_quantization(own)
+    }
+
+
+def matrices_of(model: Any, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+    """Names of the weights of linear layers, without those that embed or predict tokens.
+
+    :param parameters: some of the model's, by name
+    """
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    vocabulary = {id(p) for module in ends if module is not None for p in module.parameters()}
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - vocabulary
+    return {
+        name
+        for name, parameter in parameters.items()
+        if id(parameter) in linear and min(parameter.shape) > 1
     }
 
 

@@ -4,7 +4,7 @@ A step is then a few kernels over all weights, however many tensors there are.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
+
+from sparsessm_plugin.training import muon
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # torch's own
 _ALIGNED = 64  # numbers between the starts of two tensors: kernels want whole vectors
@@ -40,8 +42,11 @@ class _Group:
     dtype: torch.dtype
     places: list[_Place] = field(default_factory=list)
     size: int = 0
+    matrices: int = 0  # the first so many numbers are stepped by Muon
+    # shape of these matrices, where the first starts, how many there are, numbers between them
+    stacks: list[tuple[torch.Size, int, int, int]] = field(default_factory=list)
     # (size,) each: what the model computes with, its gradient, float32 weights (where the dtype
-    # is float32 they are the former), both moments
+    # is float32 they are the former), the first moment; the second without the matrices
     weights: Tensor = field(default_factory=lambda: torch.empty(0))
     gradients: Tensor = field(default_factory=lambda: torch.empty(0))
     masters: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -55,33 +60,63 @@ class _Group:
         if self.dtype != torch.float32:
             self.weights = torch.zeros(self.size, dtype=self.dtype, device=device)
         self.gradients = torch.zeros_like(self.weights)
-        self.moments = torch.zeros_like(self.masters), torch.zeros_like(self.masters)
-        count = max(1, math.ceil(self.size / _CHUNK))
+        self.moments = torch.zeros_like(self.masters), torch.zeros_like(self.of_adam(self.masters))
+        count = max(1, math.ceil((self.size - self.matrices) / _CHUNK))
         self.steps = [torch.zeros((), **whole) for _ in range(count)]  # type: ignore[call-overload]
+
+    def of_adam(self, flat: Tensor) -> Tensor:
+        """The numbers that Adam steps, of all."""
+        return flat[self.matrices :]
+
+    def add_matrix(self, shape: torch.Size, start: int, between: int) -> None:
+        """Let a parameter that starts behind all others be stepped by Muon."""
+        self.matrices = start + between
+        if self.stacks:
+            last, first, count, width = self.stacks[-1]
+            if last == shape and (count + 1) * shape.numel() <= _CHUNK:
+                self.stacks[-1] = last, first, count + 1, width
+                return
+        self.stacks.append((shape, start, 1, between))
+
+    def stacked(self, flat: Tensor) -> Iterator[Tensor]:
+        """(n, rows, columns) of the matrices that Muon steps, those of one shape together."""
+        for shape, start, count, between in self.stacks:
+            yield flat.as_strided((count, *shape), (between, shape[1], 1), start)
 
 
 class FlatWeights:
-    """Float32 weights and Adam for parameters of a model, which computes with copies of them.
+    """Float32 weights and an optimizer for parameters of a model, which computes with copies.
 
-    Bytes a weight beside the model's own: 16, of which the copy that is computed with and its
-    gradient take 8 in float32 and 4 in half precision, where float32 weights add 4. The model's
-    own memory stays as it was until :meth:`write_back`.
+    The optimizer is Adam, and Muon for some matrices. Bytes a weight beside the model's own: 16,
+    or 12 where Muon has it, of which the copy that is computed with and its gradient take 8 in
+    float32 and 4 in half precision, where float32 weights add 4. The model's own memory stays as
+    it was until :meth:`write_back`.
 
     :param parameters: by name, floating point, all on one device; those that share their memory
         stay one
+    :param matrices: names of those of two dimensions that Muon steps
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], matrices: Collection[str] = ()
+    ) -> None:
         self.device = next(iter(parameters.values())).device
         groups: dict[torch.dtype, _Group] = {}
         shared: dict[Any, int] = {}
-        for name, parameter in parameters.items():
+        # matrices come first, those of one shape one behind the other
+        found = [(n, p) for n, p in parameters.items() if n in matrices and p.numel()]
+        found.sort(key=lambda entry: tuple(entry[1].shape))
+        rest = [(n, p) for n, p in parameters.items() if n not in matrices or not p.numel()]
+        for name, parameter in found + rest:
             group = groups.setdefault(parameter.dtype, _Group(parameter.dtype))
             home = parameter.data
             key = (home.data_ptr(), home.dtype, home.shape, home.stride()) if home.numel() else name
             if key not in shared:
                 shared[key] = group.size
-                group.size += math.ceil(home.numel() / _ALIGNED) * _ALIGNED
+                between = math.ceil(home.numel() / _ALIGNED) * _ALIGNED
+                group.size += between
+                if name in matrices and home.numel():
+                    group.add_matrix(home.shape, shared[key], between)
             group.places.append(_Place(name, parameter, home.shape, shared[key], home))
         self._groups = list(groups.values())
         for group in self._groups:
@@ -168,7 +203,7 @@ class FlatWeights:
     def step(
         self, learning_rate: float | Tensor, clip: float, masks: "list[Tensor | None]"
     ) -> Tensor:
-        """A step of Adam along the gradients, unless they are no numbers; nothing waits for it.
+        """A step along the gradients, unless they are no numbers; nothing waits for it.
 
         :param learning_rate: of this step; where steps are captured a float32 scalar on the device
         :param clip: norm of all gradients that the step goes along
@@ -188,12 +223,16 @@ class FlatWeights:
         divisor = (norm / clip).clamp(min=1.0).float()
         skipped = (~norm.isfinite()).float()
         for group, mask in zip(self._groups, masks, strict=True):
-            first, second = (moment.split(_CHUNK) for moment in group.moments)
+            stacks = (group.masters, group.gradients, group.moments[0])
+            for matrices, gradients, momentum in zip(*map(group.stacked, stacks), strict=True):
+                # what is skipped must not reach the momentum, and 0 times NaN is NaN
+                scaled = (gradients.float() / divisor).masked_fill(skipped.bool(), 0.0)
+                muon.step(matrices, scaled, momentum, learning_rate, 1.0 - skipped)
             parts = zip(
-                group.masters.split(_CHUNK),
-                group.gradients.split(_CHUNK),
-                first,
-                second,
+                group.of_adam(group.masters).split(_CHUNK),
+                group.of_adam(group.gradients).split(_CHUNK),
+                group.of_adam(group.moments[0]).split(_CHUNK),
+                group.moments[1].split(_CHUNK),
                 group.steps,
                 strict=True,
             )
@@ -238,7 +277,7 @@ class FlatWeights:
     def state(self, moments: bool = True) -> list[dict[str, Any]]:
         """All that a later process needs to go on; tensors that the next step changes.
 
-        :param moments: also those of Adam
+        :param moments: also those of the optimizer
         """
         return [
             {
@@ -251,9 +290,9 @@ class FlatWeights:
         ]
 
     def described(self) -> list[list[Any]]:
-        """Names and shapes, by which another process knows that a state is of the same weights."""
+        """Names, shapes and starts, by which another process knows a state of the same weights."""
         return [
-            [place.name, list(place.shape), str(group.dtype)]
+            [place.name, list(place.shape), str(group.dtype), place.start, group.matrices]
             for group in self._groups
             for place in group.places
         ]

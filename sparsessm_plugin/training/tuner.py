@@ -1,7 +1,7 @@
 """Steps along the gradients of a model's weights, taken back where they do not help."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -56,7 +56,7 @@ class Tuning:
 
 
 class Tuner:
-    """Adam on float32 weights of a model, some of which stay zero; see :class:`FlatWeights`.
+    """Adam or Muon on float32 weights of a model, some of which stay zero; see FlatWeights.
 
     The learning rate rises over the first tenth of the plan and falls along a cosine.
 
@@ -73,6 +73,7 @@ class Tuner:
     :param resume: where to keep what an interrupted run goes on from
     :param capturable: whether ``loss_fn`` of a batch never waits for a GPU; steps along such
         batches run as one CUDA graph
+    :param matrices: names of the parameters that Muon steps
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Tuner:
         measure: Callable[[], float] | None = None,
         resume: ResumeFile | None = None,
         capturable: Callable[[Any], bool] | None = None,
+        matrices: Collection[str] = (),
     ):
         self.model = model
         self.parameters = dict(parameters)
@@ -103,7 +105,7 @@ class Tuner:
         self._captured: CapturedStep | None = None
         self._may_capture = True
         self._usable: frozenset[int] | None = None
-        self._weights = FlatWeights(self.parameters)
+        self._weights = FlatWeights(self.parameters, matrices)
         self._counts = [positions(batch) for batch in batches]
         self._autocast = autocast_dtype(model, self._weights.device, plan.precision)
         self._units_before = 0
