@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-
 MOMENTUM = 0.95
 # Of the polynomial that takes singular values to about 1, and how often it is applied.
 _COEFFICIENTS, _TIMES = (3.4445, -4.7750, 2.0315), 5
