@@ -11,9 +11,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import harness
-from experiments import serving, serving_llama_cpp
+from experiments import serving, serving_llama_cpp, structure_latency
 from run import Common, run_experiment
 
+from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.fitting.timing import Workload, features_of
 
 
@@ -77,3 +78,28 @@ def test_times_of_llama_cpp_that_follow_their_parts_are_predicted(family):
     assert serving_llama_cpp.ratios(numbers)[f"{family}, fast-1.5x, prompt"] == speedup
     table = serving_llama_cpp.render(numbers, chosen)
     assert len([line for line in table.splitlines() if line.startswith(f"| {family}")]) == 2
+
+
+def test_passes_by_the_scan_in_numba_take_turns(monkeypatch):
+    models = {
+        name: serving_llama_cpp.random_model(config, "cpu")
+        for name, config in structure_latency.shapes_of("tiny").items()
+        if "broken" not in name
+    }
+    turns, scanned = [], []
+    scan = structure_latency.fast_forward
+
+    def followed(model):
+        turns.append(model)
+        return scan(model)
+
+    monkeypatch.setattr(structure_latency, "fast_forward", followed)
+    for model in models.values():
+        mixer = find_mixers(model)[0].mixer
+        mixer.register_forward_hook(lambda m, *_: scanned.append("forward" in vars(m)))
+    workload = structure_latency.workloads("cpu", scan=True)[0]
+    found = structure_latency.scans(models, workload, torch.device("cpu"), 2)
+    assert turns == 3 * list(models.values())  # once to compile
+    assert all(scanned)
+    assert [len(timing.seconds) for timing in found.timings] == [2, 2]
+    assert structure_latency.phase_of(found) == "prefill"

@@ -3,11 +3,12 @@
 ``fast-1.5x`` removes layers and half of the states. For each shape a cost model is fitted, as
 ``sparsessm fit`` does, to shallow models of random weights; it says how many layers have to go for
 the decode at batch 1 to be 1.5 times as fast. This choice is timed beside the dense model, and made
-once more by what that says. Then both take turns in all workloads.
+once more by what that says. Then both take turns in all workloads. With ``scan`` the workload is a
+pass by this package's scan in numba, which reads a text and keeps no cache, in processor time.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,8 +16,9 @@ from harness import Configuration, Experiment, Job, markdown, needs_gpu
 from pydantic import Field
 from transformers import AutoModelForCausalLM, GraniteMoeHybridConfig, Mamba2Config, MambaConfig
 
-from sparsessm_plugin.evaluation.latency import describe_kernels
+from sparsessm_plugin.evaluation.latency import PREFILL, Latency, Timing, describe_kernels
 from sparsessm_plugin.families import find_mixers
+from sparsessm_plugin.families.fast_forward import fast_forward
 from sparsessm_plugin.fitting.axes.layers import Layers
 from sparsessm_plugin.fitting.costs import Census, Ladder, Space
 from sparsessm_plugin.fitting.shapes import Shapes, shallow_shapes
@@ -31,6 +33,13 @@ from sparsessm_plugin.fitting.timing import (
 
 SHALLOW = {"cuda": (6, 12), "cpu": (4, 8)}  # layers of the models that the cost model is fitted to
 TINY = {"num_hidden_layers": 12, "hidden_size": 64, "vocab_size": 128}
+
+
+class Scanned(Workload):
+    """A text that is read once by the scan in numba."""
+
+    def __str__(self) -> str:
+        return f"scan in numba, batch {self.batch}, length {self.length}"
 
 
 def granite(
@@ -86,8 +95,10 @@ def shapes_of(device: str) -> dict[str, Any]:
     }
 
 
-def workloads(device: str) -> list[Workload]:
+def workloads(device: str, scan: bool = False) -> list[Workload]:
     """In the order of their worth."""
+    if scan:
+        return [Scanned(1, 512, "prefill"), Scanned(4, 512, "prefill")]
     if device != "cuda":
         return [Workload(1, 64), Workload(8, 64), Workload(1, 64, "prefill")]
     return [Workload(1), Workload(128), Workload(1, 2048, "prefill"), Workload(32)]
@@ -154,13 +165,41 @@ class Pair:
     def _timed(
         self, models: dict[str, Any], counts: list[Any], workload: Workload, repeats: int
     ) -> tuple[Any, list[Timed]]:
-        latency = measure(models, workload, self.device, repeats)
+        scanned = isinstance(workload, Scanned)
+        timing = scans if scanned else measure
+        latency = timing(models, workload, self.device, repeats)
         phase = phase_of(latency)
         timed = []
         for name, own in zip(models, counts, strict=True):
             time_ = latency.timing(name, phase, workload.batch).milliseconds
             timed.append(Timed({}, 0, time_, tuple(map(float, features_of(own, workload)))))
         return latency, timed
+
+
+@torch.inference_mode()
+def scans(
+    models: Mapping[str, Any], workload: Workload, device: torch.device, repeats: int
+) -> Latency:
+    """Time passes without a cache, which the scan in numba makes; models take turns."""
+    vocabulary = next(iter(models.values())).config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    size = (workload.batch, workload.length)
+    ids = torch.randint(vocabulary, size, generator=generator).to(device)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for repeat in range(-1, repeats):
+        for name, model in models.items():
+            with fast_forward(model):
+                started = time.process_time()  # on one thread; others may be at work
+                model(ids, use_cache=False)
+                taken = time.process_time() - started
+            if repeat >= 0:  # the first compiles
+                seconds[name].append(taken)
+    timings = tuple(
+        Timing(name, PREFILL, workload.batch, 1, ids.numel(), tuple(own))
+        for name, own in seconds.items()
+    )
+    kernels = {name: {"scan": "numba"} for name in models}
+    return Latency(tuple(models), workload.length, 1, timings, {}, kernels)
 
 
 def row_of(pair: Pair, workload: Workload, speed: float, sizes: dict[str, int] | None) -> Any:
@@ -212,6 +251,7 @@ class Fields(Configuration):
     device: Literal["cuda", "cpu"] = Field("cuda", description="cpu: shapes of small models")
     tiny: bool = Field(False, description="the logic only, one shape broken")
     speed: float = Field(1.5, description="times as fast as dense")
+    scan: bool = Field(False, description="on a CPU: passes by the scan in numba, on one thread")
     shapes: list[str] = Field([], description="beginnings of names; default all")
 
 
@@ -228,7 +268,7 @@ def run(job: Job) -> Iterator[Any]:
         if chosen.shapes and not shape.startswith(tuple(chosen.shapes)):
             continue
         pair = None  # one after the other: its models are in memory
-        for workload in workloads(chosen.device):
+        for workload in workloads(chosen.device, chosen.scan):
             key = {"shape": shape, "workload": str(workload)}
             if any(row | key == row for row in rows) or not job.in_time(str(key)):
                 continue
@@ -247,6 +287,7 @@ def render(numbers: dict[str, Any], chosen: Fields) -> str:
     """A row a shape and workload."""
     rows = numbers["rows"]
     kernels = sorted({row["kernels"] for row in rows if "kernels" in row})
+    asked = "passes of one sequence, in processor time" if chosen.scan else "decode at batch 1"
     lines = []
     for row in rows:
         if "speedup" not in row:
@@ -273,7 +314,7 @@ def render(numbers: dict[str, Any], chosen: Fields) -> str:
         "# Fewer layers and half of the states: time before and after, predicted and measured\n\n"
         f"Random weights; kernels: {', '.join(kernels) or 'unknown'}. As many layers went as a "
         f"cost model, fitted to models of {' and '.join(map(str, SHALLOW[chosen.device]))} layers, "
-        f"takes for {numbers['speed']:g} times as fast in decode at batch 1, once it was corrected "
+        f"takes for {numbers['speed']:g} times as fast in {asked}, once it was corrected "
         "by timing its first choice; the other workloads time the same sizes, predicted without a "
         "correction. Dense and smaller model take turns; the speedup is the median over pairs of "
         "repeats.\n\n" + markdown([*head.split("|"), "first choice, predicted and measured"], lines)
@@ -288,7 +329,11 @@ EXPERIMENT = Experiment(
     configuration=Fields,
     run=run,
     render=render,
-    results={"structure_latency_cuda": {}, "structure_latency_cpu": {"device": "cpu"}},
+    results={
+        "structure_latency_cuda": {},
+        "structure_latency_cpu": {"device": "cpu"},
+        "structure_latency_cpu_scan": {"device": "cpu", "scan": True},
+    },
     quick={"": {"device": "cpu", "tiny": True, "shapes": ["Mamba, tiny", "Granite"]}},
     extends=("shapes",),
 )
