@@ -6,12 +6,14 @@ channels. So a choice depends on scores alone, and every rank and device makes t
 """
 
 import re
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sparsessm_plugin.backends.choice import REFERENCE, backend_for
 from sparsessm_plugin.errors import SparseSSMError, shown
 
 UNSTRUCTURED = "0:0"
@@ -116,7 +118,7 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
     if count <= 0 or count >= size:
         return torch.full_like(scores, count > 0, dtype=torch.bool)
     if scores.is_cuda:
-        return _keep_largest_unasked(scores, count)
+        return keep_largest_of_each(scores[None], torch.tensor([count], dtype=torch.int32))[0]
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
         # numpy selects in vector instructions, ten times as fast as torch
         at = size - count - 1
@@ -131,23 +133,21 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
     return mask
 
 
-def _keep_largest_unasked(scores: Tensor, count: int) -> Tensor:
-    """:func:`keep_largest` by many blocks of a GPU, which nobody waits for."""
-    threshold = scores.topk(count, sorted=False).values.amin()  # the smallest score that stays
-    mask, ties = scores > threshold, scores == threshold
-    places = count - mask.sum()
-    from_the_end = ties.flip(0).cumsum(0, dtype=torch.int32).flip(0)
-    return mask | (ties & (from_the_end <= places))
-
-
 def keep_largest_of_each(scores: Tensor, counts: Tensor) -> Tensor:
     """:func:`keep_largest` of every row of (S, n) scores, each its own of (S,) counts."""
     if not scores.is_cuda:
         rows = zip(scores, counts.tolist(), strict=True)
         return torch.stack([keep_largest(row, count) for row, count in rows])
+    counts = counts.to(scores.device)
+    narrow = scores.is_floating_point() and scores.dtype.itemsize <= 4
+    if narrow and backend_for(scores.device) != REFERENCE:
+        kernels = import_module("sparsessm_plugin.backends.largest_gpu")
+        if scores.shape[1] <= kernels.MOST:
+            chosen: Tensor = kernels.keep_largest(scores, counts.int())
+            return chosen
     order = scores.argsort(dim=1, stable=True)
     kept = torch.arange(scores.shape[1], device=scores.device) >= (
-        scores.shape[1] - counts.to(scores.device)[:, None]
+        scores.shape[1] - counts[:, None]
     )
     return torch.empty_like(kept).scatter_(1, order, kept)
 

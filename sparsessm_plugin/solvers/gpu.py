@@ -11,6 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsessm_plugin.backends.gpu import by_rows
+from sparsessm_plugin.backends.largest_gpu import keep_of_block as choose
+
+__all__ = ["choose", "sweep", "window_products"]
 
 _ROWS = 16  # a program: 64 registers a thread for 128 columns
 _ROWS_OF_GROUPS = 8  # scores and ranks need registers, too

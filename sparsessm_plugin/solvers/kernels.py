@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsessm_plugin.backends.choice import REFERENCE, backend_for
+from sparsessm_plugin.selection.masks import keep_largest_of_each
 
 # Columns that are walked in one go: their rows' tile fits registers, or the first-level cache.
 WIDTH = 128
@@ -52,6 +53,41 @@ def sweep(
     errors = torch.empty_like(weight[:, start:stop], memory_format=torch.contiguous_format)
     import_module(name).sweep(weight, kept, factor, errors, start, stop, group, zeros)
     return errors
+
+
+def choose(
+    weight: Tensor,
+    kept: Tensor,
+    pivots: Tensor,
+    start: int,
+    stop: int,
+    counts: Tensor,
+    allowed: Tensor | None,
+) -> None:
+    """Keep so many entries of a block of columns, those of the largest ``(w_j / U_jj)^2``.
+
+    They are compared among all rows of so many problems that follow each other as there are for
+    each count. Of equal ones the last stay, by problem, row and column.
+
+    :param weight: (P, in, out) contiguous, float32 or float64
+    :param kept: (P, in, out) contiguous bool, of which the block is overwritten
+    :param pivots: (P, in), or (1, in) for all problems
+    :param start: first column
+    :param stop: last column + 1
+    :param counts: (G,) int32 on the weight's device; G divides P
+    :param allowed: (P, in, out) contiguous bool, of which at least so many are True, or None
+    """
+    name = _BACKENDS.get(weight.device.type)
+    fits = weight.is_cuda and weight.dtype == torch.float32
+    if fits and name is not None and backend_for(weight.device) != REFERENCE:
+        import_module(name).choose(weight, kept, pivots, start, stop, counts, allowed)
+        return
+    total, _, out = weight.shape
+    scores = (weight[:, start:stop] / pivots[:, start:stop, None]).square_()
+    if allowed is not None:
+        scores.masked_fill_(~allowed[:, start:stop], -1)
+    chosen = keep_largest_of_each(scores.mT.reshape(len(counts), -1), counts)
+    kept[:, start:stop] = chosen.view(total, out, stop - start).mT
 
 
 def window_products(left: Tensor, right: Tensor, kernel: int, mask: Tensor | None) -> Tensor | None:

@@ -1,6 +1,6 @@
 """SparseGPT (arXiv 2301.00774): optimal brain surgeon, column by column, for all rows at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +10,9 @@ from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.selection.masks import (
     UNSTRUCTURED,
     check_structure,
-    keep_largest,
-    keep_largest_of_each,
     parse_structure,
 )
-from sparsessm_plugin.solvers.kernels import WIDTH, sweep
+from sparsessm_plugin.solvers.kernels import WIDTH, choose, sweep
 from sparsessm_plugin.solvers.objective import (
     DAMPENING,
     InverseCholesky,
@@ -30,8 +28,18 @@ from sparsessm_plugin.solvers.projections import register_solver
 # Times the rows that a curve samples: those whose losses stand for the losses of all rows.
 _SORTED = 16
 
-# scores of a block (..., out, columns) and its first column -> True where kept
-_Choose = Callable[[Tensor, int], Tensor]
+
+@dataclass(frozen=True)
+class _Counts:
+    """How many entries of each block stay, chosen among all rows and problems.
+
+    :param allowed: (..., out, in) bool, what may stay
+    :param kept: for each sparsity, of each block; weights of one sparsity after the other stand
+        along the first dimension if there are several
+    """
+
+    allowed: Tensor
+    kept: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -103,15 +111,8 @@ def surgeon(
     dense = weight.to(working_dtype(weight, hessian))
     if m:
         return _walk(dense, inverse.factor, _Groups(allowed, m, [n]), block_size)
-    kept = _kept(allowed, [sparsity], block_size)[0]
-    free = bool(allowed.all())
-
-    def choose(scores: Tensor, start: int) -> Tensor:
-        if not free:
-            scores = scores.masked_fill(~allowed[..., start : start + scores.shape[-1]], -1)
-        return keep_largest(scores.flatten(), kept[start // block_size]).view_as(scores)
-
-    return _walk(dense, inverse.factor, choose, block_size)
+    rule = _Counts(allowed, _kept(allowed, [sparsity], block_size))
+    return _walk(dense, inverse.factor, rule, block_size)
 
 
 def may_stay(weight: Tensor, dead: Tensor, keep: Tensor | None) -> Tensor:
@@ -142,15 +143,15 @@ def _kept(allowed: Tensor, sparsities: Sequence[float], block_size: int) -> list
 
 
 def _walk(
-    weight: Tensor, factor: Tensor, rule: _Choose | _Groups, block_size: int
+    weight: Tensor, factor: Tensor, rule: _Counts | _Groups, block_size: int
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 1 of the paper: weight and mask.
 
     :param weight: (..., out, in)
     :param factor: (..., in, in), or (in, in) for all problems: upper Cholesky factor of the
         inverse Hessian
-    :param rule: called per block when all columns before are final; or groups, which are
-        chosen one by one
+    :param rule: how many entries of a block stay, which are chosen when all columns before are
+        final; or groups, which are chosen one by one
     """
     *problems, out, size = weight.shape
     U = factor.to(weight.dtype)
@@ -159,25 +160,27 @@ def _walk(
     U = U.reshape(-1, size, size)
     # (P, in, out): a column is contiguous
     W = weight.mT.reshape(-1, size, out).clone(memory_format=torch.contiguous_format)
-    group, zeros = 0, None
+    group, zeros, counts, allowed = 0, None, None, None
+    if isinstance(rule, _Groups) or not bool(rule.allowed.all()):
+        allowed = rule.allowed.expand(weight.shape).mT.reshape(W.shape).contiguous()
     if isinstance(rule, _Groups):
         group = rule.size
         block_size = -(-block_size // group) * group
-        mask = rule.allowed.expand(weight.shape).mT.reshape(W.shape).contiguous()
+        mask = allowed
         zeros = torch.tensor(rule.zeros, dtype=torch.int32, device=W.device)
         zeros = zeros.repeat_interleave(len(W) // len(zeros))
     else:
-        mask = torch.ones_like(W, dtype=torch.bool)
-    pivots = U.diagonal(dim1=1, dim2=2)[..., None]  # (P or 1, in, 1)
+        mask = torch.empty_like(W, dtype=torch.bool)
+        # (blocks, sparsities)
+        counts = torch.tensor(rule.kept, dtype=torch.int32).T.contiguous().to(W.device)
+    pivots = U.diagonal(dim1=1, dim2=2).contiguous()  # (P or 1, in)
     # a block may be more than a kernel walks in one go
     step = min(block_size, max(WIDTH // (group or 1) * (group or 1), group))
 
     for start in range(0, size, block_size):
         end = min(start + block_size, size)
-        if not isinstance(rule, _Groups):
-            scores = (W[:, start:end] / pivots[:, start:end]).square_()
-            kept = rule(scores.mT.reshape(*problems, out, end - start), start)
-            mask[:, start:end] = kept.reshape(-1, out, end - start).mT
+        if counts is not None:
+            choose(W, mask, pivots, start, end, counts[start // block_size], allowed)
         for first in range(start, end, step):
             last = min(first + step, end)
             errors = sweep(W, mask, U, first, last, group, zeros)
@@ -246,16 +249,8 @@ def error_curve(
         zeros = [_in_group(sparsity, m) for sparsity in sparsities]
         pruned, _ = _walk(dense, inverse.factor, _Groups(allowed, m, zeros), block_size)
     else:
-        kept = torch.tensor(_kept(allowed, sparsities, block_size), device=allowed.device)
-        free = bool(allowed.all())
-
-        def choose(scores: Tensor, start: int) -> Tensor:
-            if not free:
-                scores = scores.masked_fill(~allowed[..., start : start + scores.shape[-1]], -1)
-            counts = kept[:, start // block_size]
-            return keep_largest_of_each(scores.flatten(1), counts).view_as(scores)
-
-        pruned, _ = _walk(dense, inverse.factor, choose, block_size)
+        rule = _Counts(allowed, _kept(allowed, sparsities, block_size))
+        pruned, _ = _walk(dense, inverse.factor, rule, block_size)
     return row_errors(sample, pruned, hessian).flatten(1).sum(1) * ratio
 
 
