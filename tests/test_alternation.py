@@ -2,17 +2,19 @@
 
 from importlib import import_module
 
+import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from interpreter import CUDA, DEVICE, INTERPRETER, kernels_run, run_in_interpreter
 
+from sparsessm_plugin.backends.precision import add_half_product
 from sparsessm_plugin.selection.masks import choose_mask
-from sparsessm_plugin.solvers.alternation import AlternationInTorch
+from sparsessm_plugin.solvers.alternation import UNIT_OF_PULL, AlternationInTorch, half_sum
 
 
 def test_in_tritons_interpreter():
-    run_in_interpreter(__file__, "-k", "triton", loops=False)
+    run_in_interpreter(__file__, "-k", "triton")
 
 
 def normal(*shape, seed):
@@ -46,8 +48,12 @@ def test_triton_takes_sums_apart_as_torch_does(problems, out, groups, rule, mask
     for step in range(6):
         reference = expected.split(scale)
         parts = found.split(scale)
+        # the second is stored in half precision, which keeps 11 bits
+        base, rest = parts[0].cpu(), parts[1].cpu().float() / found.unit
+        assert parts[1].dtype == torch.float16
         wrong = [
-            ~torch.isclose(a.cpu(), b, atol=1e-6) for a, b in zip(parts, reference, strict=True)
+            ~torch.isclose(base, reference[0], atol=1e-6),
+            ~torch.isclose(rest, reference[1], rtol=2.0**-11, atol=1e-5),
         ]
         # A threshold that is interpolated between counts may be off by a few entries: a GPU
         # rounds the values that it counts at otherwise (exp2, fused multiply-adds).
@@ -62,3 +68,33 @@ def test_triton_takes_sums_apart_as_torch_does(problems, out, groups, rule, mask
             assert abs(found.changed() - expected.changed()) * max(kept, 1) <= 8
     for a, b in zip(found.result(), expected.result(), strict=True):
         assert torch.equal(a.cpu(), b)
+
+
+@kernels_run
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_triton_keeps_a_step_of_any_size_within_half_precision(scale):
+    """A whole step, ``W' + U``, against float64: nothing over- or underflows."""
+    weight = normal(6, 32, seed=0)
+    weight[0] *= 1e-4  # as rows are of very different size
+    mixing = normal(32, 32, seed=1)
+    H = mixing @ mixing.T + torch.eye(32)
+    pull = torch.linalg.inv(H.double() + 0.1 * torch.eye(32)) * 0.1
+    kernels = import_module("sparsessm_plugin.solvers.alternation_gpu")
+    state = kernels.AlternationOnGPU((weight * scale).to(DEVICE), 0.5, "0:0", None)
+    base, rest = state.split(0.0)
+    half = half_sum(pull.float()[None].to(DEVICE), torch.ones(1, device=DEVICE))
+    total = add_half_product(base, rest, half, 1 / (state.unit * UNIT_OF_PULL)).cpu().double()
+    sparse = weight * choose_mask(weight.abs(), 0.5)
+    expected = weight.double() + (sparse - weight).double() @ pull
+    rounded = (sparse - weight).double().abs() @ pull.abs()
+    assert float(((total / scale - expected).abs() / (rounded + weight.abs())).max()) < 2.0**-10
+
+
+@kernels_run
+@pytest.mark.parametrize("shape", [(3, 5), (2, 40, 40)])
+def test_triton_adds_up_matrices_in_one_pass(shape):
+    matrices, weights = normal(7, *shape, seed=0), normal(7, seed=1)
+    weights /= torch.tensordot(weights, matrices, 1).abs().max()
+    found = half_sum(matrices.to(DEVICE), weights.to(DEVICE)).cpu()
+    expected = torch.tensordot(weights, matrices, 1)
+    torch.testing.assert_close(found.float() / UNIT_OF_PULL, expected, rtol=2.0**-10, atol=1e-6)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from sparsessm_plugin.backends.precision import Factor, tf32
-from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure, choose_mask
-from sparsessm_plugin.solvers.alternation import alternation
+from sparsessm_plugin.backends.precision import Factor, add_half_product, tf32
+from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure, parse_structure
+from sparsessm_plugin.solvers.alternation import UNIT_OF_PULL, alternation, half_sum
 from sparsessm_plugin.solvers.exhaustive import MOST_INPUTS, best_support
 from sparsessm_plugin.solvers.kernels import summing_dtype
 from sparsessm_plugin.solvers.objective import (
@@ -92,13 +92,20 @@ def alps(
             weight, *best_support(weight, inverse, sparsity, structure, allowed), hessian
         )
         return min(surgical, found, key=lambda solved: solved.error)
-    free = choose_mask(torch.ones_like(start), sparsity, structure, keep=allowed)
-    if admm_steps and not torch.equal(free, allowed):  # else there is nothing to choose
+    if admm_steps and _leaves_a_choice(allowed, sparsity, structure):
         found = refined(*_admm(dense, inverse, sparsity, structure, allowed, admm_steps))
         best = min(best, found, key=lambda solved: solved.error)
     if best is surgical:
         best = min(best, refined(start, mask), key=lambda solved: solved.error)
     return best
+
+
+def _leaves_a_choice(allowed: Tensor, sparsity: float, structure: str) -> bool:
+    """Whether more entries may stay than do."""
+    n, m = parse_structure(structure)
+    if m:
+        return bool((allowed.unflatten(-1, (-1, m)).sum(-1) > m - n).any())
+    return int(allowed.sum()) > allowed.numel() - round(sparsity * allowed.numel())
 
 
 class _Resolvent:
@@ -110,10 +117,12 @@ class _Resolvent:
     that lies too far above the last factorisation's costs the next.
 
     :param hessian: (..., in, in) with a unit diagonal
+    :param half: whether to multiply, and to give, float16 in units of :data:`UNIT_OF_PULL`
     """
 
-    def __init__(self, hessian: Tensor):
+    def __init__(self, hessian: Tensor, half: bool = False):
         self._hessian = hessian
+        self._half = half
         self._reach = _REACH_OF_TF32 if hessian.is_cuda else _REACH
         self._middle = 0.0
         self._basis = hessian[None]
@@ -124,6 +133,8 @@ class _Resolvent:
             self._middle = self._reach * penalty
             self._basis = self._around(self._middle)
         series = _shares(penalty / self._middle).to(self._basis)
+        if self._half:
+            return half_sum(self._basis, series)
         return (series @ self._basis.flatten(1)).view_as(self._hessian)
 
     def _around(self, penalty: float) -> Tensor:
@@ -134,16 +145,27 @@ class _Resolvent:
         if bool(failed.any()):  # a few directions hold nearly all: float32 has too few digits
             root = inverse_root(shifted.double())[0].to(shifted)
         basis = torch.empty(_TERMS, *shifted.shape, dtype=shifted.dtype, device=shifted.device)
-        Y = torch.mul(square_of_root(root), penalty, out=basis[0])
-        with tf32():
-            for j in range(1, _TERMS):
-                if j == 1:  # T_1(x) = x
-                    torch.matmul(Y, Y, out=basis[1]).mul_(2).sub_(Y)
-                else:  # T_(j+1)(x) = 2 x T_j(x) - T_(j-1)(x)
-                    last = basis[j - 1]
-                    torch.matmul(Y, last, out=basis[j]).mul_(4).sub_(last, alpha=2)
-                    basis[j].sub_(basis[j - 2])
+        torch.mul(square_of_root(root), penalty, out=basis[0])
+        del shifted, root
+        Y = self._factor(basis[0])
+        for j in range(1, _TERMS):  # T_1(x) = x, T_(j+1)(x) = 2 x T_j(x) - T_(j-1)(x)
+            last, following = basis[j - 1], basis[j]
+            if j == 1:
+                following.copy_(last)
+            else:
+                torch.add(basis[j - 2], last, alpha=2, out=following)
+            factor = 2.0 if j == 1 else 4.0
+            if self._half:
+                scale = factor / UNIT_OF_PULL**2
+                add_half_product(following, Y, self._factor(last), scale, beta=-1.0)
+            else:
+                with tf32():
+                    following.neg_().add_(Y @ last, alpha=factor)
         return basis
+
+    def _factor(self, x: Tensor) -> Tensor:
+        """A matrix of the basis, whose entries are at most about 1, as products take it."""
+        return (x * UNIT_OF_PULL).half() if self._half else x
 
 
 def _shares(ratio: float) -> Tensor:
@@ -172,23 +194,29 @@ def _admm(
 
     A step of the paper solves ``W' (H + p) = W H + p (D - U)``, with U the scaled dual. With
     ``B = W + U``, that is ``W' + U = B + (D - B) p (H + p)^-1``: what is multiplied is only the
-    difference of two weights that become alike, so rounding it to TF32 does little. Which of the
-    entries that are worth about the same stay depends on rounding: of the support on a checkpoint
-    0.7 % differ from float64 in float32, and 2 to 5 % in TF32, while errors after refinement are
-    the same, to 0.1 % in the mean of a kind of projection.
+    difference of two weights that become alike, so rounding it to float16 or TF32, which have
+    equally many digits, does little. Which of the entries that are worth about the same stay
+    depends on rounding: of the support on a checkpoint 0.7 % differ from float64 in float32, and 2
+    to 5 % in TF32, while errors after refinement are the same, to 0.1 % in the mean of a kind of
+    projection.
     """
     size = inverse.hessian.diagonal(dim1=-2, dim2=-1).sqrt()[..., None, :]  # (..., 1, in)
-    resolvent = _Resolvent((inverse.hessian / size / size.mT).to(weight.dtype))
+    hessian = (inverse.hessian / size / size.mT).to(weight.dtype)
     size = size.to(weight.dtype)
     keep = None if bool(allowed.all()) else allowed
     state = alternation(weight * size, sparsity, structure, keep)
+    resolvent = _Resolvent(hessian, state.half)
     penalty, growth = _FIRST_PENALTY, torch.inf  # at first there is no dual
     pull = resolvent.at(penalty)
     for step in range(1, steps + 1):
         base, rest = state.split(1 / growth)
         growth = 1.0
-        with tf32():
-            state.project(_add_product(base, rest, pull))
+        if state.half:
+            total = add_half_product(base, rest, pull, 1 / (state.unit * UNIT_OF_PULL))
+        else:
+            with tf32():
+                total = _add_product(base, rest, pull)
+        state.project(total)
         if step % _UPDATE_EVERY == 0:
             share = state.changed()
             if share < _SETTLED:

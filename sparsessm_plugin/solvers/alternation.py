@@ -10,6 +10,20 @@ from sparsessm_plugin.backends.choice import REFERENCE, backend_for
 from sparsessm_plugin.selection.masks import choose_mask, parse_structure
 
 MOST_IN_GROUP = 16  # entries of an n:m group that a kernel ranks
+# What matrices whose entries are at most about 1 are stored in as float16: 2^-42 has a digit left.
+UNIT_OF_PULL = 2.0**14
+
+
+def half_sum(matrices: Tensor, weights: Tensor) -> Tensor:
+    """``sum_j weights_j matrices_j`` as float16, in units of :data:`UNIT_OF_PULL`.
+
+    :param matrices: (J, ...) float32 contiguous on CUDA, of a sum with entries of at most about 1
+    :param weights: (J,) float32 likewise
+    """
+    total: Tensor = import_module("sparsessm_plugin.solvers.alternation_gpu").half_sum(
+        matrices, weights, UNIT_OF_PULL
+    )
+    return total
 
 
 class Alternation(Protocol):
@@ -19,8 +33,13 @@ class Alternation(Protocol):
     leaves D, and what it takes is the next U.
     """
 
+    half: bool  # whether products take float16
+    unit: float  # what multiplied tensors are in
+
     def split(self, scale: float) -> tuple[Tensor, Tensor]:
-        """``B = W + scale U`` and ``D - B``, (..., out, in) both, which the caller may change.
+        """``B = W + scale U`` and ``unit (D - B)``, (..., out, in), which the caller may change.
+
+        The second is float16 where ``half``.
 
         :param scale: of the dual, where the penalty has changed
         """
@@ -63,6 +82,9 @@ def alternation(
 
 class AlternationInTorch:
     """See :class:`Alternation` and :func:`alternation`."""
+
+    half = False
+    unit = 1.0
 
     def __init__(
         self, weight: Tensor, sparsity: float, structure: str, keep: Tensor | None

@@ -1,4 +1,4 @@
-"""What ADMM keeps between its steps, on CUDA: a step reads and writes each tensor once.
+"""What ADMM keeps between its steps, on CUDA: few passes over its tensors a step.
 
 See :mod:`sparsessm_plugin.solvers.alternation`. Where the mask is all entries above a threshold,
 no mask is written, and the threshold is not sorted for: entries are counted above 16 values around
@@ -16,6 +16,10 @@ from torch import Tensor
 from sparsessm_plugin.selection.masks import choose_mask, parse_structure
 
 _BLOCK, _TILES = 1024, 16  # entries at once, and how often a program that counts takes so many
+_COUNTED, _COUNTED_TILES = 512, 32  # likewise where each entry is compared with all values
+# In half precision the largest weight is stored as up to 2^11, and differences up to 32 of it fit;
+# what is 2^-25 of the largest or more keeps all its digits.
+_LARGEST, _MOST = 11, 65504.0
 _RUNGS = 16  # values that entries are counted above
 # Around the last threshold, half of them on each side, each so many times as far away as the one
 # before: from 1e-5 of it to 78 %.
@@ -24,6 +28,8 @@ _NEAREST, _FURTHER = 1e-5, 5.0
 
 class AlternationOnGPU:
     """See :class:`sparsessm_plugin.solvers.alternation.Alternation`."""
+
+    half = True
 
     def __init__(
         self, weight: Tensor, sparsity: float, structure: str, keep: Tensor | None
@@ -41,13 +47,16 @@ class AlternationOnGPU:
         device = weight.device
         self._rungs = torch.empty(_RUNGS, dtype=torch.float32, device=device)
         self._counts = torch.zeros(_RUNGS, dtype=torch.int32, device=device)
+        largest = float(weight.abs().amax())
+        power = _LARGEST - math.ceil(math.log2(largest)) if 0 < largest < math.inf else 0
+        self.unit = 2.0 ** max(-100, min(100, power))
         # the largest magnitude that goes, to begin with; it moves in shares of itself
         gone = weight.abs().masked_fill_(mask if keep is None else mask | ~keep, 0)
         self._threshold = torch.maximum(gone.amax(), 0.01 * weight.abs().mean()).reshape(1)
 
     def split(self, scale: float) -> tuple[Tensor, Tensor]:
         """See :class:`sparsessm_plugin.solvers.alternation.Alternation`."""
-        rest = torch.empty_like(self._weight)
+        rest = torch.empty_like(self._weight, dtype=torch.float16)
         base = torch.empty_like(self._weight) if self._spare is None else self._spare
         with torch.cuda.device_of(rest):
             _split[(triton.cdiv(rest.numel(), _BLOCK),)](
@@ -58,7 +67,9 @@ class AlternationOnGPU:
                 base,
                 rest,
                 scale,
+                self.unit,
                 rest.numel(),
+                MOST=_MOST,
                 **self._pattern(),
             )
         self._spare = None if self._total is self._weight else self._total
@@ -74,13 +85,14 @@ class AlternationOnGPU:
         """See :class:`sparsessm_plugin.solvers.alternation.Alternation`."""
         counts = torch.zeros(2, dtype=torch.int32, device=self._total.device)
         with torch.cuda.device_of(counts):
-            _compare[(triton.cdiv(self._total.numel(), _BLOCK),)](
+            _compare[(triton.cdiv(self._total.numel(), _BLOCK * _TILES),)](
                 self._total,
                 self._allowed,
                 self._threshold,
                 self._before,
                 counts,
                 self._total.numel(),
+                TILES=_TILES,
                 **self._pattern(),
             )
         changed, kept = counts.tolist()
@@ -110,7 +122,7 @@ class AlternationOnGPU:
                 LOG_FURTHER=math.log2(_FURTHER),
             )
             for last in (0, 1):
-                _count[(triton.cdiv(count, _BLOCK * _TILES),)](
+                _count[(triton.cdiv(count, _COUNTED * _COUNTED_TILES),)](
                     self._total,
                     self._allowed,
                     self._rungs,
@@ -118,8 +130,8 @@ class AlternationOnGPU:
                     count,
                     KEEP=int(self._keep is not None),
                     RUNGS=_RUNGS,
-                    BLOCK=_BLOCK,
-                    TILES=_TILES,
+                    BLOCK=_COUNTED,
+                    TILES=_COUNTED_TILES,
                 )
                 _narrow[(1,)](
                     self._rungs,
@@ -159,15 +171,26 @@ def _count(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Add up how many entries are larger than each value."""
-    values = tl.load(rungs + tl.arange(0, RUNGS))
-    found = tl.zeros((RUNGS,), tl.int32)
+    """Add up how many entries are larger than each value.
+
+    A thread counts for itself, with a register a value and entry of a tile: adding up among
+    threads in each tile took nine times as long as reading it.
+    """
+    values = tl.tuple(())
+    found = tl.tuple(())
+    for k in tl.static_range(RUNGS):
+        values += (tl.load(rungs + k),)
+        found += (tl.zeros((BLOCK,), tl.int32),)
     first = tl.program_id(0).to(tl.int64) * (BLOCK * TILES)
     for tile in range(TILES):
         at = first + tile * BLOCK + tl.arange(0, BLOCK)
         score = _score(total, allowed, at, at < count, KEEP)
-        found += tl.sum((score[:, None] > values[None, :]).to(tl.int32), axis=0)
-    tl.atomic_add(counts + tl.arange(0, RUNGS), found)
+        before = found
+        found = tl.tuple(())
+        for k in tl.static_range(RUNGS):
+            found += (before[k] + (score > values[k]).to(tl.int32),)
+    for k in tl.static_range(RUNGS):
+        tl.atomic_add(counts + k, tl.sum(found[k], axis=0))
 
 
 @triton.jit(do_not_specialize=["kept"])
@@ -225,7 +248,7 @@ def _stays(
     return stays
 
 
-@triton.jit(do_not_specialize=["scale", "count"])
+@triton.jit(do_not_specialize=["scale", "unit", "count"])
 def _split(
     total,
     weight,
@@ -234,11 +257,13 @@ def _split(
     base,
     rest,
     scale,
+    unit,
     count,
     GROUP: tl.constexpr,
     ZEROS: tl.constexpr,
     KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
+    MOST: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
@@ -246,7 +271,9 @@ def _split(
     value = tl.load(total + at, mask=inside, other=0.0)
     moved = tl.load(weight + at, mask=inside, other=0.0) + tl.where(stays, 0.0, value * scale)
     tl.store(base + at, moved, mask=inside)
-    tl.store(rest + at, tl.where(stays, value, 0.0) - moved, mask=inside)
+    change = (tl.where(stays, value, 0.0) - moved) * unit
+    change = tl.minimum(tl.maximum(change, -MOST), MOST)
+    tl.store(rest + at, change.to(tl.float16), mask=inside)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -261,12 +288,41 @@ def _compare(
     ZEROS: tl.constexpr,
     KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Count what differs from the mask before, which is overwritten, and what stays."""
+    changed = tl.zeros((BLOCK,), tl.int32)
+    kept = tl.zeros((BLOCK,), tl.int32)
+    first = tl.program_id(0).to(tl.int64) * (BLOCK * TILES)
+    for tile in range(TILES):
+        at = first + tile * BLOCK + tl.arange(0, BLOCK)
+        inside = at < count
+        stays = _stays(total, allowed, threshold, at, inside, GROUP, ZEROS, KEEP) & inside
+        last = tl.load(before + at, mask=inside, other=0) != 0
+        tl.store(before + at, stays.to(tl.uint8), mask=inside)
+        changed += (stays != last).to(tl.int32)
+        kept += stays.to(tl.int32)
+    tl.atomic_add(counts, tl.sum(changed, axis=0))
+    tl.atomic_add(counts + 1, tl.sum(kept, axis=0))
+
+
+def half_sum(matrices: Tensor, weights: Tensor, unit: float) -> Tensor:
+    """See :func:`sparsessm_plugin.solvers.alternation.half_sum`."""
+    out = torch.empty_like(matrices[0], dtype=torch.float16)
+    size, count = out.numel(), len(matrices)
+    with torch.cuda.device_of(out):
+        _half_sum[(triton.cdiv(size, _BLOCK),)](
+            matrices, weights, out, size, unit, COUNT=count, BLOCK=_BLOCK
+        )
+    return out
+
+
+@triton.jit(do_not_specialize=["size", "unit"])
+def _half_sum(matrices, weights, out, size, unit, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    stays = _stays(total, allowed, threshold, at, inside, GROUP, ZEROS, KEEP) & inside
-    last = tl.load(before + at, mask=inside, other=0) != 0
-    tl.store(before + at, stays.to(tl.uint8), mask=inside)
-    tl.atomic_add(counts, tl.sum((stays != last).to(tl.int32), axis=0))
-    tl.atomic_add(counts + 1, tl.sum(stays.to(tl.int32), axis=0))
+    inside = at < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    step = size.to(tl.int64)
+    for j in tl.static_range(COUNT):
+        total += tl.load(weights + j) * tl.load(matrices + j * step + at, mask=inside, other=0.0)
+    tl.store(out + at, (total * unit).to(tl.float16), mask=inside)
