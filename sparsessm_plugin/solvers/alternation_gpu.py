@@ -23,7 +23,7 @@ _LARGEST, _MOST = 11, 65504.0
 _RUNGS = 16  # values that entries are counted above
 # Around the last threshold, half of them on each side, each so many times as far away as the one
 # before: from 1e-5 of it to 78 %.
-_NEAREST, _FURTHER = 1e-5, 5.0
+_LADDER = {"RUNGS": _RUNGS, "NEAREST": 1e-5, "LOG_FURTHER": math.log2(5.0)}
 
 
 class AlternationOnGPU:
@@ -46,13 +46,15 @@ class AlternationOnGPU:
         self._spare: Tensor | None = None  # of a step before, to be written to
         device = weight.device
         self._rungs = torch.empty(_RUNGS, dtype=torch.float32, device=device)
-        self._counts = torch.zeros(_RUNGS, dtype=torch.int32, device=device)
+        self._counts = torch.zeros(2 * _RUNGS, dtype=torch.int32, device=device)
         largest = float(weight.abs().amax())
         power = _LARGEST - math.ceil(math.log2(largest)) if 0 < largest < math.inf else 0
         self.unit = 2.0 ** max(-100, min(100, power))
         # the largest magnitude that goes, to begin with; it moves in shares of itself
         gone = weight.abs().masked_fill_(mask if keep is None else mask | ~keep, 0)
         self._threshold = torch.maximum(gone.amax(), 0.01 * weight.abs().mean()).reshape(1)
+        with torch.cuda.device_of(self._rungs):
+            _begin[(1,)](self._threshold, self._rungs, **_LADDER)
 
     def split(self, scale: float) -> tuple[Tensor, Tensor]:
         """See :class:`sparsessm_plugin.solvers.alternation.Alternation`."""
@@ -114,72 +116,103 @@ class AlternationOnGPU:
     def _find_threshold(self) -> None:
         count = self._total.numel()
         with torch.cuda.device_of(self._rungs):
-            _around[(1,)](
-                self._threshold,
-                self._rungs,
-                RUNGS=_RUNGS,
-                NEAREST=_NEAREST,
-                LOG_FURTHER=math.log2(_FURTHER),
-            )
-            for last in (0, 1):
+            for narrowed in (False, True):
                 _count[(triton.cdiv(count, _COUNTED * _COUNTED_TILES),)](
                     self._total,
                     self._allowed,
                     self._rungs,
                     self._counts,
+                    self._kept,
                     count,
                     KEEP=int(self._keep is not None),
+                    NARROWED=narrowed,
                     RUNGS=_RUNGS,
                     BLOCK=_COUNTED,
                     TILES=_COUNTED_TILES,
                 )
-                _narrow[(1,)](
-                    self._rungs,
-                    self._counts,
-                    self._threshold,
-                    self._kept,
-                    RUNGS=_RUNGS,
-                    LAST=last,
-                )
+            _settle[(1,)](self._threshold, self._rungs, self._counts, self._kept, **_LADDER)
 
 
 @triton.jit
-def _around(
-    threshold,
-    rungs,
-    RUNGS: tl.constexpr,
-    NEAREST: tl.constexpr,
-    LOG_FURTHER: tl.constexpr,
-):
-    """Values around the last threshold, in ascending order."""
+def _around(threshold, RUNGS: tl.constexpr, NEAREST: tl.constexpr, LOG_FURTHER: tl.constexpr):
+    """(RUNGS,) values around a threshold, in ascending order."""
     i = tl.arange(0, RUNGS)
     above = i >= RUNGS // 2
     step = tl.where(above, i - RUNGS // 2, RUNGS // 2 - 1 - i).to(tl.float32)
     away = tl.exp2(step * LOG_FURTHER) * NEAREST
-    tl.store(rungs + i, tl.load(threshold) * tl.where(above, 1.0 + away, 1.0 - away))
+    return threshold * tl.where(above, 1.0 + away, 1.0 - away)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
+def _bounds(values, found, kept):
+    """The interval in which as many entries stay as are to: its ends, and what each would keep."""
+    enough = found >= kept
+    lowest, highest = tl.min(values, axis=0), tl.max(values, axis=0)
+    low = tl.maximum(tl.max(tl.where(enough, values, lowest), axis=0), lowest)
+    high = tl.minimum(tl.min(tl.where(enough, highest, values), axis=0), highest)
+    most = tl.max(tl.where(values == low, found, 0), axis=0)
+    least = tl.max(tl.where(values == high, found, 0), axis=0)
+    return low, high, most, least
+
+
+@triton.jit
+def _begin(threshold, rungs, RUNGS: tl.constexpr, NEAREST: tl.constexpr, LOG_FURTHER: tl.constexpr):
+    found = _around(tl.load(threshold), RUNGS, NEAREST, LOG_FURTHER)
+    tl.store(rungs + tl.arange(0, RUNGS), found)
+
+
+@triton.jit(do_not_specialize=["kept"])
+def _settle(
+    threshold,
+    rungs,
+    counts,
+    kept,
+    RUNGS: tl.constexpr,
+    NEAREST: tl.constexpr,
+    LOG_FURTHER: tl.constexpr,
+):
+    """The threshold by both counts; values for the next one, and no counts."""
+    i = tl.arange(0, RUNGS)
+    low, high, _, _ = _bounds(tl.load(rungs + i), tl.load(counts + i), kept)
+    values = low + (high - low) * (i.to(tl.float32) / (RUNGS - 1))
+    low, high, most, least = _bounds(values, tl.load(counts + RUNGS + i), kept)
+    share = (most - kept).to(tl.float32) / tl.maximum(most - least, 1).to(tl.float32)
+    found = low + (high - low) * tl.minimum(tl.maximum(share, 0.0), 1.0)
+    tl.store(threshold, found)
+    tl.store(rungs + i, _around(found, RUNGS, NEAREST, LOG_FURTHER))
+    tl.store(counts + i, tl.zeros((RUNGS,), tl.int32))
+    tl.store(counts + RUNGS + i, tl.zeros((RUNGS,), tl.int32))
+
+
+@triton.jit(do_not_specialize=["kept", "count"])
 def _count(
     total,
     allowed,
     rungs,
     counts,
+    kept,
     count,
     KEEP: tl.constexpr,
+    NARROWED: tl.constexpr,
     RUNGS: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Add up how many entries are larger than each value.
+    """Add up how many entries are larger than each value, or than values between two of them.
 
     A thread counts for itself, with a register a value and entry of a tile: adding up among
     threads in each tile took nine times as long as reading it.
     """
     values = tl.tuple(())
     found = tl.tuple(())
+    if NARROWED:
+        i = tl.arange(0, RUNGS)
+        low, high, _, _ = _bounds(tl.load(rungs + i), tl.load(counts + i), kept)
     for k in tl.static_range(RUNGS):
-        values += (tl.load(rungs + k),)
+        if NARROWED:
+            values += (low + (high - low) * (k / (RUNGS - 1)),)
+        else:
+            values += (tl.load(rungs + k),)
         found += (tl.zeros((BLOCK,), tl.int32),)
     first = tl.program_id(0).to(tl.int64) * (BLOCK * TILES)
     for tile in range(TILES):
@@ -190,27 +223,7 @@ def _count(
         for k in tl.static_range(RUNGS):
             found += (before[k] + (score > values[k]).to(tl.int32),)
     for k in tl.static_range(RUNGS):
-        tl.atomic_add(counts + k, tl.sum(found[k], axis=0))
-
-
-@triton.jit(do_not_specialize=["kept"])
-def _narrow(rungs, counts, threshold, kept, RUNGS: tl.constexpr, LAST: tl.constexpr):
-    """The interval in which as many entries stay as are to: values within it, or the threshold."""
-    i = tl.arange(0, RUNGS)
-    values, found = tl.load(rungs + i), tl.load(counts + i)
-    enough = found >= kept
-    lowest, highest = tl.min(values, axis=0), tl.max(values, axis=0)
-    low = tl.maximum(tl.max(tl.where(enough, values, lowest), axis=0), lowest)
-    high = tl.minimum(tl.min(tl.where(enough, highest, values), axis=0), highest)
-    if LAST:
-        most = tl.max(tl.where(values == low, found, 0), axis=0)
-        least = tl.max(tl.where(values == high, found, 0), axis=0)
-        share = (most - kept).to(tl.float32) / tl.maximum(most - least, 1).to(tl.float32)
-        share = tl.minimum(tl.maximum(share, 0.0), 1.0)
-        tl.store(threshold, low + (high - low) * share)
-    else:
-        tl.store(rungs + i, low + (high - low) * (i.to(tl.float32) / (RUNGS - 1)))
-    tl.store(counts + i, tl.zeros((RUNGS,), tl.int32))
+        tl.atomic_add(counts + NARROWED * RUNGS + k, tl.sum(found[k], axis=0))
 
 
 @triton.jit
