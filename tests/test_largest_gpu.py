@@ -7,7 +7,14 @@ import torch
 from conftest import Guarded
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from interpreter import CUDA, DEVICE, INTERPRETER, kernels_run, run_in_interpreter
+from interpreter import (
+    CUDA,
+    DEVICE,
+    INTERPRETER,
+    compiled_for_hopper,
+    kernels_run,
+    run_in_interpreter,
+)
 
 
 def test_in_tritons_interpreter():
@@ -30,12 +37,6 @@ examples = settings(
     derandomize=True,
     phases=[Phase.generate] if INTERPRETER else list(Phase),
 )
-
-
-@pytest.fixture
-def guarded(monkeypatch):
-    for name in ("_tally", "_compare", "_keep_few"):
-        monkeypatch.setattr(kernels(), name, Guarded(getattr(kernels(), name)))
 
 
 @kernels_run
@@ -119,3 +120,40 @@ def test_triton_keeps_of_a_block(
     finally:
         module._FEW = fast
     assert torch.equal(kept.cpu(), expected)
+
+
+@kernels_run
+@pytest.mark.parametrize("few", [False, True])
+def test_triton_touches_nothing_around_a_block(few, monkeypatch):
+    for name in ("_tally", "_compare", "_keep_few"):
+        monkeypatch.setattr(kernels(), name, Guarded(getattr(kernels(), name)))
+    monkeypatch.setattr(kernels(), "_FEW", kernels()._FEW if few else 0)
+    weight = torch.randn(2, 9, 33, generator=torch.Generator().manual_seed(0))
+    kept = torch.zeros(2, 9, 33, dtype=torch.bool, device=DEVICE)
+    pivots = torch.full((2, 9), 0.5, device=DEVICE)
+    counts = torch.tensor([40], dtype=torch.int32, device=DEVICE)
+    kernels().keep_of_block(weight.to(DEVICE), kept, pivots, 3, 8, counts, None)
+    block = weight[:, 3:8].mT.reshape(-1).square()
+    expected = by_sorting(block, 40).view(2, 33, 5).mT
+    assert torch.equal(kept[:, 3:8].cpu(), expected)
+    assert not kept[:, :3].any()
+    assert not kept[:, 8:].any()
+
+
+@pytest.mark.skipif(INTERPRETER, reason="nothing is compiled")
+@pytest.mark.parametrize("divided", [False, True])
+def test_kernels_compile_for_hopper(divided, tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    module = kernels()
+    whole = ("counts", "tallies", "states", "ties")
+    types = dict.fromkeys([*module._SIZES, "nothing"], "i32") | dict.fromkeys(whole, "*i32")
+    types |= dict.fromkeys(["kept", "allowed"], "*u8")
+    fixed = {"DIVIDED": divided, "MASKED": True}
+    few = {"COUNT": module._FEW, "BITS": 15, **fixed}
+    warps = module._FEW // module._EACH
+    compiled_for_hopper(module._keep_few, types, few, num_warps=warps)
+    passes = {"PASSES": 4, **fixed}
+    compiled_for_hopper(module._tally, types, {"PASS": 1, "BLOCK": 1024, **passes})
+    tile = {"WRITES": True, "ROWS": 16, "COLUMNS": 128, **passes}
+    compiled_for_hopper(module._compare, types, tile)

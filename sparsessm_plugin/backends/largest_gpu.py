@@ -15,12 +15,14 @@ from torch import Tensor
 MOST = 2**31 - 2**20  # entries of one selection, whose indices are whole numbers of 32 bits
 _FEW = 2**15  # entries that one program holds in registers
 _EACH = 1024  # of these, those of a warp
-_BLOCK, _TILES = 1024, 4  # entries at once, and how often a program that counts takes so many
+# Entries at once, how often a program that counts takes so many, and programs that are enough.
+_BLOCK, _TILES, _PROGRAMS = 1024, 16, 1024
 _TILE = 2048  # entries of a program that compares
 _PASSES = 4  # of 8 bits
 # Never a constant to the compiler: one binary for all sizes.
 _SIZES = ["count", "inner", "out", "pitch", "step", "problems", "rows", "columns", "tiles"]
 _SIZES += ["from_row", "from_column"]
+_MOVING = ["counts"]  # a part of a tensor, wherever it begins
 
 
 def keep_largest(scores: Tensor, counts: Tensor) -> Tensor:
@@ -125,8 +127,9 @@ def _keep(
         rest = torch.empty(groups * (2 * _PASSES + tiles), dtype=torch.int32, device=x.device)
         states, ties = rest[: 2 * groups * _PASSES], rest[2 * groups * _PASSES :]
         found = (counts, tallies, states)
+        turns = max(1, min(_TILES, count // (_BLOCK * _PROGRAMS)))
         for turn in range(_PASSES):
-            _tally[(triton.cdiv(count, _BLOCK * _TILES), groups)](
+            _tally[(triton.cdiv(count, _BLOCK * turns), groups)](
                 x,
                 divisor,
                 allowed,
@@ -137,10 +140,10 @@ def _keep(
                 pitch,
                 step,
                 problems,
+                turns,
                 PASS=turn,
                 PASSES=_PASSES,
                 BLOCK=_BLOCK,
-                TILES=_TILES,
                 **fixed,
             )
         for writes in (False, True):
@@ -210,7 +213,7 @@ def _state(counts, states, group, PASS: tl.constexpr, PASSES: tl.constexpr):
     return digits, need
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_MOVING)
 def _tally(
     x,
     divisor,
@@ -224,10 +227,10 @@ def _tally(
     pitch,
     step,
     problems,
+    tiles,
     PASS: tl.constexpr,
     PASSES: tl.constexpr,
     BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
     DIVIDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -243,8 +246,8 @@ def _tally(
             tl.store(states + (group * PASSES + PASS) * 2 + 1, need)
     i = tl.arange(0, 256)
     found = tl.zeros((256,), tl.int32)
-    for tile in range(TILES):
-        e = (tl.program_id(0) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(tiles):
+        e = (tl.program_id(0) * tiles + tile) * BLOCK + tl.arange(0, BLOCK)
         own = e < count
         problem = e // inner
         offset = e - problem * inner
@@ -260,7 +263,7 @@ def _tally(
     tl.atomic_add(own_tallies + PASS * 256 + i, found, mask=found > 0)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_MOVING)
 def _compare(
     x,
     divisor,
@@ -341,7 +344,7 @@ def _position(e, inner, out, columns):
     return (own * out + offset % out) * columns + offset // out
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "nothing"])
+@triton.jit(do_not_specialize=[*_SIZES, "nothing"], do_not_specialize_on_alignment=_MOVING)
 def _keep_few(
     x,
     divisor,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,19 +79,18 @@ def add_half_product(
         return total.mul_(beta).add_(left.float() @ right.float(), alpha=alpha)
     if _halves_add_up(total.device):
         return _add_half_product(total, left, right, alpha, beta)
-    product = (torch.mm if total.dim() == 2 else torch.bmm)(
-        *_batches(left, right), out_dtype=total.dtype
-    )
+    left, right = _batches(left, right)
+    multiply: Any = torch.mm if total.dim() == 2 else torch.bmm
+    product = multiply(left, right, out_dtype=total.dtype)
     return total.mul_(beta).add_(product.view_as(total), alpha=alpha)
 
 
 def _add_half_product(
     total: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float
 ) -> Tensor:
-    parts = _batches(total, left, right)
-    (torch.addmm if total.dim() == 2 else torch.baddbmm)(
-        *parts, out_dtype=total.dtype, alpha=alpha, beta=beta, out=parts[0]
-    )
+    sums, left, right = _batches(total, left, right)
+    add: Any = torch.addmm if total.dim() == 2 else torch.baddbmm
+    add(sums, left, right, out_dtype=total.dtype, alpha=alpha, beta=beta, out=sums)
     return total
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from sparsessm_plugin.selection.masks import choose_mask, parse_structure
 
 _BLOCK, _TILES = 1024, 16  # entries at once, and how often a program that counts takes so many
-_COUNTED, _COUNTED_TILES = 512, 32  # likewise where each entry is compared with all values
+# Likewise where each entry is compared with all values; fewer where programs are short of work.
+_COUNTED, _COUNTED_TILES, _PROGRAMS = 512, 32, 1024
 # In half precision the largest weight is stored as up to 2^11, and differences up to 32 of it fit;
 # what is 2^-25 of the largest or more keeps all its digits.
 _LARGEST, _MOST = 11, 65504.0
@@ -115,20 +116,21 @@ class AlternationOnGPU:
 
     def _find_threshold(self) -> None:
         count = self._total.numel()
+        tiles = max(2, min(_COUNTED_TILES, count // (_COUNTED * _PROGRAMS) // 2 * 2))
         with torch.cuda.device_of(self._rungs):
             for narrowed in (False, True):
-                _count[(triton.cdiv(count, _COUNTED * _COUNTED_TILES),)](
+                _count[(triton.cdiv(count, _COUNTED * tiles),)](
                     self._total,
                     self._allowed,
                     self._rungs,
                     self._counts,
                     self._kept,
                     count,
+                    tiles,
                     KEEP=int(self._keep is not None),
                     NARROWED=narrowed,
                     RUNGS=_RUNGS,
                     BLOCK=_COUNTED,
-                    TILES=_COUNTED_TILES,
                 )
             _settle[(1,)](self._threshold, self._rungs, self._counts, self._kept, **_LADDER)
 
@@ -184,7 +186,7 @@ def _settle(
     tl.store(counts + RUNGS + i, tl.zeros((RUNGS,), tl.int32))
 
 
-@triton.jit(do_not_specialize=["kept", "count"])
+@triton.jit(do_not_specialize=["kept", "count", "tiles"])
 def _count(
     total,
     allowed,
@@ -192,16 +194,16 @@ def _count(
     counts,
     kept,
     count,
+    tiles,
     KEEP: tl.constexpr,
     NARROWED: tl.constexpr,
     RUNGS: tl.constexpr,
     BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
 ):
     """Add up how many entries are larger than each value, or than values between two of them.
 
     A thread counts for itself, with a register a value and entry of a tile: adding up among
-    threads in each tile took nine times as long as reading it.
+    threads in each tile took nine times as long as reading it. ``tiles`` is even.
     """
     values = tl.tuple(())
     found = tl.tuple(())
@@ -214,14 +216,16 @@ def _count(
         else:
             values += (tl.load(rungs + k),)
         found += (tl.zeros((BLOCK,), tl.int32),)
-    first = tl.program_id(0).to(tl.int64) * (BLOCK * TILES)
-    for tile in range(TILES):
+    first = tl.program_id(0).to(tl.int64) * (BLOCK * tiles)
+    for tile in range(0, tiles, 2):
         at = first + tile * BLOCK + tl.arange(0, BLOCK)
         score = _score(total, allowed, at, at < count, KEEP)
+        other = _score(total, allowed, at + BLOCK, at + BLOCK < count, KEEP)
         before = found
         found = tl.tuple(())
         for k in tl.static_range(RUNGS):
-            found += (before[k] + (score > values[k]).to(tl.int32),)
+            more = (score > values[k]).to(tl.int32) + (other > values[k]).to(tl.int32)
+            found += (before[k] + more,)
     for k in tl.static_range(RUNGS):
         tl.atomic_add(counts + NARROWED * RUNGS + k, tl.sum(found[k], axis=0))
 

@@ -161,16 +161,16 @@ def _walk(
     # (P, in, out): a column is contiguous
     W = weight.mT.reshape(-1, size, out).clone(memory_format=torch.contiguous_format)
     group, zeros, counts, allowed = 0, None, None, None
-    if isinstance(rule, _Groups) or not bool(rule.allowed.all()):
-        allowed = rule.allowed.expand(weight.shape).mT.reshape(W.shape).contiguous()
     if isinstance(rule, _Groups):
         group = rule.size
         block_size = -(-block_size // group) * group
-        mask = allowed
+        mask = rule.allowed.expand(weight.shape).mT.reshape(W.shape).contiguous()
         zeros = torch.tensor(rule.zeros, dtype=torch.int32, device=W.device)
         zeros = zeros.repeat_interleave(len(W) // len(zeros))
     else:
         mask = torch.empty_like(W, dtype=torch.bool)
+        if not bool(rule.allowed.all()):
+            allowed = rule.allowed.expand(weight.shape).mT.reshape(W.shape).contiguous()
         # (blocks, sparsities)
         counts = torch.tensor(rule.kept, dtype=torch.int32).T.contiguous().to(W.device)
     pivots = U.diagonal(dim1=1, dim2=2).contiguous()  # (P or 1, in)
