@@ -1,5 +1,6 @@
 """ALPS against its paper's steps, each solved exactly in float64."""
 
+import ast
 import os
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional as F
 
+from sparsessm_plugin.backends import precision
+from sparsessm_plugin.backends.precision import Factor, split_tf32
 from sparsessm_plugin.selection.masks import choose_mask
 from sparsessm_plugin.solvers.alps import _Resolvent, alps, refine_on_support
 from sparsessm_plugin.solvers.objective import damped_inverse_cholesky, objective
@@ -62,7 +65,8 @@ def check(problems, sparsity, structure, differs):
         ours, theirs = ours + found.error, theirs + error
         different += float((found.mask.cpu() != mask).sum())
         entries += mask.numel()
-    assert ours == pytest.approx(theirs, rel=2e-3)
+    # rounding leads elsewhere, as often to less as to more
+    assert ours == pytest.approx(theirs, rel=5e-3 if DEVICE == "cuda" else 2e-3)
     # the last that stay and the first that go are worth the same: TF32 decides otherwise
     assert different / entries < (0.06 if DEVICE == "cuda" else differs)
 
@@ -122,3 +126,37 @@ def test_one_factorisation_serves_many_penalties(monkeypatch, reach):
         tolerance = 2e-5 if reach == 2.0 else 0.015
         assert float(torch.linalg.matrix_norm(found - expected, 2).max()) < tolerance
     assert len(factorised) == (3 if reach == 2.0 else 1)
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.0, 2.0, 3.0])
+def test_steps_of_rounded_products_come_as_low(decay, monkeypatch):
+    """As on tensor cores, where one product of TF32 is a step, and residuals are exact."""
+    weight, hessian = correlated(24, 96, seed=3, decay=decay)
+    dampened = damped_inverse_cholesky(hessian).hessian
+    mask = choose_mask(weight.abs(), 0.5)
+    errors = []
+
+    class Rounded(Factor):
+        def roughly_after(self, x):
+            return split_tf32(x)[0] @ self._parts[0]
+
+    for splits in (False, True):
+        monkeypatch.setattr(precision, "_splits", lambda matrix, splits=splits: splits)
+        monkeypatch.setattr("sparsessm_plugin.solvers.alps.Factor", Rounded if splits else Factor)
+        found = refine_on_support(weight, dampened, mask, 40, tolerance=3e-5)
+        errors.append(float(objective(weight, found, hessian)))
+    start = float(objective(weight, weight * mask, hessian))
+    assert errors[0] < 0.9 * start
+    assert errors[1] == pytest.approx(errors[0], rel=2e-3)
+
+
+def test_kernels_that_write_what_they_read_are_one_warp():
+    """Triton gives small tensors to all warps of a program, which do not wait for each other."""
+    found = []
+    package = Path(precision.__file__).parents[1]
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("[1,]"):
+                found += [(path.name, ast.unparse(node))] if node.keywords else []
+    assert found
+    assert [call for _, call in found if "num_warps=1" not in call] == []

@@ -280,31 +280,36 @@ def _descend(
     inverse = torch.where(diagonal > 0, 1 / diagonal.clamp(min=1e-30), torch.zeros_like(diagonal))
 
     factor = Factor(H)
-    x = start.clone()
-    lost = dense - x
-    residual = factor.after(lost)
-    left = (lost.mul_(residual)).sum(-1, keepdim=True)  # a row's error
     support = mask.to(dtype)
-    residual.mul_(support)
-    z = residual * inverse
-    direction = z
-    rz = (residual * z).sum(-1, keepdim=True)
     # where the sum of squares is as small as rounding of the whole output makes it
     small = torch.finfo(dtype).eps ** 2 * (dense.square() * diagonal).sum(-1, keepdim=True)
-    active = rz > small
-    for _ in range(steps):
-        product = factor.after(direction)
-        curvature = (direction * product).sum(-1, keepdim=True)
-        active &= curvature > 0
-        length = torch.where(active, rz / curvature, torch.zeros_like(rz))
-        x.addcmul_(length, direction)
-        residual = residual.addcmul_(product.mul_(length), support, value=-1)
+    x, left_over = start.clone(), steps
+    # Where products are split in three, steps take one of them, and what the residual has become is
+    # looked at once in between: it is what steps correct, and what rounding took from them.
+    for _ in range(2 if factor.is_split else 1):
+        lost = dense - x
+        residual = factor.after(lost)
+        left = (lost.mul_(residual)).sum(-1, keepdim=True)  # a row's error
+        residual.mul_(support)
         z = residual * inverse
-        previous, rz = rz, (residual * z).sum(-1, keepdim=True)
-        direction = z.addcmul(torch.where(active, rz / previous, torch.zeros_like(rz)), direction)
-        taken = length * previous
-        active &= (rz > small) & (taken > tolerance * left)
-        if not bool(active.any()):
-            break
-        left = left - taken
+        direction = z
+        rz = (residual * z).sum(-1, keepdim=True)
+        active = rz > small
+        while left_over:
+            left_over -= 1
+            product = factor.roughly_after(direction)
+            curvature = (direction * product).sum(-1, keepdim=True)
+            active &= curvature > 0
+            length = torch.where(active, rz / curvature, torch.zeros_like(rz))
+            x.addcmul_(length, direction)
+            residual = residual.addcmul_(product.mul_(length), support, value=-1)
+            z = residual * inverse
+            previous, rz = rz, (residual * z).sum(-1, keepdim=True)
+            share = torch.where(active, rz / previous, torch.zeros_like(rz))
+            direction = z.addcmul(share, direction)
+            taken = length * previous
+            active &= (rz > small) & (taken > tolerance * left)
+            if not bool(active.any()):
+                break
+            left = left - taken
     return x

@@ -55,7 +55,7 @@ class AlternationOnGPU:
         gone = weight.abs().masked_fill_(mask if keep is None else mask | ~keep, 0)
         self._threshold = torch.maximum(gone.amax(), 0.01 * weight.abs().mean()).reshape(1)
         with torch.cuda.device_of(self._rungs):
-            _begin[(1,)](self._threshold, self._rungs, **_LADDER)
+            _begin[(1,)](self._threshold, self._rungs, **_LADDER, num_warps=1)
 
     def split(self, scale: float) -> tuple[Tensor, Tensor]:
         """See :class:`sparsessm_plugin.solvers.alternation.Alternation`."""
@@ -132,7 +132,10 @@ class AlternationOnGPU:
                     RUNGS=_RUNGS,
                     BLOCK=_COUNTED,
                 )
-            _settle[(1,)](self._threshold, self._rungs, self._counts, self._kept, **_LADDER)
+            # one warp: another could read what this one has written over already
+            _settle[(1,)](
+                self._threshold, self._rungs, self._counts, self._kept, **_LADDER, num_warps=1
+            )
 
 
 @triton.jit
