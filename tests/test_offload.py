@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -358,7 +359,8 @@ def test_tried_out_layer_by_layer_or_all_at_once(family, from_disk):
     for name in names:
         by_layer.setdefault(LayerPass(memory).layer_of(name), []).append(name)
     found = []
-    for model, kind in ((memory, Probe), (disk, LayerProbe)):
+    recorded = partial(LayerProbe, record=True)
+    for model, kind in ((memory, Probe), (disk, LayerProbe), (memory, recorded)):
         with fast_forward(model):
             probe, done = kind(model, [little()]), []
             for together in by_layer.values():
@@ -366,7 +368,7 @@ def test_tried_out_layer_by_layer_or_all_at_once(family, from_disk):
             found.append(probe.moved())
             assert probe.is_finite
         assert done == names
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
     assert any(found[0].values())
     assert all(torch.equal(p, named[name]) for name, p in parameters_in_turn(disk))
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import VOCAB, tiny_model
 
-from sparsessm_plugin.allocation.probe import Probe
+from sparsessm_plugin.allocation import probe as probing
+from sparsessm_plugin.allocation.probe import LayerProbe, Probe
 from sparsessm_plugin.families import find_mixers
 from sparsessm_plugin.families.fast_forward import fast_forward
 
@@ -95,3 +96,46 @@ def test_a_weight_comes_back_after_an_error():
         with pytest.raises(KeyboardInterrupt):
             probe.divergences([f"{name}.weight"], lambda _: torch.zeros_like(before))
     assert torch.equal(weight, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("copies", "runs"), [(100, 1), (3, 4)])  # two changes a layer
+def test_changes_of_all_layers_go_through_a_layer_together(monkeypatch, copies, runs):
+    """As on a GPU, whose memory limits how many tokens are computed at once."""
+    monkeypatch.setattr(probing, "has_room", lambda device, needed: True)
+    monkeypatch.setattr(probing, "_TOKENS_ON_GPU", copies * 4 * 256)
+    model = tiny_model("mamba", num_hidden_layers=5)
+    layers = {}  # a layer's weights
+    for name, weight in model.named_parameters():
+        if name.endswith(("in_proj.weight", "out_proj.weight")):
+            layers.setdefault(name.split(".mixer.")[0], {})[name] = weight.clone()
+    weights = {name: weight for own in layers.values() for name, weight in own.items()}
+
+    def changed(name):
+        return 0.5 * weights[name]
+
+    calls = []
+    with fast_forward(model):
+        expected = Probe(model, [little()]).divergences(list(weights), changed)
+        last = find_mixers(model)[-1].mixer
+        last.register_forward_hook(lambda *_: calls.append(None))
+        probe = LayerProbe(model, [little()], record=True)
+        assert probe.fits
+        for own in layers.values():
+            probe.try_out(list(own), changed)
+        found = probe.moved()
+    assert len(calls) == 1 + 2 + runs
+    assert list(found) == list(expected)
+    for name, divergence in expected.items():
+        assert found[name] == pytest.approx(divergence, rel=1e-4, abs=1e-9), name
+    assert all(torch.equal(weight, model.get_parameter(name)) for name, weight in weights.items())
+
+
+@torch.no_grad()
+def test_a_model_that_calls_a_layer_again_does_not_go_layer_by_layer():
+    model = tiny_model("mamba")
+    first, second = model.backbone.layers
+    with fast_forward(model):
+        assert LayerProbe(model, [little()], record=True).fits
+        second.register_forward_pre_hook(lambda module, args: (first(args[0]), None)[1])
+        assert not LayerProbe(model, [little()], record=True).fits

@@ -25,7 +25,6 @@ from torch import nn
 from sparsessm_plugin import SensitivitySparseGPTModifier, find_mixers
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.methods.projections import (
-    ProjectionPruning,
     ProjectionSettings,
     matching_projections,
 )
@@ -522,7 +521,7 @@ _SQUARES = "all outputs of modules are finite, so float32 cannot hold the square
     ("dtype", "scale", "allocation", "layers", "where", "begins"),
     [
         (torch.float16, 1e5, "optimal", 2, "layers.1.mixer.conv1d cannot", _IN_PROJ),
-        (torch.float16, 1e5, "optimal", 3, "layers.2.mixer: its input", _IN_PROJ),
+        (torch.float16, 1e5, "optimal", 3, "layers.1.mixer.conv1d cannot", _IN_PROJ),
         (torch.float16, 1e5, "uniform", 2, f"layers.1.mixer.{_READS} cannot", _IN_PROJ),
         (torch.bfloat16, 1e25, "optimal", 2, "layers.1.mixer.conv1d cannot", _SCAN),
         (torch.bfloat16, 1e7, "optimal", 3, "layers.1.mixer.out_proj cannot", _SQUARES),
@@ -613,14 +612,14 @@ def test_projections_that_read_the_same_share_a_hessian_and_its_inverse(monkeypa
 
 
 @pytest.mark.parametrize(
-    ("fields", "read"),
+    ("fields", "read", "passes"),
     [
-        ({}, 2),
-        ({"allocation": "paper"}, 3),  # traces of different layers are compared
-        ({"target_output": "half_way"}, 3),  # which reads what enters the dense mixers
+        ({}, 2, 2),  # one a layer
+        ({"allocation": "paper"}, 3, 1),  # traces of different layers are compared
+        ({"target_output": "half_way"}, 3, 2),  # which reads what enters the dense mixers
     ],
 )
-def test_sparsities_follow_from_enough_tokens(monkeypatch, fields, read):
+def test_sparsities_follow_from_enough_tokens(monkeypatch, fields, read, passes):
     """Of three batches with 48 tokens each; no projection has more than 64 inputs."""
     monkeypatch.setattr("sparsessm_plugin.methods.projections.dense._TOKENS_AN_INPUT", 1)
     seen = []
@@ -634,7 +633,7 @@ def test_sparsities_follow_from_enough_tokens(monkeypatch, fields, read):
     model = tiny_model("mamba")
     assert max(w.shape[-1] for w in weights(model).values()) == 64
     run(model, modifier(**{"allocation": "optimal", **fields}))
-    assert seen == [{48 * read}]
+    assert seen == [{48 * read}] * passes
 
 
 def test_experts_see_all_tokens_before_sparsities_are_chosen():
@@ -645,24 +644,29 @@ def test_experts_see_all_tokens_before_sparsities_are_chosen():
 
 
 def test_hessians_a_few_layers_at_a_time_change_nothing(monkeypatch):
-    """As on a GPU whose memory does not take them all."""
+    """Layer by layer as of the whole model at once, and as on a GPU that cannot take them all."""
     once, passes, found = DensePass.run, [], []
 
     def counted(self, group, sums, keep, inputs_of, **kwargs):
         passes.append(bool(keep))
         once(self, group, sums, keep, inputs_of, **kwargs)
 
-    def one_by_one(self):
-        return [[projection] for projection in self._projections.values()]
+    def one_by_one(projections, in_main_memory):
+        return [[projection] for projection in projections]
 
     monkeypatch.setattr(DensePass, "run", counted)
-    for count in (1, 10):
+    where = "sparsessm_plugin.methods.projections.method"
+    ways = ({}, {"by_layer": lambda *_: None}, {"in_groups": one_by_one})
+    for way, expected in zip(ways, ([True] * 2, [True], [True] + [False] * 9), strict=True):
+        for name, function in way.items():
+            monkeypatch.setattr(f"{where}.{name}", function)
         model = tiny_model("mamba")
         chosen = modifier(allocation="optimal", target_output="half_way")
         run(model, chosen, batches(padded=True))
-        assert passes == [True] + [False] * (count - 1)
+        assert passes == expected
         found.append(weights(model))
         passes.clear()
-        monkeypatch.setattr(ProjectionPruning, "_groups", one_by_one)
-    for name, weight in found[0].items():
-        torch.testing.assert_close(found[1][name], weight, rtol=1e-4, atol=1e-5)
+    in_layers, at_once, apart = found
+    for name, weight in at_once.items():
+        assert torch.equal(in_layers[name], weight), name
+        torch.testing.assert_close(apart[name], weight, rtol=1e-4, atol=1e-5)

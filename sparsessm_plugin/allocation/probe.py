@@ -14,6 +14,7 @@ from compressed_tensors.offload import (
     update_offload_parameter,
 )
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.calibration.contexts import undisturbed
@@ -21,11 +22,14 @@ from sparsessm_plugin.calibration.finite import is_finite
 from sparsessm_plugin.calibration.passes import moved, output_of
 from sparsessm_plugin.calibration.replay import Replay
 from sparsessm_plugin.calibration.rows import unpadded_rows
-from sparsessm_plugin.cost import kept
-from sparsessm_plugin.training.divergence import divergences
+from sparsessm_plugin.cost import has_room, kept
+from sparsessm_plugin.training.divergence import divergences_from
 
 _ROWS, _LENGTH = 4, 256  # of the data that predictions are looked at with
 _TOGETHER = 8  # changes of one layer whose effects are computed in one batch
+# Tokens that a GPU computes together, and how many times the bytes of a layer's output it then
+# needs: the tensors of a mixer are twice as wide or wider, and some are float32.
+_TOKENS_ON_GPU, _TIMES = 2**15, 16
 
 
 class Probe:
@@ -41,12 +45,9 @@ class Probe:
         self._replay = Replay(model)
         self._moved: dict[str, float] = {}
         with undisturbed(model), self._replay.recorded():
-            self._reference = model(**self._batch).logits
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the model's own predictions are numbers."""
-        return is_finite(self._reference)
+            logits = model(**self._batch).logits
+        self.is_finite = is_finite(logits)  # whether the model's own predictions are numbers
+        self._reference = _Reference(logits, self._batch)
 
     def try_out(
         self,
@@ -89,9 +90,7 @@ class Probe:
                 for together in _parts(list(members), _TOGETHER if layer else 1):
                     logits = self._logits(layer, together, changed)
                     for name, each in zip(together, logits, strict=True):
-                        found[name] = _divergence(
-                            self._reference, each, self._batch.get("attention_mask")
-                        )
+                        found[name] = float(self._reference.divergence(each))
                         done(name)
         return found
 
@@ -140,25 +139,37 @@ class _Stream:
 
 
 class LayerProbe:
-    """:class:`Probe` of a model whose weights are on disk: each layer is read once.
+    """:class:`Probe` that reads each layer once, and runs it as rarely as memory allows.
 
     What each change makes of the data goes through one layer after the other beside what the model
-    as it is makes of it, in the batches of :class:`Probe`, and so with the same bits.
+    as it is makes of it. A CPU computes in the batches of :class:`Probe`, and so the same bits; a
+    GPU, which would wait for Python most of the time, computes the changes of all layers so far
+    together, in batches that leave it room.
 
     :param model: transformers model whose layers stand in one ModuleList and are called once
     :param data: see :class:`Probe`
+    :param record: keep what each layer makes of the data, and whether it is called once; not where
+        weights are read from disk, which this would do once more
     """
 
-    def __init__(self, model: Any, data: Iterable[Mapping[str, Any]]):
+    def __init__(self, model: Any, data: Iterable[Mapping[str, Any]], record: bool = False):
         self._model = model
         self._device = get_execution_device(model)
         self._batch = _little_of(data, self._device)
         self._replay = Replay(model)
         self._layers = list(self._replay.layers)
         self._reference = _Stream([])
+        self._predicted: _Reference | None = None
         self._streams: list[_Stream] = []
         self._next = 0  # of the layers, the first that nothing has passed
+        self._moved: dict[str, float] = {}
         self.is_finite = True  # whether the model's own predictions are numbers, once they are made
+        self._recorded = record
+        if record:
+            with undisturbed(model), self._replay.recorded():
+                self._predict(model(**self._batch).logits)
+        # whether each layer was called once, in their order, as far as that is known
+        self.fits = not record or self._replay.called_in_turn
 
     def try_out(
         self,
@@ -168,6 +179,8 @@ class LayerProbe:
         everywhere: Container[str] = (),
     ) -> None:
         """Try out weights of one layer, behind that of the call before; see :class:`Probe`."""
+        if not names:  # other ranks have them
+            return
         (layer,) = {self._layer_of(name) for name in names}
         with undisturbed(self._model):
             while self._layers[self._next] != layer:
@@ -178,56 +191,87 @@ class LayerProbe:
 
     def moved(self) -> dict[str, float]:
         """By name of all weights that were tried out, how far predictions moved."""
-        found: dict[str, float] = {}
+        if self._recorded and not self._streams:  # of several ranks, others have tried them out
+            return self._moved
+        names, found = [], []
         with undisturbed(self._model):
             while self._next < len(self._layers):
                 self._pass({})
             with disable_offloading():
-                reference = self._logits(self._reference)
-                self.is_finite = is_finite(reference)
-                for stream in self._streams:
-                    found |= self._divergences(stream, reference)
-        return found
+                if self._predicted is None:
+                    self._predict(self._logits(self._reference.output, 1))
+                assert self._predicted is not None
+                while self._streams:
+                    stream = self._streams.pop(0)
+                    for part in _cut(stream, _TOGETHER):
+                        logits = self._logits(part.output, len(part.names)).chunk(len(part.names))
+                        names += part.names
+                        found += [self._predicted.divergence(each) for each in logits]
+        if found:  # one wait for the GPU
+            self._moved |= dict(zip(names, torch.stack(found).tolist(), strict=True))
+        return self._moved
 
-    def _divergences(self, stream: _Stream, reference: Tensor) -> dict[str, float]:
-        logits = self._logits(stream).chunk(len(stream.names))
-        mask = self._batch.get("attention_mask")
-        each = zip(stream.names, logits, strict=True)
-        return {name: _divergence(reference, changed, mask) for name, changed in each}
+    def _predict(self, logits: Tensor) -> None:
+        """Note what the model as it is predicts, (b, L, vocabulary)."""
+        self.is_finite = is_finite(logits)
+        self._predicted = _Reference(logits, self._batch)
 
     def _layer_of(self, name: str) -> str:
         return next(layer for layer in self._layers if name.startswith(f"{layer}."))
 
     def _pass(self, changes: Mapping[str, Callable[[str], Tensor]]) -> None:
         """Let everything through the next layer, and begin what changes of it make."""
-        layer = self._replay.layers[self._layers[self._next]]
+        name = self._layers[self._next]
+        layer = self._replay.layers[name]
+        with disable_offloading():
+            if self._recorded:
+                args, kwargs = self._replay.call(name)
+                self._replay.forget(name)
+            else:
+                args, kwargs = self._pass_reference(layer)
+            for stream in self._streams:
+                stream.output = self._through(layer, stream)
+            for together in _parts(list(changes), _TOGETHER):
+                outputs = []
+                for changed in together:
+                    with self._replaced(changed, changes[changed](changed)):
+                        outputs.append(layer(*args, **kwargs))
+                joined = _joined(outputs)
+                if joined is not None:
+                    self._add(_Stream(together, joined))
+                else:
+                    parts = zip(together, outputs, strict=True)
+                    self._streams += [_Stream([one], moved(out, kept)) for one, out in parts]
+        self._next += 1
+
+    def _pass_reference(self, layer: nn.Module) -> tuple[Any, Any]:
+        """Let the data through a layer of the model as it is; what that is called with."""
         calls: list[tuple[Any, Any]] = []
 
         def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
             calls.append((args, kwargs))
 
-        with disable_offloading():
-            handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
-            try:
-                reference = self._through(layer, self._reference)
-            finally:
-                handle.remove()
-            for stream in self._streams:
-                stream.output = self._through(layer, stream)
-            args, kwargs = calls[0]
-            for together in _parts(list(changes), _TOGETHER):
-                outputs = []
-                for name in together:
-                    with self._replaced(name, changes[name](name)):
-                        outputs.append(layer(*args, **kwargs))
-                joined = _joined(outputs)
-                if joined is not None:
-                    self._streams.append(_Stream(together, moved(joined, kept)))
-                else:
-                    parts = zip(together, outputs, strict=True)
-                    self._streams += [_Stream([name], moved(out, kept)) for name, out in parts]
-            self._reference.output = reference
-        self._next += 1
+        handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            self._reference.output = self._through(layer, self._reference)
+        finally:
+            handle.remove()
+        return calls[0]
+
+    def _add(self, stream: _Stream) -> None:
+        """Keep a stream, with the last one in one batch where a GPU computes both at once."""
+        last = self._streams[-1] if self._streams else None
+        if last is not None:
+            count = len(last.names) + len(stream.names)
+            tokens = count * self._batch["input_ids"].numel()
+            size = _TIMES * count * _bytes_of(stream.output) // len(stream.names)
+            if tokens <= _TOKENS_ON_GPU and has_room(self._device, size):  # never a CPU
+                outputs = [moved(last.output, lambda x: x.to(self._device)), stream.output]
+                both = _joined(outputs)
+                if both is not None:
+                    last.names, last.output = last.names + stream.names, moved(both, kept)
+                    return
+        self._streams.append(_Stream(stream.names, moved(stream.output, kept)))
 
     def _through(self, layer: nn.Module, stream: _Stream) -> Any:
         before = self._layers[self._next - 1] if self._next else None
@@ -236,10 +280,10 @@ class LayerProbe:
         output = output_of(self._model, layer, batch, self._device, self._replay, before, earlier)
         return moved(output, kept)
 
-    def _logits(self, stream: _Stream) -> Tensor:
-        output = moved(stream.output, lambda x: x.to(self._device))
+    def _logits(self, output: Any, copies: int) -> Tensor:
+        output = moved(output, lambda x: x.to(self._device))
         with self._replay.after(self._layers[-1], output):
-            logits: Tensor = self._model(**_repeated(self._batch, len(stream.names) or 1)).logits
+            logits: Tensor = self._model(**_repeated(self._batch, copies)).logits
         return logits
 
     @contextmanager
@@ -297,16 +341,45 @@ def _joined(outputs: list[Any]) -> Any | None:
     return None
 
 
-def _divergence(reference: Tensor, logits: Tensor, mask: Tensor | None) -> float:
-    """Mean Kullback-Leibler divergence of two predictions, in nats a token.
+def _bytes_of(output: Any) -> int:
+    """Of all tensors in what a layer gives."""
+    return sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
-    :param reference: (b, L, vocabulary) logits
-    :param logits: likewise
-    :param mask: (b, L), zero at padding, or None
+
+def _cut(stream: _Stream, most: int) -> Iterator[_Stream]:
+    """A stream in parts of so many changes at most."""
+    count = len(stream.names)
+    if count <= most:
+        yield stream
+        return
+    for start in range(0, count, most):
+        names = stream.names[start : start + most]
+
+        def part(x: Tensor, first: int = start, size: int = len(names)) -> Tensor:
+            each = len(x) // count  # copies of the data stand one after the other
+            return x[first * each : (first + size) * each]
+
+        yield _Stream(names, moved(stream.output, part))
+
+
+class _Reference:
+    """What the model as it is predicts.
+
+    :param logits: (b, L, vocabulary) its logits
+    :param batch: of :func:`_padded`, with padding behind the tokens
     """
-    rows = []
-    for row in range(len(logits)):  # float32 logits of a whole batch would be large
-        each = divergences(reference[row], logits[row])
-        rows.append(each if mask is None else each[mask[row].bool()])
-    found = torch.cat(rows).double()
-    return float(found.sum()) / max(found.numel(), 1)
+
+    def __init__(self, logits: Tensor, batch: Mapping[str, Tensor]):
+        self._lengths = batch["attention_mask"].sum(1).tolist()
+        rows = zip(logits, self._lengths, strict=True)
+        self._expected = [row[:length].float().log_softmax(-1) for row, length in rows]
+
+    def divergence(self, logits: Tensor) -> Tensor:
+        """Mean Kullback-Leibler divergence of a prediction, in nats a token: float64, no dimension.
+
+        :param logits: (b, L, vocabulary)
+        """
+        # float32 logits of a whole batch would be large
+        rows = zip(self._expected, logits, self._lengths, strict=True)
+        found = torch.cat([divergences_from(own, row[:n]) for own, row, n in rows]).double()
+        return found.sum() / max(found.numel(), 1)

@@ -36,7 +36,7 @@ class Replay:
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Keep what each layer is called with and gives in the one forward pass inside."""
-        self._outputs = {name: [] for name in self.layers}
+        self._calls, self._outputs = {}, {name: [] for name in self.layers}
         handles = []
 
         def keep(name: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -51,6 +51,20 @@ class Replay:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @property
+    def called_in_turn(self) -> bool:
+        """Whether each layer was called once, in their order, in the recorded pass."""
+        once = all(len(outputs) == 1 for outputs in self._outputs.values())
+        return bool(self._outputs) and once and list(self._calls) == list(self.layers)
+
+    def call(self, layer: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a layer was called with in the recorded pass: positional and named."""
+        return self._calls[layer]
+
+    def forget(self, layer: str) -> None:
+        """Let go of what was recorded of a layer."""
+        del self._calls[layer], self._outputs[layer]
 
     @contextmanager
     def since(self, name: str) -> Iterator[None]:

@@ -19,8 +19,17 @@ def divergences(reference: Tensor, logits: Tensor) -> Tensor:
     :param logits: (..., vocabulary)
     :return: (...) float32
     """
-    expected, found = (x.float().log_softmax(-1) for x in (reference, logits))
-    return (expected.exp() * (expected - found)).sum(-1)
+    return divergences_from(reference.float().log_softmax(-1), logits)
+
+
+def divergences_from(expected: Tensor, logits: Tensor) -> Tensor:
+    """:func:`divergences` where the logarithms of the first prediction are there already.
+
+    :param expected: (..., vocabulary) float32 logarithms of probabilities
+    :param logits: (..., vocabulary)
+    :return: (...) float32
+    """
+    return (expected.exp() * (expected - logits.float().log_softmax(-1))).sum(-1)
 
 
 def rows_at_once(vocabulary: int) -> int:

@@ -104,24 +104,30 @@ def by_layer(
 class DensePass:
     """One pass of the data through the dense model.
 
-    Of a model on disk each layer is read once: a pass goes on where the last one ended, and runs
-    as far as what is asked for.
+    Layer by layer, as always of a model on disk, each layer is read once: a pass goes on where
+    the last one ended, and runs as far as what is asked for.
 
     :param model: transformers model, in ``fast_forward``
     :param batches: of the calibration
     :param finite: refuses inputs that are no numbers
     :param who: for the progress that is shown
+    :param in_layers: run layer by layer; each must be called once
     """
 
     def __init__(
-        self, model: Any, batches: CalibrationBatches, finite: FiniteCheck, who: str
+        self,
+        model: Any,
+        batches: CalibrationBatches,
+        finite: FiniteCheck,
+        who: str,
+        in_layers: bool = False,
     ) -> None:
         self._model = model
         self._batches = batches
         self._finite = finite
         self._who = who
         self._batch = 0  # number of the one that passes
-        self._layers = LayerPass(model) if on_disk(model) else None
+        self._layers = LayerPass(model) if in_layers or on_disk(model) else None
 
     @torch.no_grad()
     def run(

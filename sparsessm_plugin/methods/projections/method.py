@@ -154,19 +154,29 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
 
     def _study_dense_model(self) -> None:
         """Find what the sparsities follow from, and what enters the mixers of the dense model."""
-        dense = DensePass(self._model, self.batches, self.finite, self.who)
         keep = self.settings.keeps_dense_inputs
         if keep:
             self._restore.enter_context(stream_kept(self._model))
-        groups, in_layers = self._groups(), self._reads_layers()
+        projections = list(self._projections.values())
+        varies = self.settings.allocation != "uniform"
+        layers = by_layer(self._model, projections) if varies else None
+        probe = self._new_probe(layers is not None)
+        # each layer's weights are read once, and no more than its Hessians are held
+        in_layers = layers is not None and (on_disk(self._model) or isinstance(probe, LayerProbe))
+        meter = None if probe is None else self._new_meter(probe)
+        dense = DensePass(self._model, self.batches, self.finite, self.who, in_layers)
+        groups: list[list[PrunableWeight]] = [[]]  # one empty group without allocation
+        if layers is not None and in_layers:
+            groups = layers
+        elif varies:
+            groups = in_groups(projections, self.settings.offload_hessians)
         everything = [p for group in groups for p in group]
         of_all = enough_tokens(everything) if in_layers else None
-        meter = self._new_meter(in_layers)
         for group in groups:
             sums = HessianSums(self.settings.offload_hessians)
             with self.cost.stage("first_pass"):
                 adapters = list(self._pending.values()) if keep else []
-                if in_layers:  # each layer is read once
+                if in_layers:
                     own = {p.mixer for p in group}
                     adapters = [adapter for adapter in adapters if adapter.name in own]
                 chooses = self.settings.allocation == "optimal" and not keep
@@ -179,20 +189,6 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         if meter is not None:
             with self.cost.stage("allocate"):
                 self._set_losses(meter)
-
-    def _reads_layers(self) -> bool:
-        """Whether projections are looked at layer by layer, each layer's weights read once."""
-        projections = list(self._projections.values())
-        alone = on_disk(self._model) and by_layer(self._model, projections) is not None
-        return alone and self.settings.allocation != "uniform"
-
-    def _groups(self) -> list[list[PrunableWeight]]:
-        """The projections that are looked at together; one empty group without allocation."""
-        if self.settings.allocation == "uniform":
-            return [[]]
-        projections = list(self._projections.values())
-        layers = by_layer(self._model, projections) if self._reads_layers() else None
-        return layers or in_groups(projections, self.settings.offload_hessians)
 
     def _dense_inputs(self, mixer: str) -> CalibrationInputs:
         data = self._mixer_data.setdefault(mixer, MixerData())
@@ -218,7 +214,8 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         for name, trace in of_all_ranks("traces of Hessians", own_traces).items():
             self._candidates[name] = replace(self._candidates[name], hessian_trace=trace)
         if meter is not None:
-            self._check_probe(meter)
+            if isinstance(meter.probe, Probe):  # else a later layer may still say where they begin
+                self._check_probe(meter)
             meter.add(
                 [p for p in group if p.name in hessians],  # of several ranks
                 hessians,
@@ -231,16 +228,26 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         for name, curve in losses.items():
             self._candidates[name] = replace(self._candidates[name], losses=tuple(curve))
 
-    def _new_meter(self, in_layers: bool) -> LossMeter | None:
-        """What measures losses, where the sparsities follow from them.
+    def _new_probe(self, in_layers: bool) -> Probe | LayerProbe | None:
+        """What tries out weights, where the sparsities follow from losses.
 
-        :param in_layers: whether weights are read in their layer's turn
+        :param in_layers: whether each projection stands in one layer
         """
         decides = not zeros_suffice(list(self._candidates.values()), self.settings.share)
         if self.settings.allocation != "optimal" or not decides:
             return None
+        with self.cost.stage("allocate"):
+            if in_layers and on_disk(self._model):
+                return LayerProbe(self._model, self.batches)
+            if in_layers:
+                by_layer = LayerProbe(self._model, self.batches, record=True)
+                if by_layer.fits:
+                    return by_layer
+            return Probe(self._model, self.batches)
+
+    def _new_meter(self, probe: Probe | LayerProbe) -> LossMeter:
         return LossMeter(
-            (LayerProbe if in_layers else Probe)(self._model, self.batches),
+            probe,
             self.settings.share,
             block_size=self.settings.block_size,
             dampening_frac=self.settings.dampening_frac,
