@@ -16,6 +16,8 @@ from conftest import (
 
 from sparsessm_plugin import fast_forward
 from sparsessm_plugin.families import find_mixers
+from sparsessm_plugin.families.prunable import prunable_weights
+from sparsessm_plugin.methods.projections.statistics import add_gram, gram_of
 from sparsessm_plugin.recurrence import ScanStatistics, StatisticsRequest, scan
 from sparsessm_plugin.recurrence.quantities import HeadQuantities, MixerQuantities
 
@@ -121,3 +123,18 @@ def test_evaluation_agrees_with_the_cpu():
     model = AutoModelForCausalLM.from_pretrained(DEMO)
     expected = evaluate_perplexity(model, samples).nll
     assert evaluate_perplexity(model.cuda(), samples).nll == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_are_added_as_they_are_multiplied(dtype):
+    """Sums over batches, in place: of a matrix, of conv1d, at padding, onto another device."""
+    model = tiny_model("mamba").to("cuda", dtype)
+    kinds = {p.kind: p for p in prunable_weights(model)}
+    mask = torch.rand(3, 40, device="cuda") < 0.8
+    for kind in ("x_proj", "conv1d"):
+        left, right = torch.randn(2, 3, 40, 64, device="cuda").to(dtype)
+        for other, where, at in ((left, "cuda", None), (right, "cuda", mask), (right, "cpu", mask)):
+            product = gram_of(kinds[kind], left, other, at)
+            total = torch.ones_like(product, device=where)
+            add_gram(total, kinds[kind], left, other, at)
+            assert relative(total.cpu(), 1 + product.cpu()) < 1e-5

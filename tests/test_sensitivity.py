@@ -29,6 +29,7 @@ from sparsessm_plugin.methods.projections import (
     matching_projections,
 )
 from sparsessm_plugin.methods.projections.dense import DensePass, enough_tokens
+from sparsessm_plugin.methods.projections.statistics import stage_sums
 from sparsessm_plugin.solvers.objective import damped_inverse_cholesky, relative_error
 from sparsessm_plugin.solvers.projections import SOLVERS
 
@@ -670,3 +671,38 @@ def test_hessians_a_few_layers_at_a_time_change_nothing(monkeypatch):
     for name, weight in at_once.items():
         assert torch.equal(in_layers[name], weight), name
         torch.testing.assert_close(apart[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mixer_with_room_enters_each_batch_once(monkeypatch, family):
+    """As on a GPU: what is kept of a batch is what would be computed again."""
+    once, found, counts = nn.Linear.forward, [], []
+    calls = []
+
+    def counted(self, x):
+        calls.append(self)
+        return once(self, x)
+
+    def watched(members, pruned, *args):
+        entries = {pruned.projection(kind).module.weight.shape for kind in pruned.entry_kinds}
+        monkeypatch.setattr(nn.Linear, "forward", counted)
+        sums = stage_sums(members, pruned, *args)
+        monkeypatch.setattr(nn.Linear, "forward", once)
+        counts.append(sum(linear.weight.shape in entries for linear in calls))
+        calls.clear()
+        return sums
+
+    where = "sparsessm_plugin.methods.projections.method"
+    monkeypatch.setattr(f"{where}.stage_sums", watched)
+    for roomy in (False, True):
+        if roomy:
+            monkeypatch.setattr(f"{where}.has_room", lambda device, needed: True)
+        model = tiny_model(family)
+        run(model, modifier(target_output="mixer"), batches(padded=True))
+        found.append((weights(model), sum(counts)))
+        counts.clear()
+    (plain, several), (kept, few) = found
+    mixers = find_mixers(model)
+    assert few == sum(3 * len(adapter.entry_kinds) for adapter in mixers)  # of three batches
+    assert several == 3 * few
+    for name, weight in plain.items():
+        assert torch.equal(kept[name], weight), name

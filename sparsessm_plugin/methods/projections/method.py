@@ -54,6 +54,7 @@ from sparsessm_plugin.methods.projections.statistics import (
     HessianSums,
     MixerData,
     check_seen,
+    input_of,
     mask_for,
     stage_sums,
 )
@@ -269,16 +270,20 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         data = self._mixer_data.setdefault(adapter.name, MixerData())
         added = data.inputs.add(hidden_states, attention_mask)
         size = 4 * hidden_states[..., 0].numel() * adapter.sizes.intermediate_size
-        # on a GPU the mixers of compress() compute as the model does: what the dense out_proj
-        # multiplies need not be made twice
-        if (
-            self.settings.target_output == "mixer"
-            and any(p.kind == adapter.exit_kind for p in self._of(adapter))
-            and has_room(hidden_states.device, size)
-        ):
-            x = read_out(adapter, adapter.quantities(hidden_states, attention_mask))
+        # on a GPU the mixers of compress() compute as the model does: what the dense projections
+        # multiply need not be made twice
+        if self.settings.target_output == "mixer" and has_room(hidden_states.device, size):
+            kinds = {p.kind for p in self._of(adapter)} - set(adapter.entry_kinds)
+            if not kinds:
+                return
+            quantities = adapter.quantities(hidden_states, attention_mask)
+            x = read_out(adapter, quantities)
             offer(adapter.mixer, hidden_states, attention_mask, x)
-            data.dense_out.update({number: x[rows] for number, rows in added})
+            made = {kind: input_of(kind, quantities, x) for kind in kinds}
+            if not has_room(x.device, sum(own.nbytes for own in made.values())):
+                kinds &= {adapter.exit_kind}  # for which most is computed
+            for number, rows in added:
+                data.keep_dense(number, kinds, {kind: made[kind][rows] for kind in kinds})
 
     def _see_linear(
         self,
@@ -317,8 +322,12 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         dense = adapter.working_clone() if compares else None
         own = self._of(adapter)
         device = pruned.A_log.device
+        exits = {p.kind for p in own} & {adapter.exit_kind}
         size = 4 * data.inputs.tokens * adapter.sizes.intermediate_size
         fits = device.type == "cpu" or has_room(device, size)
+        entering = [pruned.projection(kind).weight for kind in adapter.entry_kinds]
+        given = sum(weight.shape[-2] * weight.dtype.itemsize for weight in entering)  # a token
+        enters = bool(exits) and has_room(device, size + given * data.inputs.tokens)
         # what is pruned together; a later stage sees what the stages before leave of its inputs
         for place, stage in enumerate(adapter.stages):
             members = [p for p in own if p.kind in stage]
@@ -326,11 +335,13 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
                 continue
             # the dense mixer's in_proj reads the same inputs, so it has nothing to make up for
             alike = place == 0 and data.dense_inputs is None
-            # the dense out_proj's input, from one stage to the next, rather than computed anew
-            keep = place == 1 and fits and any(p.kind == adapter.exit_kind for p in own)
+            # from one stage to the next, rather than computed anew
+            keep = exits if place == 1 and fits else set()
+            enter_once = place == 1 and enters
             started = time.perf_counter()
             with self.cost.stage("gather"):
-                sums = stage_sums(members, pruned, None if alike else dense, data, keep)
+                compared = None if alike else dense
+                sums = stage_sums(members, pruned, compared, data, keep, enter_once)
                 self._check_sums(members, sums.hessians)
                 self._check_sums(members, sums.crosses)
                 owners = owners_of(members)

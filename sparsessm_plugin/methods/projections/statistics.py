@@ -1,11 +1,14 @@
 """What the weights of projections multiply, and sums of its products over the calibration."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.backends.precision import tf32
@@ -53,6 +56,37 @@ def gram_of(projection: PrunableWeight, left: Tensor, right: Tensor, mask: Tenso
     return gram(left.flatten(0, -2), right.flatten(0, -2))
 
 
+def add_gram(
+    total: Tensor, projection: PrunableWeight, left: Tensor, right: Tensor, mask: Tensor | None
+) -> None:
+    """Add :func:`gram_of` to a sum; a GPU adds up as it multiplies, without a product in memory.
+
+    :param total: the sum, of :func:`hessian_shape`, on any device
+    """
+    half = _in_half(projection, left.device)
+    one = total.device == left.device and total.is_cuda and total.dtype == torch.float32
+    plain = projection.kind != "conv1d" and len(projection.shape) == 2
+    if not (half and one and plain and _adds_products(total.device)):
+        total += gram_of(projection, left, right, mask).to(total.device)
+        return
+    left, right = (x.to(projection.weight.dtype).flatten(0, -2) for x in (left, right))
+    if mask is not None:
+        left = left * mask.flatten()[:, None]
+    torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)
+
+
+@cache
+def _adds_products(device: torch.device) -> bool:
+    """Whether torch adds products of half precision to a float32 sum; not every version does."""
+    total = torch.ones(16, 16, device=device)
+    x = torch.ones(8, 16, dtype=torch.bfloat16, device=device)
+    try:
+        torch.addmm(total, x.T, x, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 9).all())
+
+
 def hessian_shape(projection: PrunableWeight) -> torch.Size:
     """(in, in); of a conv1d (D, K, K), of a matrix for each head (heads, in, in)."""
     *problems, _, size = projection.shape
@@ -92,12 +126,12 @@ class HessianSums:
 
     def add(self, projection: PrunableWeight, x: Tensor, mask: Tensor | None) -> None:
         """Add a batch of what a projection multiplies; see :func:`gram_of`."""
-        products = gram_of(projection, x, x, mask)
         name = projection.name
         self.tokens[name] = self.tokens.get(name, 0) + _count(projection, x, mask)
         if name in self.hessians:
-            self.hessians[name] += products.to(self.hessians[name].device)
+            add_gram(self.hessians[name], projection, x, x, mask)
         else:
+            products = gram_of(projection, x, x, mask)
             self.hessians[name] = (
                 products.cpu() if self._in_main_memory else where_there_is_room(products)
             )
@@ -140,13 +174,30 @@ class MixerData:
 
     :param inputs: behind the pruned layers before it
     :param dense_inputs: behind the dense layers before it, where targets ask for that
-    :param dense_out: by number of the batch, (b, L, D) what the dense out_proj multiplies, where
-        it is known already
+    :param dense: by number of the batch and kind of projection, what the dense projections behind
+        the entry multiply, (b, L, in), where it is known already
+    :param entered: by number of the batch and kind, what the pruned entry projections give
+        (b, L, out), from the stage within to that at the exit
     """
 
     inputs: CalibrationInputs = field(default_factory=CalibrationInputs)
     dense_inputs: CalibrationInputs | None = None
-    dense_out: dict[int, Tensor] = field(default_factory=dict)
+    dense: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    entered: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def keep_dense(self, number: int, kinds: Iterable[str], made: "dict[str, Tensor]") -> None:
+        """Keep what the dense projections of some kinds multiply in a batch.
+
+        :param made: by kind, (b, L, in)
+        """
+        own = self.dense.setdefault(number, {})
+        # of a part of what in_proj gives, a copy: the rest need not stay
+        own.update({kind: made[kind].contiguous() for kind in kinds})
+
+    def take_dense(self, number: int, kinds: Iterable[str]) -> dict[str, Tensor] | None:
+        """What :meth:`keep_dense` kept, which goes; None unless it is there for all kinds."""
+        own = self.dense.get(number, {})
+        return {k: own.pop(k) for k in kinds} if all(k in own for k in kinds) else None
 
 
 @dataclass(frozen=True)
@@ -167,7 +218,8 @@ def stage_sums(
     pruned: MixerAdapter,
     dense: MixerAdapter | None,
     data: MixerData,
-    keep_out: bool,
+    keep: Collection[str] = (),
+    enter_once: bool = False,
 ) -> StageSums:
     """Sums over all that entered a mixer.
 
@@ -175,8 +227,10 @@ def stage_sums(
     :param pruned: the mixer as it is now
     :param dense: the mixer as it was, or None where nothing is to be compared with it; it reads
         ``data.dense_inputs``, or the same as the pruned one
-    :param data: what entered; ``dense_out`` is taken from there, or left there
-    :param keep_out: whether to leave the input of the dense out_proj for a later call
+    :param data: what entered; what was kept there is taken, see ``keep``
+    :param keep: kinds of projections that a later call asks for: what they multiply in the dense
+        mixer is left in ``data``
+    :param enter_once: also leave there what the entry projections of the pruned mixer give
     """
     sums = StageSums({}, {})
     device = pruned.A_log.device
@@ -190,24 +244,22 @@ def stage_sums(
         sums.hessians[p.name] = zeros
         if dense is not None:
             sums.crosses[p.name] = zeros.clone()
-    kinds, exit_kind = {p.kind for p in members}, pruned.exit_kind
+    kinds = {p.kind for p in members}
     for i in range(len(data.inputs)):
         with tf32():
-            xs, mask = _inputs_of(kinds, pruned, *data.inputs.get(i, device, dtype))
-            dense_xs: dict[str, Tensor] = {}
-            if dense is not None and kinds == {exit_kind} and i in data.dense_out:
-                dense_xs = {exit_kind: data.dense_out.pop(i)}
-            elif dense is not None:
-                makes = {exit_kind} if keep_out and i not in data.dense_out else set()
+            with _entering_once(pruned, data.entered, i, enter_once):
+                xs, mask = _inputs_of(kinds, pruned, *data.inputs.get(i, device, dtype))
+            dense_xs = data.take_dense(i, kinds) if dense is not None else {}
+            if dense is not None and dense_xs is None:
+                makes = {kind for kind in keep if kind not in data.dense.get(i, {})}
                 source = data.inputs if data.dense_inputs is None else data.dense_inputs
                 dense_xs, _ = _inputs_of(kinds | makes, dense, *source.get(i, device, dtype))
-                if makes:
-                    data.dense_out[i] = dense_xs[exit_kind]
+                data.keep_dense(i, makes, dense_xs)
         for p in firsts:
             x = xs[p.kind]
-            sums.hessians[p.name] += gram_of(p, x, x, mask)
-            if dense is not None:
-                sums.crosses[p.name] += gram_of(p, dense_xs[p.kind], x, mask)
+            add_gram(sums.hessians[p.name], p, x, x, mask)
+            if dense_xs:
+                add_gram(sums.crosses[p.name], p, dense_xs[p.kind], x, mask)
     for p in members:  # ranks add up what each has, in place
         first = _first_alike(p, members, pruned)
         for found in (sums.hessians, sums.crosses):
@@ -228,6 +280,39 @@ def _first_alike(
     if key(projection)[:2] != (True, True):
         return projection
     return next(p for p in members if key(p) == key(projection))
+
+
+@contextmanager
+def _entering_once(
+    adapter: MixerAdapter, entered: dict[int, dict[str, Tensor]], number: int, keep: bool
+) -> Iterator[None]:
+    """Let the entry projections of a mixer of one's own give what they gave before, or keep it.
+
+    :param adapter: of a mixer whose entry projections change no more
+    :param entered: by number of the batch and kind, what they give
+    :param number: of the batch
+    :param keep: whether to keep it, for the next time
+    """
+    before = entered.pop(number, {})
+    handles, replaced = [], []
+    try:
+        for kind in adapter.entry_kinds:
+            module = adapter.projection(kind).module
+
+            def note(module: nn.Module, args: Any, output: Tensor, kind: str = kind) -> None:
+                entered.setdefault(number, {})[kind] = output
+
+            if kind in before:
+                module.forward = lambda x, output=before[kind]: output
+                replaced.append(module)
+            elif keep:
+                handles.append(module.register_forward_hook(note))
+        yield
+    finally:
+        for module in replaced:
+            del module.forward
+        for handle in handles:
+            handle.remove()
 
 
 def _inputs_of(
