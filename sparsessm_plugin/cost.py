@@ -1,5 +1,6 @@
 """What a run takes: seconds by stage, tokens, memory; and what to do where memory is short."""
 
+import math
 import os
 import re
 import resource
@@ -13,22 +14,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+_MARKS = 1024  # stages that are kept before their seconds are added up
+
 
 class Cost:
     """Seconds by stage, tokens and peak memory of one modifier.
 
     Where stages stand inside each other, each second counts for the innermost. A GPU's work
-    counts for the stage that asked for it.
+    counts for the stage that asked for it, and no stage waits for a GPU.
     """
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._open: list[str] = []  # stages
+        self._closed: list[tuple[str, str | None, _Mark, _Mark]] = []  # with the one around them
         self.peak_memory_bytes = 0
         self._total = 0.0
         self._started: float | None = None
         self._tokens: dict[str, int] = {}
         self._batches: dict[str, int] = {}
-        self._inside: list[float] = []  # seconds of inner stages, of each stage that is open
 
     def begin(self) -> None:
         """The calibration begins."""
@@ -65,30 +69,55 @@ class Cost:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count the time inside for a stage."""
-        started = _now()
-        self._inside.append(0.0)
+        started, around = _Mark(), self._open[-1] if self._open else None
+        self._open.append(name)
         try:
             yield
         finally:
-            took = _now() - started
-            own = took - self._inside.pop()
-            self.seconds[name] = self.seconds.get(name, 0.0) + own
-            if self._inside:
-                self._inside[-1] += took
+            self._open.pop()
+            self._closed.append((name, around, started, _Mark()))
+            if len(self._closed) > _MARKS:  # a GPU is long past the first of them
+                self._add_up(_MARKS // 2)
+
+    def _add_up(self, count: int | None = None) -> None:
+        done, self._closed = self._closed[:count], self._closed[len(self._closed[:count]) :]
+        for name, around, started, ended in done:
+            took = ended.seconds_since(started)
+            self._seconds[name] = self._seconds.get(name, 0.0) + took
+            if around is not None:
+                self._seconds[around] = self._seconds.get(around, 0.0) - took
 
     def to_dict(self) -> dict[str, Any]:
         """For a report; ``forward`` is what no stage took: the model's own forward passes.
 
         ``peak_memory_bytes`` is the most up to here, what came before this modifier included.
         """
-        staged = sum(self.seconds.values())
-        seconds = {**self.seconds, "forward": max(0.0, self._total - staged), "total": self._total}
+        self._add_up()
+        staged = sum(self._seconds.values())
+        seconds = {**self._seconds, "forward": max(0.0, self._total - staged), "total": self._total}
         return {
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "tokens": self.tokens,
             "tokens_per_second": round(self.tokens / self._total, 1) if self._total else None,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
+
+
+class _Mark:
+    """A moment: where there is a GPU, that at which it has done what it was asked for before."""
+
+    def __init__(self) -> None:
+        self._time = time.perf_counter()
+        self._event: torch.cuda.Event | None = None
+        if torch.cuda.is_initialized():
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def seconds_since(self, earlier: "_Mark") -> float:
+        if self._event is None or earlier._event is None:
+            return self._time - earlier._time
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1e3
 
 
 def _now() -> float:
@@ -123,6 +152,13 @@ def with_index(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+# Seconds that what others hold of a GPU is taken to stay: to ask the driver takes its time.
+_OTHERS_FOR = 0.1
+_others: dict[
+    torch.device, tuple[float, int, int]
+] = {}  # when asked, their bytes, and all there are
+
+
 def has_room(device: torch.device, needed: int, spare: float = 0.5) -> bool:
     """Whether more than so much of a GPU stays free once so many bytes more are held.
 
@@ -131,12 +167,20 @@ def has_room(device: torch.device, needed: int, spare: float = 0.5) -> bool:
     if device.type != "cuda":
         return False
     device = with_index(device)
-    free, total = torch.cuda.mem_get_info(device)
-    allocated = torch.cuda.memory_allocated(device)
-    # torch keeps memory that no tensor holds
-    free += torch.cuda.memory_reserved(device) - allocated
+    held = torch.cuda.memory_stats_as_nested_dict(device)  # once: it takes longer than a kernel
+
+    def current(what: str) -> int:
+        return held.get(what, {}).get("all", {}).get("current", 0)
+
+    now, (then, others, total) = time.perf_counter(), _others.get(device, (-math.inf, 0, 0))
+    if now - then > _OTHERS_FOR:
+        free, total = torch.cuda.mem_get_info(device)
+        # torch keeps memory that no tensor holds
+        others = total - free - current("reserved_bytes")
+        _others[device] = (now, others, total)
+    allocated = current("allocated_bytes")
     limit = total * torch.cuda.get_per_process_memory_fraction(device)
-    return min(free, limit - allocated) - needed > spare * limit
+    return min(total - others, limit) - allocated - needed > spare * limit
 
 
 def memory_available() -> int:

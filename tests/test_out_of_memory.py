@@ -207,8 +207,10 @@ def test_half_of_a_gpu_stays_free(monkeypatch, free, reserved, allocated, share,
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", fraction)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    held = {"reserved_bytes": reserved, "allocated_bytes": allocated}
+    stats = {name: {"all": {"current": size}} for name, size in held.items()}
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: stats)
+    monkeypatch.setattr(cost, "_others", {})
     for name in ("cuda", "cuda:3"):
         assert has_room(torch.device(name), needed) is room
     assert not has_room(torch.device("cpu"), needed)

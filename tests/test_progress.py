@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from sparsessm_plugin import cli, progress
+from sparsessm_plugin import cost as cost_module
 from sparsessm_plugin.cost import Cost
 from sparsessm_plugin.methods import remove_width
 from sparsessm_plugin.progress import Stage, clock, shown
@@ -215,6 +216,43 @@ def test_each_second_counts_for_the_innermost_stage(ticks):
         "forward": 1.0,
         "total": 11_211.0,
     }
+
+
+@pytest.mark.parametrize("most", [2, 1000])
+def test_no_stage_waits_for_a_gpu(monkeypatch, ticks, most):
+    """A GPU that is always 50 seconds behind: each stage counts what the GPU takes for it."""
+    waits = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = ticks.now + 50
+
+        def synchronize(self):
+            waits.append(self)
+
+        def elapsed_time(self, other):
+            return 1e3 * (other.time - self.time)
+
+    monkeypatch.setattr(cost_module, "_MARKS", most)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(None))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(cost_module, "peak_memory_bytes", lambda: 0)
+    cost = Cost()
+    cost.begin()
+    waits.clear()
+    for _ in range(4):
+        with cost.stage("outer"):
+            ticks.now += 1
+            with cost.stage("inner"):
+                ticks.now += 10
+    assert len(waits) <= (6 if most == 2 else 0)  # for those that are long past
+    cost.end()
+    seconds = cost.to_dict()["seconds"]
+    assert seconds == {"outer": 4.0, "inner": 40.0, "forward": 0.0, "total": 44.0}
 
 
 def test_report_says_what_each_modifier_took(tokenizer):

@@ -1,6 +1,7 @@
 """SensitivitySparseGPTModifier through llmcompressor's own oneshot()."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -501,13 +502,29 @@ def test_no_data_and_nothing_but_padding():
             run(tiny_model("mamba"), modifier(allocation=allocation), ready)
 
 
-@pytest.mark.parametrize("target_output", ["own", "dense"])
-def test_inputs_that_are_not_finite(target_output):
-    model = tiny_model("mamba")
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    ("family", "norm", "where", "fields"),
+    [
+        ("mamba", "backbone.layers.1.norm", "layers.1.mixer", {}),
+        ("mamba", "backbone.layers.1.norm", "layers.1.mixer", {"target_output": "dense"}),
+        (
+            "jamba",
+            "model.layers.1.pre_ff_layernorm",
+            "layers.1.feed_forward.gate_proj",
+            {"targets": [r"re:.*feed_forward\.gate_proj"]},
+        ),
+    ],
+)
+def test_inputs_that_are_not_finite(monkeypatch, family, norm, where, fields, later):
+    """At once, or as on a GPU, before anything is made of them."""
+    if later:
+        monkeypatch.setattr("sparsessm_plugin.calibration.overflow._later", lambda x: True)
+    model = tiny_model(family)
     with torch.no_grad():
-        model.backbone.layers[1].norm.weight[3] = float("inf")
-    with pytest.raises(SparseSSMError, match=r"layers\.1\.mixer: its input holds NaN"):
-        run(model, modifier(target_output=target_output))
+        model.get_submodule(norm).weight[3] = float("inf")
+    with pytest.raises(SparseSSMError, match=f"{re.escape(where)}: its input holds NaN"):
+        run(model, modifier(**fields))
     assert nothing_left_behind(model)
 
 

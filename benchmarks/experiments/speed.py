@@ -5,6 +5,7 @@ pipeline   A_log and all projections of a 2.8B shape, 64 x 2048 tokens, beside t
 growth     seconds over samples, length, D, N and layers
 """
 
+import gc
 import math
 import os
 import statistics
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from harness import Configuration, Experiment, Job, joined, not_measured, section
+from llmcompressor import active_session
 from pydantic import Field
 from timing import random_model, seconds_of
 from torch import Tensor
@@ -393,18 +395,28 @@ def pipeline(job: Job) -> Iterator[Any]:
     floor = Floor.of(shape, samples * chosen.length, ceilings)
     numbers = {"ceilings": vars(ceilings), "floor": vars(floor)}
     job.numbers["pipeline"] = numbers
-    for key in job.cases("pipeline", RECIPES):
-        with tempfile.TemporaryDirectory() as folder, job.case(f"pipeline, {key}"):
+
+    def measure(modifiers: tuple[str, ...]) -> dict[str, Any]:
+        """Numbers alone are returned: a pruned model would count for the memory of the next."""
+        with tempfile.TemporaryDirectory() as folder:
             warm = make_model(folder, shape.hidden_size, 1, vocabulary=vocabulary)
-            run_recipe(warm, RECIPES[key], BATCH, chosen.length)  # compiles and tunes kernels
+            run_recipe(warm, modifiers, BATCH, chosen.length)  # compiles and tunes kernels
             del warm
+            active_session().reset()  # which holds it
+            gc.collect()
             model = make_model(folder, shape.hidden_size, shape.layers, vocabulary=vocabulary)
-            found = run_recipe(model, RECIPES[key], samples, chosen.length)
-            numbers[key] = {
-                "seconds": found.seconds,
-                "peak_memory_bytes": found.peak_memory_bytes,
-                "costs": {report["modifier"]: report["cost"] for report in found.reports},
-            }
+            found = run_recipe(model, modifiers, samples, chosen.length)
+        active_session().reset()
+        return {
+            "seconds": found.seconds,
+            "peak_memory_bytes": found.peak_memory_bytes,
+            "costs": {report["modifier"]: report["cost"] for report in found.reports},
+        }
+
+    for key in job.cases("pipeline", RECIPES):
+        gc.collect()
+        with job.case(f"pipeline, {key}"):
+            numbers[key] = measure(RECIPES[key])
         yield f"pipeline, {key}"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sparsessm_plugin.calibration.contexts import undisturbed
-from sparsessm_plugin.calibration.finite import is_finite
+from sparsessm_plugin.calibration.finite import finite_extremes, is_finite
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import MixerAdapter, find_mixers, read_out
 from sparsessm_plugin.families.fast_forward import fast_forward
@@ -31,14 +31,32 @@ class FiniteCheck:
         self._model = model
         self._batches = batches
         self._state = state
+        self._unread: list[tuple[str, Tensor]] = []  # what a GPU may not have found out yet
 
     def input(self, name: str, x: Tensor) -> None:
-        """:raises SparseSSMError: what enters a layer of this name holds NaN or infinite values"""
-        if not is_finite(x):
-            raise SparseSSMError(
-                f"{name}: its input holds NaN or infinite values during calibration; "
-                f"{self.explained()}"
-            )
+        """Look at what enters a layer; on a GPU :meth:`inputs` tells what was found.
+
+        :raises SparseSSMError: what enters a layer of this name holds NaN or infinite values
+        """
+        if _later(x):
+            self._unread.append((name, finite_extremes(x)))
+        elif not is_finite(x):
+            self._refuse_input(name)
+
+    def inputs(self) -> None:
+        """Wait for what a GPU has found, before anything is made of it.
+
+        :raises SparseSSMError: see :meth:`input`, for the first that it has seen
+        """
+        unread, self._unread = self._unread, []
+        for name, finite in unread:
+            if not bool(finite):
+                self._refuse_input(name)
+
+    def _refuse_input(self, name: str) -> None:
+        raise SparseSSMError(
+            f"{name}: its input holds NaN or infinite values during calibration; {self.explained()}"
+        )
 
     def hessian(self, name: str, hessian: Tensor) -> None:
         """:raises SparseSSMError: the sums (..., in, in) of a projection are not finite"""
@@ -60,6 +78,11 @@ class FiniteCheck:
         else:
             begin = f"NaN or infinite values first appear in {place}"
         return f"{begin}; {self._state()}"
+
+
+def _later(x: Tensor) -> bool:
+    """Whether to let a GPU look while the pass goes on: it would idle until Python has seen it."""
+    return x.is_cuda and x.numel() > 0
 
 
 class _Found(Exception):

@@ -343,6 +343,8 @@ class MixerMethod(Generic[S]):
     def _compress(self, adapter: MixerAdapter) -> None:
         self._now_at(adapter.name)
         with torch.no_grad(), self.released_on_error(), self.cost.stage("compress"):
+            if self._finite is not None:
+                self._finite.inputs()
             self.compress(adapter)
         del self._pending[adapter.name]
         if self._stage is not None:

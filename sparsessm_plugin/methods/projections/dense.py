@@ -175,13 +175,15 @@ class DensePass:
                 batches = _first(self._batches, most_tokens)
                 if self._layers is not None and span is not None:
                     self._layers.run(batches, self._at, *span)
-                    return
-                with Stage(f"{self._who}: dense model", len(batches)) as stage:
-                    for index, batch in enumerate(batches):
-                        self._at(index)
-                        with suppress(_Seen):
-                            self._model(**{key: value.to(device) for key, value in batch.items()})
-                        stage.advance()
+                else:
+                    with Stage(f"{self._who}: dense model", len(batches)) as stage:
+                        for index, batch in enumerate(batches):
+                            self._at(index)
+                            inputs = {key: value.to(device) for key, value in batch.items()}
+                            with suppress(_Seen):
+                                self._model(**inputs)
+                            stage.advance()
+            self._finite.inputs()
         finally:
             for handle in handles:
                 handle.remove()

@@ -362,6 +362,7 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         sums = self._linear_sums
         with torch.no_grad(), self.released_on_error():
             if self.settings.watches_data:
+                self.finite.inputs()
                 sums.count_all(projections)
             self._check_sums(projections, sums.hessians)
             owners = owners_of(projections)
