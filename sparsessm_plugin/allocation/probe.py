@@ -23,6 +23,7 @@ from sparsessm_plugin.calibration.passes import moved, output_of
 from sparsessm_plugin.calibration.replay import Replay
 from sparsessm_plugin.calibration.rows import unpadded_rows
 from sparsessm_plugin.cost import has_room, kept
+from sparsessm_plugin.families.in_turn import on_disk
 from sparsessm_plugin.training.divergence import divergences_from
 
 _ROWS, _LENGTH = 4, 256  # of the data that predictions are looked at with
@@ -296,6 +297,22 @@ class LayerProbe:
             yield
         finally:
             held.copy_(before)
+
+
+def new_probe(model: Any, data: Iterable[Mapping[str, Any]], in_layers: bool) -> Probe | LayerProbe:
+    """The probe that runs a model least.
+
+    :param model: transformers model
+    :param data: see :class:`Probe`
+    :param in_layers: whether the weights to try out come layer by layer, each in one layer alone
+    """
+    if in_layers and on_disk(model):
+        return LayerProbe(model, data)
+    if in_layers:
+        probe = LayerProbe(model, data, record=True)
+        if probe.fits:
+            return probe
+    return Probe(model, data)
 
 
 def _repeated(batch: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparsessm_plugin import distributed
 from sparsessm_plugin.allocation.losses import LossMeter
 from sparsessm_plugin.allocation.policy import Candidate, allocate, zeros_suffice
-from sparsessm_plugin.allocation.probe import LayerProbe, Probe
+from sparsessm_plugin.allocation.probe import LayerProbe, Probe, new_probe
 from sparsessm_plugin.calibration import CalibrationBatches
 from sparsessm_plugin.calibration.finite import is_finite
 from sparsessm_plugin.calibration.inputs import CalibrationInputs
@@ -54,6 +54,7 @@ from sparsessm_plugin.methods.projections.statistics import (
     HessianSums,
     MixerData,
     check_seen,
+    entered_bytes,
     input_of,
     mask_for,
     stage_sums,
@@ -161,25 +162,20 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         projections = list(self._projections.values())
         varies = self.settings.allocation != "uniform"
         layers = by_layer(self._model, projections) if varies else None
-        probe = self._new_probe(layers is not None)
-        # each layer's weights are read once, and no more than its Hessians are held
-        in_layers = layers is not None and (on_disk(self._model) or isinstance(probe, LayerProbe))
-        meter = None if probe is None else self._new_meter(probe)
+        meter = self._new_meter(layers is not None)
+        if not on_disk(self._model) and not (meter and isinstance(meter.probe, LayerProbe)):
+            layers = None
+        in_layers = layers is not None  # each is read once, and no more than its Hessians are held
         dense = DensePass(self._model, self.batches, self.finite, self.who, in_layers)
-        groups: list[list[PrunableWeight]] = [[]]  # one empty group without allocation
-        if layers is not None and in_layers:
-            groups = layers
-        elif varies:
+        groups = layers or [[]]  # one empty group without allocation
+        if varies and not in_layers:
             groups = in_groups(projections, self.settings.offload_hessians)
-        everything = [p for group in groups for p in group]
-        of_all = enough_tokens(everything) if in_layers else None
+        of_all = enough_tokens(projections) if in_layers else None
         for group in groups:
             sums = HessianSums(self.settings.offload_hessians)
             with self.cost.stage("first_pass"):
-                adapters = list(self._pending.values()) if keep else []
-                if in_layers:
-                    own = {p.mixer for p in group}
-                    adapters = [adapter for adapter in adapters if adapter.name in own]
+                own = {p.mixer for p in group} if in_layers else self._pending.keys()
+                adapters = [a for a in self._pending.values() if keep and a.name in own]
                 chooses = self.settings.allocation == "optimal" and not keep
                 most = (of_all if in_layers else enough_tokens(group)) if chooses else None
                 dense.run(group, sums, adapters, self._dense_inputs, most_tokens=most)
@@ -188,8 +184,7 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
                 self._measure(group, sums, meter)
             keep = keep and in_layers
         if meter is not None:
-            with self.cost.stage("allocate"):
-                self._set_losses(meter)
+            self._set_losses(meter)
 
     def _dense_inputs(self, mixer: str) -> CalibrationInputs:
         data = self._mixer_data.setdefault(mixer, MixerData())
@@ -224,36 +219,25 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
             )
 
     def _set_losses(self, meter: LossMeter) -> None:
-        losses = of_all_ranks("losses of projections", meter.losses())
+        with self.cost.stage("allocate"):
+            losses = of_all_ranks("losses of projections", meter.losses())
         self._check_probe(meter)
         for name, curve in losses.items():
             self._candidates[name] = replace(self._candidates[name], losses=tuple(curve))
 
-    def _new_probe(self, in_layers: bool) -> Probe | LayerProbe | None:
-        """What tries out weights, where the sparsities follow from losses.
-
-        :param in_layers: whether each projection stands in one layer
-        """
+    def _new_meter(self, in_layers: bool) -> LossMeter | None:
+        """What measures losses, where the sparsities follow from them; see :func:`new_probe`."""
         decides = not zeros_suffice(list(self._candidates.values()), self.settings.share)
         if self.settings.allocation != "optimal" or not decides:
             return None
         with self.cost.stage("allocate"):
-            if in_layers and on_disk(self._model):
-                return LayerProbe(self._model, self.batches)
-            if in_layers:
-                by_layer = LayerProbe(self._model, self.batches, record=True)
-                if by_layer.fits:
-                    return by_layer
-            return Probe(self._model, self.batches)
-
-    def _new_meter(self, probe: Probe | LayerProbe) -> LossMeter:
-        return LossMeter(
-            probe,
-            self.settings.share,
-            block_size=self.settings.block_size,
-            dampening_frac=self.settings.dampening_frac,
-            who=self.who,
-        )
+            return LossMeter(
+                new_probe(self._model, self.batches, in_layers),
+                self.settings.share,
+                block_size=self.settings.block_size,
+                dampening_frac=self.settings.dampening_frac,
+                who=self.who,
+            )
 
     def _check_probe(self, meter: LossMeter) -> None:
         if not meter.probe.is_finite:
@@ -272,10 +256,9 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         size = 4 * hidden_states[..., 0].numel() * adapter.sizes.intermediate_size
         # on a GPU the mixers of compress() compute as the model does: what the dense projections
         # multiply need not be made twice
-        if self.settings.target_output == "mixer" and has_room(hidden_states.device, size):
-            kinds = {p.kind for p in self._of(adapter)} - set(adapter.entry_kinds)
-            if not kinds:
-                return
+        kinds = {p.kind for p in self._of(adapter)} - set(adapter.entry_kinds)
+        compares = bool(kinds) and self.settings.target_output == "mixer"
+        if compares and has_room(hidden_states.device, size):
             quantities = adapter.quantities(hidden_states, attention_mask)
             x = read_out(adapter, quantities)
             offer(adapter.mixer, hidden_states, attention_mask, x)
@@ -325,9 +308,8 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         exits = {p.kind for p in own} & {adapter.exit_kind}
         size = 4 * data.inputs.tokens * adapter.sizes.intermediate_size
         fits = device.type == "cpu" or has_room(device, size)
-        entering = [pruned.projection(kind).weight for kind in adapter.entry_kinds]
-        given = sum(weight.shape[-2] * weight.dtype.itemsize for weight in entering)  # a token
-        enters = bool(exits) and has_room(device, size + given * data.inputs.tokens)
+        size += entered_bytes(pruned, data.inputs.tokens)
+        enters = bool(exits) and has_room(device, size)
         # what is pruned together; a later stage sees what the stages before leave of its inputs
         for place, stage in enumerate(adapter.stages):
             members = [p for p in own if p.kind in stage]
@@ -336,8 +318,7 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
             # the dense mixer's in_proj reads the same inputs, so it has nothing to make up for
             alike = place == 0 and data.dense_inputs is None
             # from one stage to the next, rather than computed anew
-            keep = exits if place == 1 and fits else set()
-            enter_once = place == 1 and enters
+            keep, enter_once = exits if place == 1 and fits else set(), place == 1 and enters
             started = time.perf_counter()
             with self.cost.stage("gather"):
                 compared = None if alike else dense

@@ -282,6 +282,12 @@ def _first_alike(
     return next(p for p in members if key(p) == key(projection))
 
 
+def entered_bytes(adapter: MixerAdapter, tokens: int) -> int:
+    """Of what the entry projections of a mixer give for so many tokens."""
+    weights = [adapter.projection(kind).weight for kind in adapter.entry_kinds]
+    return tokens * sum(weight.shape[-2] * weight.dtype.itemsize for weight in weights)
+
+
 @contextmanager
 def _entering_once(
     adapter: MixerAdapter, entered: dict[int, dict[str, Tensor]], number: int, keep: bool
