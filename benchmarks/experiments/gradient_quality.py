@@ -312,6 +312,17 @@ def about(how: str, numbers: dict[str, Any], chosen: Fields, model: str) -> str:
 
 LONG = "tuned to the dense model, 8 rounds"
 OF_STEPS = {"sections": ["tune"], "fields": "distill_learning_rate: 5e-4"}
+ON_CPU = {  # of a few windows, one draw
+    "models": ["granite-hybrid-16m"],
+    "sections": ["prune"],
+    "seeds": 1,
+    "windows": 16,
+    "length": 256,
+    "evaluate_windows": 16,
+    "methods": [
+        name for name in METHODS if name not in ("gradient, per kind", "mean gradient, global")
+    ],
+}
 EXPERIMENT = Experiment(
     measures="perplexity with zeros in all weights by gradient, and in one component",
     device="CPU or GPU",
@@ -333,6 +344,8 @@ EXPERIMENT = Experiment(
             "tuned": [LONG, "tuned, 8 rounds", "tuned to the dense model, 1 round"],
             "tune_seconds": 60,
         },
+        "gradient_quality_granite-hybrid-16m_cpu": ON_CPU,
+        "gradient_quality_granite-hybrid-16m_cpu_50": {**ON_CPU, "sparsity": 0.5},
     },
     quick={
         "": {
