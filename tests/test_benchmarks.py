@@ -192,12 +192,12 @@ def test_a_seed_is_merged_once():
 
 def test_rows_of_structures_come_by_their_worth():
     """The mix after the longest distillation first, then axes; only those that are asked for."""
-    from experiments.structure_quality import METHODS, Fields, wanted_rows
+    from experiments.structure_quality import DISTILLED, METHODS, Fields, wanted_rows
 
     every = list(wanted_rows(Fields(shares=[0.5], seeds=2)))
     names = [method for methods in METHODS.values() for method in methods]
-    written = sum("generated" in name for name in names)  # with minutes only
-    assert len(set(every)) == len(every) == 2 * (3 * len(names) - written)
+    distilled = sum(name.endswith(tuple(DISTILLED)) for name in names)  # with minutes only
+    assert len(set(every)) == len(every) == 2 * (3 * len(names) - distilled)
     assert every[:2] == [(0.5, "mix", "fit", 3, 0), (0.5, "layers", "loss after the fit", 3, 0)]
     asked = Fields(minutes=[0], seeds=1, rows=["mix", "hidden: magnitude"])
     assert list(wanted_rows(asked)) == [
