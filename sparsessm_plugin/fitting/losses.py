@@ -214,9 +214,9 @@ class Trials:
 
     @property
     def efforts(self) -> tuple[Effort, ...]:
-        """Of a recipe, the longest first; the last one is that of a trial."""
-        used = self.recipe_uses or self.used
-        return Effort(used, quick=False), Effort(used, quick=True), Effort(self.used, quick=True)
+        """Of a recipe, the one that loses least first; the last one is that of a trial."""
+        texts = (self.recipe_uses or self.used, self.used)  # a fit more is worth more than text
+        return tuple(Effort(used, quick) for quick in (False, True) for used in texts)
 
     def fields(
         self, sizes: Mapping[str, int], minutes: float = 0.0, effort: Effort | None = None
