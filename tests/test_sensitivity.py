@@ -15,6 +15,7 @@ from conftest import (
     nothing_left_behind,
     projections,
     record,
+    relative,
     run,
     state,
     tiny_model,
@@ -719,7 +720,10 @@ def test_a_mixer_with_room_enters_each_batch_once(monkeypatch, family):
     (plain, several), (kept, few) = found
     mixers = find_mixers(model)
     assert few == sum(3 * len(adapter.entry_kinds) for adapter in mixers)  # of three batches
-    # a GPU's fast path multiplies by what is dense there in calls of its own
+    # a GPU's fast path multiplies by what is dense there in calls of its own, which round otherwise
     assert several == 3 * few if DEVICE == "cpu" else several > few
     for name, weight in plain.items():
-        assert torch.equal(kept[name], weight), name
+        if DEVICE == "cpu":
+            assert torch.equal(kept[name], weight), name
+        else:
+            assert relative(kept[name], weight) < 0.01, name

@@ -100,6 +100,8 @@ def run(job: Job) -> Iterator[Any]:
     """The checkpoint, then a row for each recipe and place of the weights."""
     chosen: Fields = job.configuration
     rows = job.numbers.setdefault("rows", [])
+    if chosen.folder:
+        Path(chosen.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=chosen.folder or None, prefix="streaming-") as folder:
         place = Path(folder)
         started = time.monotonic()
