@@ -451,8 +451,8 @@ def render_pipeline(numbers: dict[str, Any], chosen: "Fields", device: str) -> s
         text = (
             f"{' and '.join(RECIPES[key])}; {chosen.pipeline_samples} x {chosen.length} random "
             f"tokens in batches of {BATCH}, random weights in {dtype}, on {device}: "
-            f"{whole:.1f} s (target {MOST_SECONDS[key]}), {tokens / whole:,.0f} tokens/s, peak memory "
-            f"{own['peak_memory_bytes'] / 2**30:.1f} GiB (target {MOST_BYTES / 2**30:.0f}). The "
+            f"{whole:.1f} s (target {MOST_SECONDS[key]}), {tokens / whole:,.0f} tokens/s, "
+            f"peak memory {own['peak_memory_bytes'] / 2**30:.1f} GiB (target {MOST_BYTES / 2**30:.0f}). The "
             f"floor is what the projections' operations take at {ceilings.matrix / 1e12:.1f} T/s, "
             f"the Hessians' at {ceilings.gram / 1e12:.1f} T/s and the scan's bytes at "
             f"{ceilings.bandwidth / 1e9:,.0f} GB/s, rates that this machine reached just before; "
