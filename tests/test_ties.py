@@ -6,8 +6,6 @@ import torch
 from sparsessm_plugin.criteria.importance import choose_pruned
 from sparsessm_plugin.criteria.states import lowest
 from sparsessm_plugin.selection.masks import (
-    _keep_in_long_rows,
-    _keep_largest_unasked,
     choose_mask,
     keep_largest,
     keep_largest_of_each,
@@ -32,8 +30,6 @@ OF_FOUR = torch.tensor([0, 0, 1, 1] * 2).bool().expand(2, 8)
         (lambda s: choose_mask(s.repeat(1, 4), 0.5, "16:32"), ROWS.repeat_interleave(4, dim=1)),
         (lambda s: keep_largest(s.flatten(), 8).view(2, 8), ALL),
         (lambda s: keep_largest(s.bfloat16().flatten(), 8).view(2, 8), ALL),
-        (lambda s: _keep_largest_unasked(s.flatten(), 8).view(2, 8), ALL),
-        (lambda s: _keep_in_long_rows(s, [0, 4, 8]), ROWS),
         (lambda s: keep_largest_of_each(s, torch.tensor([4, 4])), ROWS),
         (lambda s: ~Unstructured(0.5).lowest(s[None])[0], ALL),
         (lambda s: ~SemiStructured.parse("2:4").lowest(s[None])[0], OF_FOUR),
@@ -71,8 +67,22 @@ def test_zeros_tie_with_one_another():
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.04, 0.5, 0.77, 1.0])
-def test_rows_are_cut_alike_with_sorting_and_without(sparsity):
+def test_rows_are_cut_so_that_all_together_lose_their_share(sparsity):
+    """Each by what the rows up to it lose together, whatever chooses within it."""
     scores = torch.randint(0, 9, (7, 13), generator=torch.Generator().manual_seed(0)).double()
-    expected = choose_mask(scores, sparsity, per_row=True)
-    ends = [round(sparsity * 13 * row) for row in range(8)]
-    assert torch.equal(_keep_in_long_rows(scores, ends), expected)
+    found = choose_mask(scores, sparsity, per_row=True)
+    gone = torch.tensor([round(sparsity * 13 * row) for row in range(8)]).diff()
+    assert torch.equal(13 - found.sum(1), gone)
+    assert torch.equal(found, keep_largest_of_each(scores, 13 - gone))
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.9])
+def test_steps_are_marked_alike_wherever_they_lie(sparsity):
+    """What a GPU selects from, and what a CPU does, in each of some time steps with ties."""
+    scores = torch.randint(0, 9, (5, 4, 6), generator=torch.Generator().manual_seed(0)).float()
+    pattern = Unstructured(sparsity)
+    stay = torch.full((5,), 24 - pattern.count(4, 6))
+    kept = keep_largest_of_each(scores.flatten(1), stay).view_as(scores)
+    assert torch.equal(pattern.lowest(scores), ~kept)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert torch.equal(pattern.lowest(scores.to(device)).cpu(), ~kept)

@@ -182,30 +182,10 @@ def _keep_in_rows(scores: Tensor, sparsity: float) -> Tensor:
     rows = scores.reshape(-1, size)
     # cumulative, so that the total is that of all rows together
     ends = [round(sparsity * size * r) for r in range(len(rows) + 1)]
+    gone = torch.tensor(ends).diff()
     if rows.is_cuda:
-        return _keep_in_long_rows(rows, ends).view_as(scores)
-    gone = torch.tensor(ends, device=scores.device).diff()
+        return keep_largest_of_each(rows, size - gone).view_as(scores)
     kept = torch.arange(size, device=scores.device) >= gone[:, None]
     return (
         torch.empty_like(kept).scatter_(1, rows.argsort(dim=-1, stable=True), kept).view_as(scores)
     )
-
-
-def _keep_in_long_rows(rows: Tensor, ends: list[int]) -> Tensor:
-    """The same without sorting the rows, each by a block of a GPU.
-
-    :param rows: (R, n) scores
-    :param ends: R + 1 sums of how many of the rows before go
-    """
-    size = rows.shape[1]
-    gone = torch.tensor(ends).diff()
-    threshold = torch.full((len(rows), 1), -torch.inf, dtype=rows.dtype, device=rows.device)
-    for count in gone.unique().tolist():  # two neighbours at most
-        if count:
-            own = (gone == count)[:, None].to(rows.device)
-            lowest = rows.kthvalue(count, dim=1, keepdim=True).values  # the last that goes
-            threshold = torch.where(own, lowest, threshold)
-    mask, ties = rows > threshold, rows == threshold
-    places = size - gone.to(rows.device)[:, None] - mask.sum(1, keepdim=True)
-    from_the_end = ties.flip(1).cumsum(1, dtype=torch.int32).flip(1)
-    return mask | (ties & (from_the_end <= places))

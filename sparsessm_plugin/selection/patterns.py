@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.selection.masks import UNSTRUCTURED, keep_in_groups, parse_structure
+from sparsessm_plugin.selection.masks import (
+    UNSTRUCTURED,
+    keep_in_groups,
+    keep_largest_of_each,
+    parse_structure,
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,9 @@ class Unstructured:
         flat = scores.flatten(1)
         if count == 0 or scores.numel() == 0:
             return torch.zeros_like(scores, dtype=torch.bool)
+        if flat.is_cuda:  # by the digits of the scores, and nothing waits for the GPU
+            stay = torch.full((len(flat),), flat.shape[1] - count, device=flat.device)
+            return ~keep_largest_of_each(flat, stay).view_as(scores)
         threshold = flat.kthvalue(count, dim=1, keepdim=True).values
         chosen = flat <= threshold
         if bool((chosen.sum(dim=1) == count).all()):  # nothing ties with the last that is chosen
