@@ -65,6 +65,11 @@ def _recipes():
         ),
         # every rank's own batches; alone the same one has them side by side
         "distilled": (_MAMBA, "independent", [partial(_distilled, distill_steps=4)]),
+        "distilled-muon": (
+            _MAMBA,
+            "independent",
+            [partial(_distilled, distill_steps=4, distill_optimizer="muon")],
+        ),
         "distilled-minutes": (_MAMBA, "independent", [partial(_distilled, distill_minutes=0.01)]),
         "heads": (_MAMBA2, "basic", [partial(m.ChannelRemovalModifier, keep=2, axis="heads")]),
         "layers": (
@@ -141,7 +146,7 @@ RECIPES = (
     "width",
     "quantized",
 )
-DISTILLED = ("distilled", "distilled-minutes")
+DISTILLED = ("distilled", "distilled-muon", "distilled-minutes")
 
 
 def run(job, share):
@@ -394,13 +399,14 @@ def test_two_ranks_make_what_one_makes(folder, one_thread, job):
 
 
 @needs_two
-def test_two_ranks_distill_as_one_does_with_batches_twice_as_large(folder, one_thread):
-    ranks = results(folder, "distilled")
+@pytest.mark.parametrize("job", ["distilled", "distilled-muon"])
+def test_two_ranks_distill_as_one_does_with_batches_twice_as_large(folder, one_thread, job):
+    ranks = results(folder, job)
     both = [
         {key: torch.cat([first[key], second[key]]) for key in first}
         for first, second in zip(_EQUAL[::2], _EQUAL[1::2], strict=True)
     ]
-    check(ranks, run("distilled", both), 1e-3)
+    check(ranks, run(job, both), 1e-3)
     dense = _MAMBA().state_dict()
     name = "backbone.layers.0.mixer.out_proj.weight"
     assert not torch.equal(ranks[0]["weights"][name], dense[name])

@@ -22,7 +22,7 @@ from sparsessm_plugin import LayerRemovalModifier
 from sparsessm_plugin.checkpoints.export import mamba_ssm_config, mamba_ssm_state_dict
 from sparsessm_plugin.criteria.layers import BlockInfluence
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families import get_model_adapter
+from sparsessm_plugin.families import get_model_adapter, iter_mixers
 from sparsessm_plugin.methods import layer_fits, remove_layers
 from sparsessm_plugin.methods.layer_passes import LayerPasses
 from sparsessm_plugin.methods.layer_removal import LayerRemoval
@@ -570,3 +570,13 @@ def test_values_that_are_no_numbers_are_refused_before_any_change():
     with pytest.raises(SparseSSMError, match="NaN or infinite"):
         remove_layers(model, READY, keep=2)
     assert all(torch.equal(value, before[name]) for name, value in state(model).items())
+
+
+def test_nothing_left_to_fit_is_said():
+    """Of a hybrid the layers with mixers may be those that go."""
+    model = tiny_model("nemotron_h")
+    message = "distill_weights = mixers leaves nothing to fit: the smaller model has no such"
+    modifier = LayerRemovalModifier(keep=1, distill_steps=1, distill_weights="mixers")
+    with pytest.raises(SparseSSMError, match=message):
+        run(model, modifier)
+    assert not list(iter_mixers(model))

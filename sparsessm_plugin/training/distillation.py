@@ -149,12 +149,17 @@ class Distillation:
 
         :param model: the model as it is now
         :param weights: which are fitted
-        :raises SparseSSMError: the model's predictions are no numbers, or the file to go on from
-            is of another run
+        :raises SparseSSMError: there is no such weight, the model's predictions are no numbers, or
+            the file to go on from is of another run
         """
         plan, most = self._plan, max(map(positions, self.batches), default=0)
         with disable_onloading():
             fitted = fitted_parameters(model, weights)
+            if not fitted:  # a removal of layers may have left attention alone
+                raise SparseSSMError(
+                    f"{self._who}: distill_weights = {weights} leaves nothing to fit: "
+                    "the smaller model has no such weights"
+                )
             room = needed(model, most, fitted, plan.checkpointing is not False).total
         with _in_place(self._who, model, room) as device:
             fitted = fitted_parameters(model, weights)
