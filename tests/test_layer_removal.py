@@ -580,3 +580,20 @@ def test_nothing_left_to_fit_is_said():
     with pytest.raises(SparseSSMError, match=message):
         run(model, modifier)
     assert not list(iter_mixers(model))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_that_change_what_passes_do_so_once(before):
+    model = deep("mamba").cpu()
+    for layer in model.backbone.layers:
+        if before:
+            layer.register_forward_pre_hook(lambda module, args: (args[0] + 0.5, *args[1:]))
+        else:
+            layer.register_forward_hook(lambda module, args, output: output + 0.5)
+    passes = LayerPasses(get_model_adapter(model), READY, torch.device("cpu"))
+    stream = passes.embedded(0)
+    for index in range(len(passes.layers)):
+        stream = passes.behind(index, 0, stream)
+    expected = model(**READY[0]).logits
+    torch.testing.assert_close(passes.logits(0, stream), expected)

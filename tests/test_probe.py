@@ -139,3 +139,42 @@ def test_a_model_that_calls_a_layer_again_does_not_go_layer_by_layer():
         assert LayerProbe(model, [little()], record=True).fits
         second.register_forward_pre_hook(lambda module, args: (first(args[0]), None)[1])
         assert not LayerProbe(model, [little()], record=True).fits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Probe, LayerProbe, "recorded"])
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_that_change_what_passes_do_so_once(kind, before):
+    """As those that steer a model: of what enters its layers, or of what they give."""
+    model = tiny_model("mamba", num_hidden_layers=3)
+
+    def steer(x):
+        return x + 0.5
+
+    for layer in model.backbone.layers:
+        if before:
+            layer.register_forward_pre_hook(lambda module, args: (steer(args[0]), *args[1:]))
+        else:
+            layer.register_forward_hook(lambda module, args, output: steer(output))
+    names = [f"{adapter.name}.out_proj.weight" for adapter in find_mixers(model)]
+    weights = {name: model.get_parameter(name).clone() for name in names}
+    batch = {"input_ids": little()["input_ids"][:1, :40]}
+
+    def changed(name):
+        return 0.5 * weights[name]
+
+    with fast_forward(model):
+        if kind == "recorded":
+            probe = LayerProbe(model, [batch], record=True)
+        else:
+            probe = kind(model, [batch])
+        for name in names:
+            probe.try_out([name], changed)
+        found = probe.moved()
+        reference = model(**batch).logits.double().log_softmax(-1)
+        for name in names:
+            model.get_parameter(name).mul_(0.5)
+            other = model(**batch).logits.double().log_softmax(-1)
+            expected = float((reference.exp() * (reference - other)).sum(-1).mean())
+            model.get_parameter(name).copy_(weights[name])
+            assert found[name] == pytest.approx(expected, rel=1e-3, abs=1e-8), name

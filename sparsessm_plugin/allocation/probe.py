@@ -236,7 +236,7 @@ class LayerProbe:
                 outputs = []
                 for changed in together:
                     with self._replaced(changed, changes[changed](changed)):
-                        outputs.append(layer(*args, **kwargs))
+                        outputs.append(self._replay.run(name, args, kwargs))
                 joined = _joined(outputs)
                 if joined is not None:
                     self._add(_Stream(together, joined))
@@ -252,7 +252,7 @@ class LayerProbe:
         def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
             calls.append((args, kwargs))
 
-        handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
+        handle = layer.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
         try:
             self._reference.output = self._through(layer, self._reference)
         finally:

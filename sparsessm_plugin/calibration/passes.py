@@ -160,16 +160,21 @@ def output_of(
     """
     found: list[Any] = []
 
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
         found.append(output)
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
         raise _Enough
 
-    handle = layer.register_forward_hook(stop)
+    # before the hooks of others change it, as they will do again when it is given
+    kept_output = layer.register_forward_hook(keep, prepend=True)
+    stopped = layer.register_forward_hook(stop)
     try:
         with nullcontext() if before is None else replay.after(before, earlier):
             model(**{key: value.to(device) for key, value in batch.items()})
     except _Enough:
         pass
     finally:
-        handle.remove()
+        kept_output.remove()
+        stopped.remove()
     return found[0]

@@ -13,7 +13,9 @@ from sparsessm_plugin.families import iter_mixers
 class Replay:
     """The layers of a model, and what they gave for one batch.
 
-    Layers are the members of the ModuleList that holds the first mixer.
+    Layers are the members of the ModuleList that holds the first mixer. What they are called with
+    is kept as it is before hooks of others change it, and what they give likewise: these hooks run
+    again with the layer, whether it computes or only gives what it gave.
 
     Attributes: ``layers``, by name, in order.
 
@@ -39,14 +41,19 @@ class Replay:
         self._calls, self._outputs = {}, {name: [] for name in self.layers}
         handles = []
 
-        def keep(name: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def called(name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
             self._calls[name] = (args, kwargs)
+
+        def gave(name: str, layer: nn.Module, args: Any, output: Any) -> None:
             self._outputs[name].append(output)
 
         try:
             for name, layer in self.layers.items():
-                hook = partial(keep, name)
-                handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+                before = partial(called, name)
+                handles += [
+                    layer.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+                    layer.register_forward_hook(partial(gave, name), prepend=True),
+                ]
             yield
         finally:
             for handle in handles:
@@ -95,7 +102,21 @@ class Replay:
     def output(self, layer: str) -> Any:
         """What a layer, as it is now, makes of what it was called with; see :meth:`layer`."""
         args, kwargs = self._calls[layer]
-        return self.layers[layer](*args, **kwargs)
+        return self.run(layer, args, kwargs)
+
+    def run(self, layer: str, args: Any, kwargs: Any) -> Any:
+        """What a layer, as it is now, makes of a call, to be given by :meth:`after`."""
+        found: list[Any] = []
+
+        def gave(module: nn.Module, args: Any, output: Any) -> None:
+            found.append(output)
+
+        handle = self.layers[layer].register_forward_hook(gave, prepend=True)
+        try:
+            self.layers[layer](*args, **kwargs)
+        finally:
+            handle.remove()
+        return found[-1]
 
     @contextmanager
     def after(self, layer: str, output: Any) -> Iterator[None]:

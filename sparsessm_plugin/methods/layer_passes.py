@@ -101,7 +101,8 @@ class LayerPasses:
             found.append(output)
             raise _Enough
 
-        handle = self.layers[index].register_forward_hook(stop)
+        # before hooks of others change it, as they do again when it is given
+        handle = self.layers[index].register_forward_hook(stop, prepend=True)
         try:
             with self._giving(range(index), stream.to(self.device)):
                 self._run(batch, rows)
