@@ -69,8 +69,9 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
     """Prunes the projections of every mixer, and Linear layers elsewhere where targets say so.
 
     In :meth:`begin`, unless nothing needs it, the data passes the dense model: every projection's
-    Hessian, from these the sparsity of each, and for a dense target what enters each mixer. On a
-    GPU in several passes where Hessians of all layers at once would be large. Then the projections
+    Hessian, from these the sparsity of each, and for a dense target what enters each mixer. One
+    layer after the other; a model that calls its layers otherwise, on a GPU in several passes where
+    Hessians of all layers at once would be large. Then the projections
     of the mixers that are done are pruned in the order in which data passes them, each with what
     those before it leave of its inputs.
     """
