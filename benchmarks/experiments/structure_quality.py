@@ -386,6 +386,16 @@ EXPERIMENT = Experiment(
             "shares": [0.843],
             "rows": ["layers: loss after the fit"],
         },
+        "structure_quality_muon_mamba-6m_cpu": {
+            **OF_CPU,
+            "minutes": [9],
+            "shares": [0.5],
+            "batch_size": 4,
+            "windows": 128,
+            "distill_windows": 1024,
+            "evaluate_windows": 24,
+            "rows": ["hidden: output energy", "hidden: output energy, Adam"],
+        },
     },
     quick={
         "structure_quality_mamba-6m_cpu": {
