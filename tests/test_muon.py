@@ -69,8 +69,8 @@ def test_steps_are_those_of_torch(dtype):
             for name, master in masters.items():
                 master.grad = gradients[name]
             torch.nn.utils.clip_grad_norm_(masters.values(), 1.0)
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = rate
+            for optimizer, times in zip(optimizers, (2, 1), strict=True):
+                optimizer.param_groups[0]["lr"] = times * rate
                 optimizer.step()
             masters["c.weight"][1, 2] = 0
             for name, master in masters.items():
@@ -150,9 +150,27 @@ def test_a_fit_by_muon_comes_closer_and_goes_on_with_the_same_bits(monkeypatch, 
     assert any(not torch.equal(value, expected[name]) for name, value in state(adam).items())
 
 
-def test_whole_models_are_fitted_by_muon_by_default():
+@pytest.mark.parametrize(("tokens", "expected"), [(22, "adam"), (24, "muon")])
+def test_by_default_whole_models_are_fitted_by_muon_where_a_step_reads_much(
+    tokens, expected, monkeypatch
+):
+    monkeypatch.setattr("sparsessm_plugin.training.distillation._ENOUGH", 24)
+    ready = batches(3, 2, tokens // 2)
+    models = []
+    for optimizer in ("auto", expected):
+        model = tiny_model("mamba")
+        run(
+            model,
+            WidthRemovalModifier(keep=16, distill_steps=3, distill_optimizer=optimizer),
+            ready,
+        )
+        models.append(state(model))
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+
+
+def test_which_optimizers_are_the_defaults():
     width = WidthRemovalModifier(keep=64, distill_steps=1).new_method().settings
-    assert width.plan().optimizer == width.distill_optimizer == "muon"
+    assert width.plan().optimizer == width.distill_optimizer == "auto"
     states = StateRemovalModifier(sparsity=0.5, distill_steps=1).new_method().settings
     assert states.plan().optimizer == "adam"
 

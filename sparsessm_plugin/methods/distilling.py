@@ -54,7 +54,7 @@ class DistillSettings(TuneSettings):
     fitted_by_default: ClassVar[Weights] = "mixers"
 
     distill_weights: Literal["auto", "mixers", "all", "all_but_vocabulary"] = "auto"
-    distill_optimizer: Literal["adam", "muon"] = "adam"
+    distill_optimizer: Literal["auto", "adam", "muon"] = "adam"
     distill_generated: int = Field(default=0, ge=0)
     distill_resume: str | None = None
 

@@ -54,9 +54,8 @@ class ModelRemovalSettings(RemovalSettings):
     fitted_by_default: ClassVar[Weights] = "all_but_vocabulary"
 
     keep: int | None = Field(default=None, ge=1)
-    # measured: most is won in little time where all directions of a matrix move alike
-    distill_learning_rate: float = Field(default=2e-3, gt=0, allow_inf_nan=False)
-    distill_optimizer: Literal["adam", "muon"] = "muon"
+    distill_learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    distill_optimizer: Literal["auto", "adam", "muon"] = "auto"
 
     @property
     def watches_data(self) -> bool:

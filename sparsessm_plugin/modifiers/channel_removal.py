@@ -43,7 +43,8 @@ class ChannelRemovalModifier(ChannelSettings, RemovalModifier):
         calibration data, after the last layer; 0 is none
     :param distill_minutes: instead, or at most, so many minutes of them; 0 is no limit
     :param distill_learning_rate: the highest
-    :param distill_optimizer: ``adam``, or ``muon`` for the matrices of linear layers
+    :param distill_optimizer: ``adam``, ``muon`` for the matrices of linear layers, or ``auto``:
+        Muon where a step reads at least 8,192 tokens
     :param distill_weights: ``mixers`` (default); ``all``; ``all_but_vocabulary``
     :param distill_checkpointing: compute layers twice instead of keeping what they made; default
         ``auto``, by the memory that is free

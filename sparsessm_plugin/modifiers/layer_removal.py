@@ -48,7 +48,8 @@ class LayerRemovalModifier(LayerSettings, ModelRemovalModifier):
         the calibration data, once the layers are gone; 0 is none
     :param distill_minutes: instead, or at most, so many minutes of them
     :param distill_learning_rate: the highest
-    :param distill_optimizer: ``adam``, or ``muon`` for the matrices of linear layers
+    :param distill_optimizer: ``adam``, ``muon`` for the matrices of linear layers, or ``auto``:
+        Muon where a step reads at least 8,192 tokens
     :param distill_weights: which are fitted: ``all_but_vocabulary`` (default); ``mixers``; ``all``
     :param distill_checkpointing: compute layers twice instead of keeping what they made; default
         ``auto``, by the memory that is free

@@ -40,7 +40,8 @@ class MLPRemovalModifier(MLPSettings, ModelRemovalModifier):
         data, after the removal; 0 is none
     :param distill_minutes: instead, or at most, so many minutes of them
     :param distill_learning_rate: the highest
-    :param distill_optimizer: ``adam``, or ``muon`` for the matrices of linear layers
+    :param distill_optimizer: ``adam``, ``muon`` for the matrices of linear layers, or ``auto``:
+        Muon where a step reads at least 8,192 tokens
     :param distill_weights: which are fitted: ``all`` (default); ``mixers``; ``all_but_vocabulary``
     :param distill_checkpointing: compute layers twice instead of keeping what they made; default
         ``auto``, by the memory that is free
@@ -84,7 +85,8 @@ class AttentionRemovalModifier(AttentionSettings, ModelRemovalModifier):
         data, after the removal; 0 is none
     :param distill_minutes: instead, or at most, so many minutes of them
     :param distill_learning_rate: the highest
-    :param distill_optimizer: ``adam``, or ``muon`` for the matrices of linear layers
+    :param distill_optimizer: ``adam``, ``muon`` for the matrices of linear layers, or ``auto``:
+        Muon where a step reads at least 8,192 tokens
     :param distill_weights: which are fitted: ``all`` (default); ``mixers``; ``all_but_vocabulary``
     :param distill_checkpointing: compute layers twice instead of keeping what they made; default
         ``auto``, by the memory that is free

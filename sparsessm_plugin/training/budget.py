@@ -20,7 +20,8 @@ class Plan:
     :param checkpointing: whether layers are computed twice instead of kept; None where the
         memory that is free decides
     :param precision: what matrix products of float32 models are made in
-    :param optimizer: ``adam``, or ``muon`` for the matrices of linear layers and Adam for the rest
+    :param optimizer: ``adam``, or ``muon`` for the matrices of linear layers and Adam for the rest;
+        ``auto``: Muon where a step reads enough tokens
     """
 
     steps: int = 0
@@ -28,7 +29,7 @@ class Plan:
     learning_rate: float = 3e-4
     checkpointing: bool | None = None
     precision: str = "auto"
-    optimizer: Literal["adam", "muon"] = "adam"
+    optimizer: Literal["auto", "adam", "muon"] = "adam"
 
 
 class Budget:

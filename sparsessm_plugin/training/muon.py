@@ -8,7 +8,9 @@ from torch import Tensor
 MOMENTUM = 0.95
 # Of the polynomial that takes singular values to about 1, and how often it is applied.
 _COEFFICIENTS, _TIMES = (3.4445, -4.7750, 2.0315), 5
-_SIZE = 0.2  # root mean square of a step at learning rate 1, about that of Adam's
+# Root mean square of a step at learning rate 1. Adam's is about 0.2; twice that was measured to be
+# better where both share a rate.
+_SIZE = 0.4
 _EPSILON = 1e-7
 
 
@@ -22,9 +24,10 @@ def step(
     """A step of Muon (K. Jordan, 2024) for matrices of one shape, in place.
 
     The mean of past gradients, with Nesterov's look ahead, is replaced by the orthogonal matrix
-    nearest to it. Its entries are scaled to the size of Adam's steps (arXiv 2502.16982, section
-    2.2), so that both take the same learning rates. As ``torch.optim.Muon`` with
-    ``adjust_lr_fn="match_rms_adamw"``, for many matrices at once, and nothing waits for a GPU.
+    nearest to it. Its entries are scaled to twice the size of Adam's steps (after arXiv 2502.16982,
+    section 2.2), so that both take the same learning rates. As ``torch.optim.Muon`` with
+    ``adjust_lr_fn="match_rms_adamw"`` at twice the rate, for many matrices at once, and nothing
+    waits for a GPU.
 
     :param matrices: (n, rows, columns) float32
     :param gradients: likewise, all of them numbers
