@@ -41,7 +41,7 @@ _COMPARED = 512  # tokens by which that is seen
 # Batches whose divergence is measured before and after a fit; more say nothing new.
 _MEASURED = 32
 # Tokens of a step from which on ``auto`` takes Muon. With 16,384 it was measured to win, with 2,048
-# to lose: all that is noise moves a matrix as far as what is not.
+# not to: what is noise moves a matrix as far as what is not.
 _ENOUGH = 8192
 
 
