@@ -155,7 +155,7 @@ class Distillation:
         :raises SparseSSMError: there is no such weight, the model's predictions are no numbers, or
             the file to go on from is of another run
         """
-        plan, most = self._plan, max(map(positions, self.batches), default=0)
+        plan, most = self._plan, max(self.batches.tokens, default=0)
         with disable_onloading():
             fitted = fitted_parameters(model, weights)
             if not fitted:  # a removal of layers may have left attention alone
@@ -201,8 +201,8 @@ class Distillation:
         """Of ``auto``: where a step of all ranks reads enough tokens."""
         if self._plan.optimizer != "auto":
             return self._plan.optimizer == "muon"
-        own = float(sum(map(positions, self.batches)))
-        tokens, steps = distributed.total("tokens of a step", own, float(len(self.batches)))
+        own = self.batches.tokens
+        tokens, steps = distributed.total("tokens of a step", float(sum(own)), float(len(own)))
         return distributed.world_size() * tokens >= _ENOUGH * steps
 
     def divergence(self, model: Any) -> float:
@@ -239,12 +239,16 @@ class Distillation:
 
 
 class _WithDense(Sequence[Any]):
-    """Batches with what the dense model makes of them, fetched when they are read."""
+    """Batches with what the dense model makes of them, fetched when they are read.
+
+    Attributes: ``tokens``, of each, padding among them.
+    """
 
     def __init__(
         self, data: Sequence[Any], states: DenseStates, real: Sequence[Tensor | None]
     ) -> None:
         self.states = states
+        self.tokens = [positions(batch) for batch in data]
         self._data = data
         device = states.rows.device
         if device.type == "cuda":  # where these have room, tokens have it, too
