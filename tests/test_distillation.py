@@ -499,6 +499,8 @@ def test_fields_that_are_refused(tmp_path):
             "distill_resume has no meaning without distill_s",
         ),
         ({"distill_weights": "all"}, "distill_weights has no meaning without distill_steps"),
+        ({"distill_optimizer": "muon"}, "distill_optimizer has no meaning without distill_steps"),
+        ({"distill_steps": 1, "distill_optimizer": "sgd"}, "distill_optimizer"),
         ({"distill_steps": 1, "distill_resume": str(tmp_path)}, "is a folder; give the path of"),
         ({"distill_steps": 1, "distill_resume": "/no/such/x"}, "the folder of /no/such/x does not"),
         ({"distill_steps": 1, "distill_weights": "some"}, "distill_weights"),

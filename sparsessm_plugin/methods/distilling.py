@@ -68,8 +68,9 @@ class DistillSettings(TuneSettings):
     @model_validator(mode="after")
     def _check_distilled(self) -> "DistillSettings":
         if not self.distills:
-            for field in ("distill_resume", "distill_weights", "distill_generated"):
-                if getattr(self, field) not in (None, "auto", 0):
+            own = ("distill_resume", "distill_weights", "distill_generated", "distill_optimizer")
+            for field in own:
+                if getattr(self, field) != type(self).model_fields[field].default:
                     raise ValueError(
                         f"{field} has no meaning without distill_steps or distill_minutes"
                     )
