@@ -155,8 +155,11 @@ def test_reconstruction_by_steps_that_may_be_captured_is_the_same(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "bamba"])  # experts wait for the GPU
-def test_a_fit_on_a_gpu_ends_where_it_ends_without_a_graph(family, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "optimizer"),  # experts wait for the GPU
+    [("mamba", "adam"), ("mamba2", "adam"), ("bamba", "adam"), ("mamba", "muon")],
+)
+def test_a_fit_on_a_gpu_ends_where_it_ends_without_a_graph(family, optimizer, monkeypatch):
     made = []
     own = capture_module.capture
 
@@ -164,7 +167,7 @@ def test_a_fit_on_a_gpu_ends_where_it_ends_without_a_graph(family, monkeypatch):
         torch.manual_seed(0)
         model = tiny_model(family).cuda()
         data = batches(3, length=20)
-        plan = Plan(steps=20, learning_rate=1e-3, precision="float32")
+        plan = Plan(steps=20, learning_rate=1e-3, precision="float32", optimizer=optimizer)
         distillation = Distillation(model, data, "test", plan)
         with torch.no_grad():
             for parameter in model.parameters():

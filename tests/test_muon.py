@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
-from conftest import DEVICE, batches, relative, run, state, tiny_model
+from conftest import batches, relative, run, state, tiny_model
 
 from sparsessm_plugin import StateRemovalModifier, WidthRemovalModifier
 from sparsessm_plugin.training import muon, tuner
-from sparsessm_plugin.training.budget import Plan
-from sparsessm_plugin.training.distillation import Distillation, fitted_parameters, matrices_of
+from sparsessm_plugin.training.distillation import fitted_parameters, matrices_of
 from sparsessm_plugin.training.flat import FlatWeights
 
 
@@ -173,26 +172,3 @@ def test_which_optimizers_are_the_defaults():
     assert width.plan().optimizer == width.distill_optimizer == "auto"
     states = StateRemovalModifier(sparsity=0.5, distill_steps=1).new_method().settings
     assert states.plan().optimizer == "adam"
-
-
-@pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
-def test_on_a_gpu_a_captured_fit_ends_near_one_without_a_graph(monkeypatch):
-    from sparsessm_plugin.backends import capture as capture_module
-
-    made, own = [], capture_module.capture
-
-    def fit(captures):
-        torch.manual_seed(0)
-        model = tiny_model("mamba").cuda()
-        plan = Plan(steps=20, learning_rate=1e-3, precision="float32", optimizer="muon")
-        distillation = Distillation(model, batches(3, length=20), "test", plan)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(1.05)
-        monkeypatch.setattr("sparsessm_plugin.training.tuner.capture", captures)
-        monkeypatch.setattr("sparsessm_plugin.training.tuner.has_room", lambda *asked: True)
-        return distillation.fit(model, "mixers").divergence_after
-
-    with_graph = fit(lambda *args: made.append(own(*args)) or made[-1])
-    assert made[0] is not None
-    assert with_graph == pytest.approx(fit(lambda *args: None), rel=0.05)
