@@ -83,6 +83,8 @@ def test_steps_are_marked_alike_wherever_they_lie(sparsity):
     pattern = Unstructured(sparsity)
     stay = torch.full((5,), 24 - pattern.count(4, 6))
     kept = keep_largest_of_each(scores.flatten(1), stay).view_as(scores)
+    by_sorting = scores.flatten(1).argsort(dim=1, stable=True)[:, : pattern.count(4, 6)]
+    assert torch.equal(~kept, torch.zeros(5, 24).scatter(1, by_sorting, 1).bool().view_as(scores))
     assert torch.equal(pattern.lowest(scores), ~kept)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert torch.equal(pattern.lowest(scores.to(device)).cpu(), ~kept)

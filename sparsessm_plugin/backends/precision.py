@@ -87,7 +87,7 @@ def add_half_product(
     """
     if not total.is_cuda:  # products of half precision with wider sums are there on a GPU alone
         return total.mul_(beta).add_(left.float() @ right.float(), alpha=alpha)
-    if _halves_add_up(total.device):
+    if _halves_add_up(total.device, left.dtype):
         return _add_half_product(total, left, right, alpha, beta)
     left, right = _batches(left, right)
     multiply: Any = torch.mm if total.dim() == 2 else torch.bmm
@@ -110,13 +110,13 @@ def _batches(*matrices: Tensor) -> list[Tensor]:
 
 
 @cache
-def _halves_add_up(device: torch.device) -> bool:
+def _halves_add_up(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether what is added to may be wider than the product's sides: torch 2.10 may refuse it."""
     total = torch.ones(1, 16, 16, device=device)
-    half = torch.ones_like(total, dtype=torch.float16)
+    half = torch.ones_like(total, dtype=dtype)
     try:
         _add_half_product(total, half, half, 1.0, 1.0)
         _add_half_product(total[0], half[0], half[0], 1.0, 1.0)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         return False
     return bool((total == 33).all())

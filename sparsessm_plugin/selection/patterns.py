@@ -49,18 +49,8 @@ class Unstructured:
         flat = scores.flatten(1)
         if count == 0 or scores.numel() == 0:
             return torch.zeros_like(scores, dtype=torch.bool)
-        if flat.is_cuda:  # by the digits of the scores, and nothing waits for the GPU
-            stay = torch.full((len(flat),), flat.shape[1] - count, device=flat.device)
-            return ~keep_largest_of_each(flat, stay).view_as(scores)
-        threshold = flat.kthvalue(count, dim=1, keepdim=True).values
-        chosen = flat <= threshold
-        if bool((chosen.sum(dim=1) == count).all()):  # nothing ties with the last that is chosen
-            return chosen.reshape(scores.shape)
-        below = flat < threshold
-        ties = flat == threshold
-        free = count - below.sum(dim=1, keepdim=True)  # places left for the ties
-        chosen = below | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= free))
-        return chosen.reshape(scores.shape)
+        stay = torch.full((len(flat),), flat.shape[1] - count, device=flat.device)
+        return ~keep_largest_of_each(flat, stay).view_as(scores)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ first column to the last.
 """
 
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ from sparsessm_plugin.selection.masks import keep_largest_of_each
 WIDTH = 128
 
 _BACKENDS = {"cpu": "sparsessm_plugin.solvers.cpu", "cuda": "sparsessm_plugin.solvers.gpu"}
+
+
+def _kernels(device: torch.device) -> Any:
+    """The module with a device's kernels, where those of the scan run; None where none does."""
+    name = _BACKENDS.get(device.type)
+    return None if name is None or backend_for(device) == REFERENCE else import_module(name)
 
 
 def sweep(
@@ -46,12 +53,11 @@ def sweep(
     """
     if zeros is None:  # nobody reads them
         zeros = torch.empty(len(weight), dtype=torch.int32, device=weight.device)
-    name = _BACKENDS.get(weight.device.type)
-    # Triton's kernels run where those of the scan do
-    if name is None or backend_for(weight.device) == REFERENCE:
+    kernels = _kernels(weight.device)
+    if kernels is None:
         return sweep_reference(weight, kept, factor, start, stop, group, zeros)
     errors = torch.empty_like(weight[:, start:stop], memory_format=torch.contiguous_format)
-    import_module(name).sweep(weight, kept, factor, errors, start, stop, group, zeros)
+    kernels.sweep(weight, kept, factor, errors, start, stop, group, zeros)
     return errors
 
 
@@ -77,10 +83,10 @@ def choose(
     :param counts: (G,) int32 on the weight's device; G divides P
     :param allowed: (P, in, out) contiguous bool, of which at least so many are True, or None
     """
-    name = _BACKENDS.get(weight.device.type)
     fits = weight.is_cuda and weight.dtype == torch.float32
-    if fits and name is not None and backend_for(weight.device) != REFERENCE:
-        import_module(name).choose(weight, kept, pivots, start, stop, counts, allowed)
+    kernels = _kernels(weight.device) if fits else None
+    if kernels is not None:
+        kernels.choose(weight, kept, pivots, start, stop, counts, allowed)
         return
     total, _, out = weight.shape
     scores = (weight[:, start:stop] / pivots[:, start:stop, None]).square_()
@@ -99,11 +105,8 @@ def window_products(left: Tensor, right: Tensor, kernel: int, mask: Tensor | Non
     :param mask: (b, L) bool, the windows' ends that count, or None for all
     :return: (D, K, K) float64 of sums in float32; None where no kernel runs
     """
-    name = _BACKENDS.get(left.device.type)
-    if not left.is_cuda or name is None or backend_for(left.device) == REFERENCE:
-        return None
-    products: Tensor = import_module(name).window_products(left, right, kernel, mask)
-    return products
+    kernels = _kernels(left.device) if left.is_cuda else None
+    return None if kernels is None else kernels.window_products(left, right, kernel, mask)
 
 
 def summing_dtype(x: Tensor) -> torch.dtype:

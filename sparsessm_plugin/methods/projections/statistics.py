@@ -4,14 +4,13 @@ import math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
-from sparsessm_plugin.backends.precision import tf32
+from sparsessm_plugin.backends.precision import add_half_product, tf32
 from sparsessm_plugin.calibration.inputs import CalibrationInputs
 from sparsessm_plugin.cost import kept as where_there_is_room
 from sparsessm_plugin.errors import SparseSSMError
@@ -66,25 +65,13 @@ def add_gram(
     half = _in_half(projection, left.device)
     one = total.device == left.device and total.is_cuda and total.dtype == torch.float32
     plain = projection.kind != "conv1d" and len(projection.shape) == 2
-    if not (half and one and plain and _adds_products(total.device)):
+    if not (half and one and plain):
         total += gram_of(projection, left, right, mask).to(total.device)
         return
     left, right = (x.to(projection.weight.dtype).flatten(0, -2) for x in (left, right))
     if mask is not None:
         left = left * mask.flatten()[:, None]
-    torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)
-
-
-@cache
-def _adds_products(device: torch.device) -> bool:
-    """Whether torch adds products of half precision to a float32 sum; not every version does."""
-    total = torch.ones(16, 16, device=device)
-    x = torch.ones(8, 16, dtype=torch.bfloat16, device=device)
-    try:
-        torch.addmm(total, x.T, x, out_dtype=torch.float32, out=total)
-    except (RuntimeError, TypeError):
-        return False
-    return bool((total == 9).all())
+    add_half_product(total, left.T, right)
 
 
 def hessian_shape(projection: PrunableWeight) -> torch.Size:
