@@ -6,14 +6,17 @@ import torch
 from torch import Tensor
 
 from sparsessm_plugin.allocation.probe import LayerProbe, Probe
+from sparsessm_plugin.backends.lanes import Lane
 from sparsessm_plugin.families.prunable import PrunableWeight
 from sparsessm_plugin.progress import Stage
+from sparsessm_plugin.solvers.objective import objective
 from sparsessm_plugin.solvers.projections import SOLVERS
 from sparsessm_plugin.solvers.sparsegpt import error_curve
 
 _CURVE = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
 # From the last of these on, and up to a sparsity of 1, whose error is the output's whole energy.
 _SPARSE_CURVE = (0.97, 0.98, 0.99, 0.995, 1.0)
+_LANES = 4  # projections whose curves a GPU computes at once
 _ROWS, _BLOCKS = 64, 20  # of more inputs than 20 blocks have, blocks are larger
 # The optimal allocation raises no projection's sparsity further than this above the mean.
 _MOST_MORE = 0.3
@@ -64,9 +67,11 @@ class LossMeter:
         self._block_size = block_size
         self._dampening_frac = dampening_frac
         self._who = who
-        self._curves: dict[str, list[float]] = {}  # by name of the projection
-        self._errors: dict[str, float] = {}  # by name of the parameter
+        self._curves: dict[str, Tensor] = {}  # by name of the projection
+        self._errors: dict[str, Tensor] = {}  # by name of the parameter
         self._tensors: dict[str, str] = {}  # of the projection -> of the parameter
+        self._lanes: list[Lane] = []  # of the last call, whose work may go on
+        self._read: list[Tensor] = []  # by it
 
     @torch.no_grad()
     def add(
@@ -77,9 +82,12 @@ class LossMeter:
     ) -> None:
         """Measure these projections, in the order of the model.
 
+        A GPU may still be at it when this returns; :meth:`losses` waits.
+
         :param hessians: (..., in, in) of each projection, by name
         :param everywhere: names of projections that several layers use
         """
+        self._join()
         by_tensor = {p.parameter_name: p for p in projections}
 
         def pruned(tensor: str) -> Tensor:
@@ -87,7 +95,7 @@ class LossMeter:
             weight = projection.weight
             hessian = hessians[projection.name].to(weight.device)
             solved = SOLVERS["wanda"](weight, hessian, _PROBE_SPARSITY)
-            self._errors[tensor] = solved.error
+            self._errors[tensor] = objective(weight, solved.weight, hessian).sum()
             return solved.weight
 
         shared = {tensor for tensor, p in by_tensor.items() if p.name in everywhere}
@@ -96,27 +104,44 @@ class LossMeter:
         with Stage(f"{who}: what a loss does", len(projections)) as stage:
             self.probe.try_out(list(by_tensor), pruned, lambda name: stage.advance(), shared)
         with Stage(f"{who}: sparsities", len(projections)) as stage:
-            for tensor, projection in by_tensor.items():
+            for number, (tensor, projection) in enumerate(by_tensor.items()):
                 stage.at(projection.name)
-                weight = projection.weight.float()
-                curve = error_curve(
-                    weight,
-                    hessians[projection.name].to(weight.device),
-                    self._curve,
-                    rows=_ROWS,
-                    block_size=max(self._block_size, weight.shape[-1] // _BLOCKS),
-                    dampening_frac=self._dampening_frac,
+                self._curves[projection.name] = self._curve_of(
+                    projection, hessians[projection.name], number
                 )
-                self._curves[projection.name] = curve.tolist()
                 self._tensors[projection.name] = tensor
                 stage.advance()
+
+    def _curve_of(self, projection: PrunableWeight, hessian: Tensor, number: int) -> Tensor:
+        """The error at each sparsity, of a projection beside others."""
+        weight = projection.weight
+        hessian = hessian.to(weight.device)
+        lane = Lane(weight.device, number % _LANES)
+        self._lanes.append(lane)
+        self._read += [weight, hessian]
+        with lane.work():
+            return error_curve(
+                weight.float(),
+                hessian,
+                self._curve,
+                rows=_ROWS,
+                block_size=max(self._block_size, weight.shape[-1] // _BLOCKS),
+                dampening_frac=self._dampening_frac,
+            )
+
+    def _join(self) -> None:
+        """Let what follows begin after the lanes' work."""
+        for lane in self._lanes:
+            lane.join()
+        self._lanes, self._read = [], []
 
     def losses(self) -> dict[str, list[float]]:
         """Of all that were added: a loss in nats a token for each sparsity of the curve."""
         moved = self.probe.moved()
+        self._join()
         found = {}
         for name, curve in self._curves.items():
             tensor = self._tensors[name]
-            harm = max(moved[tensor], _LEAST_DIVERGENCE) / max(self._errors[tensor], 1e-30)
-            found[name] = [harm * loss for loss in curve]
+            harm = max(moved[tensor], _LEAST_DIVERGENCE) / max(float(self._errors[tensor]), 1e-30)
+            found[name] = [harm * loss for loss in curve.tolist()]
         return found

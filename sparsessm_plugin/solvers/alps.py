@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sparsessm_plugin.backends.lanes import Lane
 from sparsessm_plugin.backends.precision import Factor, add_half_product, tf32
 from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure, parse_structure
 from sparsessm_plugin.solvers.alternation import UNIT_OF_PULL, alternation, half_sum
@@ -77,8 +78,10 @@ def alps(
     check(weight, hessian, keep)
     check_structure(structure, weight.shape[-1], sparsity)
     inverse = inverse or damped_inverse_cholesky(hessian, dampening_frac)
-    start, mask = surgeon(weight, hessian, inverse, sparsity, structure, keep, block_size)
-    surgical = best = finish(weight, start, mask, hessian)
+    lane = Lane(weight.device)  # SparseGPT's many small kernels run beside ADMM's few large ones
+    with lane.work():
+        start, mask = surgeon(weight, hessian, inverse, sparsity, structure, keep, block_size)
+        surgical = finish(weight, start, mask, hessian)
 
     dense = weight.to(start.dtype)
 
@@ -88,13 +91,14 @@ def alps(
 
     allowed = may_stay(weight, inverse.dead, keep)
     if weight.shape[-1] <= MOST_INPUTS:
-        found = finish(
-            weight, *best_support(weight, inverse, sparsity, structure, allowed), hessian
-        )
-        return min(surgical, found, key=lambda solved: solved.error)
+        lane.join()
+        few = finish(weight, *best_support(weight, inverse, sparsity, structure, allowed), hessian)
+        return min(surgical, few, key=lambda solved: solved.error)
+    found: Solved | None = None
     if admm_steps and _leaves_a_choice(allowed, sparsity, structure):
         found = refined(*_admm(dense, inverse, sparsity, structure, allowed, admm_steps))
-        best = min(best, found, key=lambda solved: solved.error)
+    lane.join()
+    best = surgical if found is None else min(surgical, found, key=lambda solved: solved.error)
     if best is surgical:
         best = min(best, refined(start, mask), key=lambda solved: solved.error)
     return best

@@ -1,7 +1,6 @@
 """SparseGPT (arXiv 2301.00774): optimal brain surgeon, column by column, for all rows at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from sparsessm_plugin.selection.masks import (
     check_structure,
     parse_structure,
 )
-from sparsessm_plugin.solvers.kernels import WIDTH, choose, sweep
 from sparsessm_plugin.solvers.objective import (
     DAMPENING,
     InverseCholesky,
@@ -24,36 +22,10 @@ from sparsessm_plugin.solvers.objective import (
     working_dtype,
 )
 from sparsessm_plugin.solvers.projections import register_solver
+from sparsessm_plugin.solvers.walk import Counts, Groups, walk
 
 # Times the rows that a curve samples: those whose losses stand for the losses of all rows.
 _SORTED = 16
-
-
-@dataclass(frozen=True)
-class _Counts:
-    """How many entries of each block stay, chosen among all rows and problems.
-
-    :param allowed: (..., out, in) bool, what may stay
-    :param kept: for each sparsity, of each block; weights of one sparsity after the other stand
-        along the first dimension if there are several
-    """
-
-    allowed: Tensor
-    kept: Sequence[Sequence[int]]
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """An n:m pattern of each problem.
-
-    :param allowed: (..., out, in) bool, what may stay
-    :param size: m, columns of a group
-    :param zeros: n, for all problems or one for each along the first dimension
-    """
-
-    allowed: Tensor
-    size: int
-    zeros: Sequence[int]
 
 
 @register_solver(updates=True, needs_hessian=True)
@@ -110,9 +82,9 @@ def surgeon(
     n, m = parse_structure(structure)
     dense = weight.to(working_dtype(weight, hessian))
     if m:
-        return _walk(dense, inverse.factor, _Groups(allowed, m, [n]), block_size)
-    rule = _Counts(allowed, _kept(allowed, [sparsity], block_size))
-    return _walk(dense, inverse.factor, rule, block_size)
+        return walk(dense, inverse.factor, Groups(allowed, m, [n]), block_size)
+    rule = Counts(allowed, _kept(allowed, [sparsity], block_size))
+    return walk(dense, inverse.factor, rule, block_size)
 
 
 def may_stay(weight: Tensor, dead: Tensor, keep: Tensor | None) -> Tensor:
@@ -140,54 +112,6 @@ def _kept(allowed: Tensor, sparsities: Sequence[float], block_size: int) -> list
             lost = until
         counts.append(kept)
     return counts
-
-
-def _walk(
-    weight: Tensor, factor: Tensor, rule: _Counts | _Groups, block_size: int
-) -> tuple[Tensor, Tensor]:
-    """Algorithm 1 of the paper: weight and mask.
-
-    :param weight: (..., out, in)
-    :param factor: (..., in, in), or (in, in) for all problems: upper Cholesky factor of the
-        inverse Hessian
-    :param rule: how many entries of a block stay, which are chosen when all columns before are
-        final; or groups, which are chosen one by one
-    """
-    *problems, out, size = weight.shape
-    U = factor.to(weight.dtype)
-    if U.dim() > 2:
-        U = U.expand(*problems, size, size)
-    U = U.reshape(-1, size, size)
-    # (P, in, out): a column is contiguous
-    W = weight.mT.reshape(-1, size, out).clone(memory_format=torch.contiguous_format)
-    group, zeros, counts, allowed = 0, None, None, None
-    if isinstance(rule, _Groups):
-        group = rule.size
-        block_size = -(-block_size // group) * group
-        mask = rule.allowed.expand(weight.shape).mT.reshape(W.shape).contiguous()
-        zeros = torch.tensor(rule.zeros, dtype=torch.int32, device=W.device)
-        zeros = zeros.repeat_interleave(len(W) // len(zeros))
-    else:
-        mask = torch.empty_like(W, dtype=torch.bool)
-        if not bool(rule.allowed.all()):
-            allowed = rule.allowed.expand(weight.shape).mT.reshape(W.shape).contiguous()
-        # (blocks, sparsities)
-        counts = torch.tensor(rule.kept, dtype=torch.int32).T.contiguous().to(W.device)
-    pivots = U.diagonal(dim1=1, dim2=2).contiguous()  # (P or 1, in)
-    # a block may be more than a kernel walks in one go
-    step = min(block_size, max(WIDTH // (group or 1) * (group or 1), group))
-
-    for start in range(0, size, block_size):
-        end = min(start + block_size, size)
-        if counts is not None:
-            choose(W, mask, pivots, start, end, counts[start // block_size], allowed)
-        for first in range(start, end, step):
-            last = min(first + step, end)
-            errors = sweep(W, mask, U, first, last, group, zeros)
-            if last < size:
-                rest = U[:, first:last, last:].mT.expand(len(W), -1, -1)
-                W[:, last:].baddbmm_(rest, errors, alpha=-1)
-    return W.mT.reshape(weight.shape).contiguous(), mask.mT.reshape(weight.shape).contiguous()
 
 
 def error_curve(
@@ -247,10 +171,10 @@ def error_curve(
     dense = sample.to(working_dtype(weight, hessian)).expand(len(sparsities), *sample.shape)
     if m:
         zeros = [_in_group(sparsity, m) for sparsity in sparsities]
-        pruned, _ = _walk(dense, inverse.factor, _Groups(allowed, m, zeros), block_size)
+        pruned, _ = walk(dense, inverse.factor, Groups(allowed, m, zeros), block_size)
     else:
-        rule = _Counts(allowed, _kept(allowed, sparsities, block_size))
-        pruned, _ = _walk(dense, inverse.factor, rule, block_size)
+        rule = Counts(allowed, _kept(allowed, sparsities, block_size))
+        pruned, _ = walk(dense, inverse.factor, rule, block_size)
     return row_errors(sample, pruned, hessian).flatten(1).sum(1) * ratio
 
 

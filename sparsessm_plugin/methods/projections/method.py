@@ -63,6 +63,7 @@ from sparsessm_plugin.methods.projections.targets import matching_projections
 from sparsessm_plugin.methods.run import run
 from sparsessm_plugin.solvers.objective import dense_target, relative_error
 from sparsessm_plugin.solvers.projections import SOLVERS
+from sparsessm_plugin.solvers.walk import walks_captured
 
 
 class ProjectionPruning(MixerMethod[ProjectionSettings]):
@@ -117,6 +118,7 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
     def begin(self, batches: CalibrationBatches | None) -> list[Watch]:
         started = time.perf_counter()
         watched = super().begin(batches)
+        self._restore.enter_context(walks_captured())
         if self.settings.watches_data:
             watched += [
                 Watch(module, partial(self._see_linear, projection))
@@ -205,7 +207,7 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
             owners = dict.fromkeys(owners, 0)  # one rank alone may try out weights
         hessians = sum_to_owners("Hessians", sums.hessians, owners)
         own_traces = {
-            name: float(hessian.double().diagonal(dim1=-2, dim2=-1).sum())
+            name: float(hessian.diagonal(dim1=-2, dim2=-1).double().sum())
             for name, hessian in hessians.items()
         }
         for name, trace in of_all_ranks("traces of Hessians", own_traces).items():
@@ -270,11 +272,7 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
                 data.keep_dense(number, kinds, {kind: made[kind][rows] for kind in kinds})
 
     def _see_linear(
-        self,
-        projection: PrunableWeight,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, projection: PrunableWeight, module: nn.Module, args: Any, kwargs: Any
     ) -> None:
         if projection.name not in self._linears.pending:
             return

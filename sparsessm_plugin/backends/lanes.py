@@ -1,0 +1,49 @@
+"""Streams of a GPU beside the current one.
+
+A walk along the columns of a weight is a chain of small kernels, which leaves most of a GPU idle:
+others can run beside it. Each stream takes memory from a part of its own, which is what makes it
+safe to free what a lane has made, once :meth:`Lane.join` was called.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+from sparsessm_plugin.cost import with_index
+
+
+class Lane:
+    """Another stream of a GPU; on other devices work is done at once, in its turn.
+
+    :param device: whose work it is
+    :param number: of the lane; work of one lane is done in its order
+    """
+
+    def __init__(self, device: torch.device, number: int = 0) -> None:
+        self._device = device
+        self._stream = _stream(with_index(device), number) if device.type == "cuda" else None
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """What is asked for inside begins once all that was asked for before is done.
+
+        Tensors that it reads must be held, and must not be changed, until :meth:`join`.
+        """
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """Let what is asked for from now on begin once the lane's work is done; nobody waits."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
+@cache
+def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

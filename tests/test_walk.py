@@ -1,0 +1,173 @@
+"""SparseGPT's walk as one launch, and work beside other work of a GPU."""
+
+import pytest
+import torch
+
+from sparsessm_plugin.backends.lanes import Lane
+from sparsessm_plugin.solvers import walk as walks
+from sparsessm_plugin.solvers.alps import alps
+from sparsessm_plugin.solvers.objective import damped_inverse_cholesky
+from sparsessm_plugin.solvers.sparsegpt import error_curve, sparsegpt
+from sparsessm_plugin.solvers.walk import Counts, Groups, walk, walks_captured
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+BLOCK = 32
+
+
+def problem(seed, rows=48, size=96, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, size, generator=generator)
+    x = torch.randn(4 * size, size, generator=generator) @ torch.randn(
+        size, size, generator=generator
+    )
+    return weight.to(device), (x.T @ x).to(device)
+
+
+def rule_of(kind, weight):
+    rows, size = weight.shape
+    allowed = torch.ones_like(weight, dtype=torch.bool)
+    if kind == "groups":
+        return Groups(allowed, 4, [2])
+    if kind == "allowed":
+        allowed[:, ::7] = False
+    blocks = -(-size // BLOCK)
+    return Counts(allowed, [[rows * BLOCK // 3] * blocks])
+
+
+def walked(kind, seed, device="cpu"):
+    weight, hessian = problem(seed, device=device)
+    factor = damped_inverse_cholesky(hessian).factor
+    return walk(weight, factor, rule_of(kind, weight), BLOCK)
+
+
+class CountedGraph:
+    """Does what a graph does, on a CPU."""
+
+    made, replayed, wrong = 0, 0, False
+
+    def __init__(self, tensors, plan):
+        type(self).made += 1
+        self.plan = plan
+        self.own = walks._Tensors(*(None if x is None else x.clone() for x in tensors))
+
+    def __call__(self, tensors):
+        type(self).replayed += 1
+        for own, given in zip(self.own, tensors, strict=True):
+            if own is not None:
+                own.copy_(given)
+        walks._walk_columns(self.own, self.plan)
+        if self.wrong:
+            self.own.weight.mul_(2)
+        return self.own
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    graphs = walks._Graphs()
+    monkeypatch.setattr(CountedGraph, "made", 0)
+    monkeypatch.setattr(CountedGraph, "replayed", 0)
+    monkeypatch.setattr(CountedGraph, "wrong", False)
+    monkeypatch.setattr(walks, "_Graph", CountedGraph)
+    monkeypatch.setattr(walks, "_stream_of", lambda device: 0)
+    monkeypatch.setattr(walks, "has_room", lambda device, size: True)
+    monkeypatch.setattr(walks, "_run", graphs.run)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    return CountedGraph
+
+
+@pytest.mark.parametrize("kind", ["counts", "allowed", "groups"])
+def test_walks_that_come_again_are_replayed(counted, kind, monkeypatch):
+    found = [walked(kind, seed) for seed in range(4)]
+    assert (counted.made, counted.replayed) == (1, 3)  # the second time it is looked at, too
+    monkeypatch.undo()
+    for seed, (weight, mask) in enumerate(found):  # nothing is written to by a later walk
+        expected, expected_mask = walked(kind, seed)
+        assert torch.equal(weight, expected)
+        assert torch.equal(mask, expected_mask)
+
+
+def test_walks_of_other_shapes_have_graphs_of_their_own(counted):
+    for rows in (8, 16):
+        for seed in range(2):
+            weight, hessian = problem(seed, rows)
+            sparsegpt(weight, hessian, 0.5)
+    assert counted.made == 2
+
+
+def test_a_graph_that_does_something_else_is_not_used(counted, monkeypatch):
+    counted.wrong = True
+    found = [walked("counts", seed) for seed in range(4)]
+    assert counted.replayed == 1
+    monkeypatch.undo()
+    for seed, (weight, _) in enumerate(found):
+        assert torch.equal(weight, walked("counts", seed)[0])
+
+
+def test_a_walk_that_cannot_be_captured_is_walked(counted, monkeypatch):
+    def refuse(tensors, plan):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(walks, "_Graph", refuse)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    found = [walked("counts", seed) for seed in range(3)]
+    monkeypatch.undo()
+    for seed, (weight, _) in enumerate(found):
+        assert torch.equal(weight, walked("counts", seed)[0])
+
+
+def test_nothing_is_held_outside():
+    with walks_captured():
+        inside = walks._graphs.get()
+        with walks_captured():
+            assert walks._graphs.get() is inside
+        assert walks._graphs.get() is inside
+    assert walks._graphs.get() is None
+
+
+def test_a_lane_of_a_cpu_works_at_once():
+    order = []
+    lane = Lane(torch.device("cpu"))
+    with lane.work():
+        order.append("inside")
+    order.append("behind")
+    lane.join()
+    assert order == ["inside", "behind"]
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", ["counts", "allowed", "groups"])
+def test_captured_walks_are_what_walks_are(kind):
+    expected = [walked(kind, seed, "cuda") for seed in range(5)]
+    with walks_captured():
+        found = [walked(kind, seed, "cuda") for seed in range(5)]
+        graphs = walks._graphs.get()._found
+        assert [graph is not None for graph in graphs.values()] == [True]
+    for (weight, mask), (expected_weight, expected_mask) in zip(found, expected, strict=True):
+        assert torch.equal(mask, expected_mask)
+        torch.testing.assert_close(weight, expected_weight, rtol=1e-4, atol=1e-5)
+
+
+@on_gpu
+def test_curves_of_several_lanes_are_those_of_one():
+    problems = [problem(seed, rows=200, size=128, device="cuda") for seed in range(8)]
+    expected = [error_curve(*each, (0.3, 0.5, 0.7)).tolist() for each in problems]
+    lanes, found = [Lane(torch.device("cuda"), number) for number in range(3)], []
+    with walks_captured():
+        for number, (weight, hessian) in enumerate(problems):
+            with lanes[number % 3].work():
+                found.append(error_curve(weight, hessian, (0.3, 0.5, 0.7)))
+        for lane in lanes:
+            lane.join()
+        for curve, one in zip(found, expected, strict=True):
+            assert curve.tolist() == pytest.approx(one, rel=1e-3)
+
+
+@on_gpu
+def test_alps_beside_sparsegpt_is_never_worse():
+    with walks_captured():
+        for seed in range(4):
+            weight, hessian = problem(seed, rows=64, size=128, device="cuda")
+            found, surgical = alps(weight, hessian, 0.6), sparsegpt(weight, hessian, 0.6)
+            again = alps(weight, hessian, 0.6)
+            assert found.error <= surgical.error * (1 + 1e-6)
+            assert torch.equal(found.mask, again.mask)
