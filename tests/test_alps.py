@@ -141,7 +141,8 @@ def test_steps_of_rounded_products_come_as_low(decay, monkeypatch):
             return split_tf32(x)[0] @ self._parts[0]
 
     for splits in (False, True):
-        monkeypatch.setattr(precision, "_splits", lambda matrix, splits=splits: splits)
+        dtype = torch.float32 if splits else None
+        monkeypatch.setattr(precision, "_splits", lambda x, dtype=dtype: x.dtype == dtype)
         monkeypatch.setattr("sparsessm_plugin.solvers.alps.Factor", Rounded if splits else Factor)
         found = refine_on_support(weight, dampened, mask, 40, tolerance=3e-5)
         errors.append(float(objective(weight, found, hessian)))

@@ -9,10 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import CUDA, DEVICE, kernels_run, run_in_interpreter
 
+from sparsessm_plugin.backends import precision
 from sparsessm_plugin.backends.precision import Factor, split_tf32, tf32
 from sparsessm_plugin.selection.masks import keep_largest, keep_largest_of_each
 from sparsessm_plugin.solvers.kernels import sweep, sweep_reference
-from sparsessm_plugin.solvers.objective import gram, objective, window_gram
+from sparsessm_plugin.solvers.objective import (
+    damped_inverse_cholesky,
+    dense_target,
+    gram,
+    objective,
+    relative_error,
+    row_errors,
+    window_gram,
+)
 from sparsessm_plugin.solvers.sparsegpt import sparsegpt
 
 CPU, GPU = "sparsessm_plugin.solvers.cpu", "sparsessm_plugin.solvers.gpu"
@@ -233,3 +242,104 @@ def test_products_on_tensor_cores():
     for i in range(3):
         block = (slice(100 * i, 100 * i + 100),) * 2
         assert float(((batched[i] - exact[block]).abs() / scale[block]).max()) < 1e-6
+
+
+@pytest.fixture
+def as_tensor_cores(monkeypatch):
+    """Split products, of what tensor cores read."""
+    if CUDA:
+        return
+
+    def parts(x):
+        high, low = split_tf32(x)
+        return high, to_tf32(low, False)
+
+    monkeypatch.setattr(precision, "_splits", lambda matrix: matrix.dtype == torch.float32)
+    monkeypatch.setattr(precision, "split_tf32", parts)
+
+
+def hard_problem(n=256, rows=96, share=0.999):
+    """A weight and a Hessian with so much of its trace in one direction."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(n, n, generator=generator, dtype=torch.float64) * 0.1
+    x = torch.randn(4 * n, n, generator=generator, dtype=torch.float64) @ (mixing + torch.eye(n))
+    hessian = x.T @ x
+    loud = torch.rand(n, generator=generator, dtype=torch.float64)
+    loud *= (hessian.trace() * share / (1 - share)).sqrt() / loud.norm()
+    hessian += loud[:, None] * loud
+    return torch.randn(rows, n, generator=generator), hessian.float()
+
+
+def exact_row_errors(weight, pruned, hessian):
+    change = weight.double() - pruned.double()
+    return ((change @ hessian.double()) * change).sum(-1)
+
+
+@pytest.mark.parametrize("leading", [(), (2,)])
+def test_errors_by_split_products_are_those_of_float64(leading, as_tensor_cores):
+    """Though one direction, which the solver leaves nothing in, holds all but a thousandth."""
+    weight, hessian = (x.expand(*leading, -1, -1).to(DEVICE) for x in hard_problem())
+    random = weight * (torch.arange(weight.shape[-1], device=DEVICE) % 2)
+    pruned = sparsegpt(weight, hessian, 0.5).weight
+    exact = exact_row_errors(weight, pruned, hessian)
+    assert exact.sum() < 2e-3 * exact_row_errors(weight, random, hessian).sum()
+    found = row_errors(weight, pruned, hessian)
+    assert found.dtype == torch.float64
+    assert not torch.equal(found, exact)  # they were split
+    torch.testing.assert_close(found, exact, rtol=3e-3, atol=0)
+    torch.testing.assert_close(
+        objective(weight, pruned, hessian).sum(), exact.sum(), rtol=5e-4, atol=0
+    )
+    energy = exact_row_errors(weight, torch.zeros_like(weight), hessian).sum()
+    share = relative_error(weight, pruned, hessian)
+    assert share == pytest.approx(float(exact.sum() / energy), rel=5e-4)
+    half = exact_row_errors(weight.bfloat16(), random.bfloat16(), hessian)
+    found = row_errors(weight.bfloat16(), random.bfloat16(), hessian)
+    torch.testing.assert_close(found.sum(), half.sum(), rtol=1e-5, atol=0)
+
+
+def test_errors_of_float64_are_never_split(as_tensor_cores):
+    weight, hessian = (x.to(DEVICE) for x in hard_problem(32, 4))
+    pruned = weight.round()
+    exact = exact_row_errors(weight, pruned, hessian)
+    for i in range(3):
+        tensors = [weight, pruned, hessian]
+        tensors[i] = tensors[i].double()
+        assert torch.equal(row_errors(*tensors), exact)
+
+
+def test_a_relative_error_splits_the_hessian_once(as_tensor_cores, monkeypatch):
+    made = []
+
+    class Counted(Factor):
+        def __init__(self, matrix):
+            made.append(matrix)
+            super().__init__(matrix)
+
+    monkeypatch.setattr("sparsessm_plugin.solvers.objective.Factor", Counted)
+    weight, hessian = (x.to(DEVICE) for x in hard_problem(32, 4))
+    relative_error(weight, weight.round(), hessian)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("spread", [1e3, 1e6])
+@pytest.mark.parametrize("dampening", [0.0, 0.01])
+def test_dense_target_by_split_products(spread, dampening, as_tensor_cores):
+    """Its output, beside that in float64, with a Hessian of such a condition."""
+    generator = torch.Generator().manual_seed(0)
+    n = 256
+    turn = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+    sizes = spread ** -(torch.arange(n) / (2 * n - 2)).double()
+    now = torch.randn(4 * n, n, generator=generator, dtype=torch.float64) * sizes @ turn.T
+    noise = torch.randn(4 * n, n, generator=generator, dtype=torch.float64) * sizes @ turn.T
+    gram_now, cross = ((x.T @ now).float().to(DEVICE) for x in (now, now + 0.1 * noise))
+    weight = torch.randn(48, n, generator=generator).to(DEVICE)
+    inverse = damped_inverse_cholesky(gram_now, dampening)
+    found = dense_target(weight, gram_now, cross, inverse)
+    exact = dense_target(weight.double(), gram_now, cross, inverse)
+    assert found.dtype == torch.float32
+    assert exact.dtype == torch.float64
+    wrong = exact_row_errors(exact, found, gram_now).sum()
+    moved = exact_row_errors(exact, weight, gram_now).sum()
+    assert float((wrong / moved).sqrt()) < 3e-4
+    assert not torch.equal(found, exact.float())  # they were split

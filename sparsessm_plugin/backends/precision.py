@@ -58,6 +58,25 @@ class Factor:
                 return (low @ matrix_high).addmm_(high, matrix_low).addmm_(high, matrix_high)
             return low @ matrix_high + high @ matrix_low + high @ matrix_high
 
+    def squares(self, x: Tensor) -> Tensor:
+        """``x_i matrix x_i^T`` of every row of x (..., m, k), for a symmetric matrix.
+
+        :return: (..., m) float64
+        """
+        if not self.is_split:
+            return ((x @ self._parts[0]) * x).sum(-1, dtype=torch.float64)
+        # x M x^T is (x + low) M high^T + low M low^T: two products do, as there is nothing left to
+        # split of high, and the last part is about 2^-22 of what x has if its signs are random.
+        high, low = split_tf32(x)
+        matrix_high, matrix_low = self._parts
+        with tf32():
+            product = high @ matrix_low
+            if x.dim() == 2:
+                product.addmm_(high, matrix_high)
+            else:
+                product += high @ matrix_high
+        return product.mul_(low.add_(x)).sum(-1, dtype=torch.float64)
+
 
 def _splits(matrix: Tensor) -> bool:
     return (
@@ -65,6 +84,12 @@ def _splits(matrix: Tensor) -> bool:
         and matrix.dtype == torch.float32
         and torch.cuda.get_device_capability(matrix.device) >= (8, 0)
     )
+
+
+def exact_dtype(matrix: Tensor, *others: Tensor) -> torch.dtype:
+    """float32 where :class:`Factor` splits the matrix and no tensor has more bits, else float64."""
+    wide = any(x.dtype == torch.float64 for x in (matrix, *others))
+    return torch.float64 if wide or not _splits(matrix.float()) else torch.float32
 
 
 def split_tf32(x: Tensor) -> tuple[Tensor, Tensor]:
