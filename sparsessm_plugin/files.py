@@ -22,6 +22,9 @@ from sparsessm_plugin.errors import SparseSSMError
 
 REPORT_NAME = "sparsessm_report.json"
 
+# Files of this process that a later run goes on from, as they are asked for by name.
+resumable: set[Path] = set()
+
 _PARTIAL, _OLD = ".partial", ".old"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

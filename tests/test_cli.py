@@ -20,6 +20,7 @@ from sparsessm_plugin import cli, recipes
 from sparsessm_plugin.cli import tables
 from sparsessm_plugin.evaluation.data import read_texts, tokenize, windows
 from sparsessm_plugin.evaluation.perplexity import evaluate_perplexity
+from sparsessm_plugin.training.resume import ResumeFile
 
 SHORT = ("--num-samples", 6, "--max-seq-length", 64)
 
@@ -562,6 +563,30 @@ def test_a_run_that_is_stopped_after_its_result_stands_there_says_so(
     assert found == code
     assert "out was written before" in stderr
     assert (tmp_path / "out" / "sparsessm_report.json").exists()
+
+
+def test_a_stop_names_the_file_to_go_on_from(sparsessm, monkeypatch, text_file, tmp_path):
+    state, recipe = tmp_path / "state.pt", tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "prune_stage:\n  prune_modifiers:\n    StateRemovalModifier: {keep: 8, "
+        f"reconstruct_steps: 1, distill_steps: 2, distill_resume: {state}}}\n"
+    )
+    own = ResumeFile.save
+
+    def save(self, *args, **kwargs):
+        own(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ResumeFile, "save", save)
+    monkeypatch.setattr(ResumeFile, "is_due", lambda self: True)
+    code, _, stderr = sparsessm(
+        *("prune", DEMO, "--recipe", recipe, "--calibration", text_file, *SHORT),
+        *("--output", tmp_path / "out"),
+    )
+    assert code == 130, stderr
+    assert f"nothing was written but {state}, from which the same command goes on" in stderr
+    assert state.exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

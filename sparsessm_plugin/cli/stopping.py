@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sparsessm_plugin.files import resumable
+
 INTERRUPTED = 130
 EXIT_CODES = {"interrupted": INTERRUPTED, "terminated": 143}
 
@@ -30,6 +32,7 @@ def catch_signals() -> None:
     """Let a terminated run tidy up like an interrupted one, whatever the last command left."""
     _signals.clear()
     _outputs.clear()
+    resumable.clear()
     sys.unraisablehook = _unraisable
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored
@@ -79,4 +82,9 @@ def will_write(folder: Path) -> None:
 def what_is_left() -> str:
     """A result is moved into place whole, so that another folder stands there, or none is."""
     written = [path for path, before in _outputs.items() if _inode(path) not in (None, before)]
-    return f"{written[0]} was written before" if written else "nothing was written"
+    if written:
+        return f"{written[0]} was written before"
+    if resumable:
+        kept = ", ".join(sorted(map(str, resumable)))
+        return f"nothing was written but {kept}, from which the same command goes on"
+    return "nothing was written"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsessm_plugin import distributed
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.files import check_path, write_through
+from sparsessm_plugin.files import check_path, resumable, write_through
 from sparsessm_plugin.training.flat import FlatWeights
 
 _FORMAT = "sparsessm gradient steps 1"
@@ -109,6 +109,7 @@ class ResumeFile:
             "weights": weights.state(moments=not finished),
         }
         write_through(self.path, lambda file: torch.save(content, file))
+        resumable.add(self.path)
         now = time.monotonic()
         self._due = now + max(_EVERY, _SHARE * (now - begun))
 

@@ -106,7 +106,8 @@ class Tuner:
         self._may_capture = True
         self._usable: frozenset[int] | None = None
         self._weights = FlatWeights(self.parameters, matrices)
-        self._counts = [positions(batch) for batch in batches]
+        known = getattr(batches, "tokens", None)  # reading a batch may fetch more than its tokens
+        self._counts = known or [positions(batch) for batch in batches]
         self._autocast = autocast_dtype(model, self._weights.device, plan.precision)
         self._units_before = 0
         self._seconds = 0.0  # that all ranks agree on
