@@ -2,11 +2,17 @@
 
 import pytest
 import torch
+from conftest import tiny_model
 
+from sparsessm_plugin.allocation import losses as allocation
+from sparsessm_plugin.allocation.losses import LossMeter
+from sparsessm_plugin.allocation.probe import Probe
 from sparsessm_plugin.backends.lanes import Lane
+from sparsessm_plugin.families.prunable import prunable_weights
+from sparsessm_plugin.methods.projections.statistics import hessian_shape
 from sparsessm_plugin.solvers import walk as walks
 from sparsessm_plugin.solvers.alps import alps
-from sparsessm_plugin.solvers.objective import damped_inverse_cholesky
+from sparsessm_plugin.solvers.objective import damped_inverse_cholesky, hasty_inverse_cholesky
 from sparsessm_plugin.solvers.sparsegpt import error_curve, sparsegpt
 from sparsessm_plugin.solvers.walk import Counts, Groups, walk, walks_captured
 
@@ -132,6 +138,35 @@ def test_a_lane_of_a_cpu_works_at_once():
     order.append("behind")
     lane.join()
     assert order == ["inside", "behind"]
+
+
+def test_a_hasty_inverse_says_whether_it_is_one():
+    _, hessian = problem(0)
+    found, exists = hasty_inverse_cholesky(hessian)
+    assert bool(exists)
+    expected = damped_inverse_cholesky(hessian).factor
+    torch.testing.assert_close(found.factor.double(), expected, rtol=1e-3, atol=1e-5)
+    ranks = torch.tensor([[1.0, 2.0], [2.0, 1.0]])  # no sum of squares
+    assert not bool(hasty_inverse_cholesky(ranks)[1])
+
+
+def test_a_curve_that_float32_cannot_compute_is_computed_again(monkeypatch):
+    model = tiny_model("mamba")
+    projections = prunable_weights(model)[:3]
+    hessians = {p.name: torch.eye(p.shape[-1]) + 0.1 for p in projections}
+    hessians = {p.name: hessians[p.name].expand(hessian_shape(p)) for p in projections}
+    kept = {"block_size": 32, "dampening_frac": 0.01, "who": "test"}
+
+    def losses():
+        meter = LossMeter(Probe(model, [{"input_ids": torch.arange(32)[None]}]), 0.5, **kept)
+        meter.add(projections, hessians)
+        return meter.losses()
+
+    expected = losses()
+    monkeypatch.setattr(
+        allocation, "hasty_error_curve", lambda *a, **k: (torch.full((10,), -1.0), torch.zeros(()))
+    )
+    assert losses() == expected
 
 
 @on_gpu

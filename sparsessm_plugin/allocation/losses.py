@@ -1,6 +1,7 @@
 """What zeros in each projection do to the predictions of a model, at several sparsities."""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from sparsessm_plugin.families.prunable import PrunableWeight
 from sparsessm_plugin.progress import Stage
 from sparsessm_plugin.solvers.objective import objective
 from sparsessm_plugin.solvers.projections import SOLVERS
-from sparsessm_plugin.solvers.sparsegpt import error_curve
+from sparsessm_plugin.solvers.sparsegpt import error_curve, hasty_error_curve
 
 _CURVE = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
 # From the last of these on, and up to a sparsity of 1, whose error is the output's whole energy.
@@ -35,6 +36,16 @@ def highest_for(sparsity: float) -> float:
     if sparsity < _CURVE[-1]:
         return min(_CURVE[-1], sparsity + _MOST_MORE)
     return 1 - _LEAST_KEPT * (1 - sparsity)
+
+
+class _Begun(NamedTuple):
+    """A curve that a lane may still compute, and what it reads."""
+
+    projection: PrunableWeight
+    hessian: Tensor
+    lane: Lane
+    curve: Tensor
+    exists: Tensor
 
 
 class LossMeter:
@@ -67,11 +78,10 @@ class LossMeter:
         self._block_size = block_size
         self._dampening_frac = dampening_frac
         self._who = who
-        self._curves: dict[str, Tensor] = {}  # by name of the projection
+        self._curves: dict[str, list[float]] = {}  # by name of the projection
         self._errors: dict[str, Tensor] = {}  # by name of the parameter
         self._tensors: dict[str, str] = {}  # of the projection -> of the parameter
-        self._lanes: list[Lane] = []  # of the last call, whose work may go on
-        self._read: list[Tensor] = []  # by it
+        self._begun: list[_Begun] = []  # in the last call
 
     @torch.no_grad()
     def add(
@@ -87,7 +97,7 @@ class LossMeter:
         :param hessians: (..., in, in) of each projection, by name
         :param everywhere: names of projections that several layers use
         """
-        self._join()
+        self._end_curves()
         by_tensor = {p.parameter_name: p for p in projections}
 
         def pruned(tensor: str) -> Tensor:
@@ -106,42 +116,47 @@ class LossMeter:
         with Stage(f"{who}: sparsities", len(projections)) as stage:
             for number, (tensor, projection) in enumerate(by_tensor.items()):
                 stage.at(projection.name)
-                self._curves[projection.name] = self._curve_of(
-                    projection, hessians[projection.name], number
-                )
+                self._begin_curve(projection, hessians[projection.name], number)
                 self._tensors[projection.name] = tensor
                 stage.advance()
 
-    def _curve_of(self, projection: PrunableWeight, hessian: Tensor, number: int) -> Tensor:
-        """The error at each sparsity, of a projection beside others."""
+    def _begin_curve(self, projection: PrunableWeight, hessian: Tensor, number: int) -> None:
+        """Let a GPU compute the error at each sparsity beside that of others."""
         weight = projection.weight
         hessian = hessian.to(weight.device)
         lane = Lane(weight.device, number % _LANES)
-        self._lanes.append(lane)
-        self._read += [weight, hessian]
         with lane.work():
-            return error_curve(
-                weight.float(),
-                hessian,
-                self._curve,
-                rows=_ROWS,
-                block_size=max(self._block_size, weight.shape[-1] // _BLOCKS),
-                dampening_frac=self._dampening_frac,
+            curve, exists = hasty_error_curve(
+                weight.float(), hessian, self._curve, **self._how(weight)
             )
+        self._begun.append(_Begun(projection, hessian, lane, curve, exists))
 
-    def _join(self) -> None:
-        """Let what follows begin after the lanes' work."""
-        for lane in self._lanes:
-            lane.join()
-        self._lanes, self._read = [], []
+    def _how(self, weight: Tensor) -> dict[str, Any]:
+        """How a curve is computed."""
+        return {
+            "rows": _ROWS,
+            "block_size": max(self._block_size, weight.shape[-1] // _BLOCKS),
+            "dampening_frac": self._dampening_frac,
+        }
+
+    def _end_curves(self) -> None:
+        """Let what follows begin after the lanes' work, and look at it."""
+        begun, self._begun = self._begun, []
+        for one in begun:
+            one.lane.join()
+        for one in begun:
+            curve, weight = one.curve, one.projection.weight
+            if not bool(one.exists):
+                curve = error_curve(weight.float(), one.hessian, self._curve, **self._how(weight))
+            self._curves[one.projection.name] = curve.tolist()
 
     def losses(self) -> dict[str, list[float]]:
         """Of all that were added: a loss in nats a token for each sparsity of the curve."""
         moved = self.probe.moved()
-        self._join()
+        self._end_curves()
         found = {}
         for name, curve in self._curves.items():
             tensor = self._tensors[name]
             harm = max(moved[tensor], _LEAST_DIVERGENCE) / max(float(self._errors[tensor]), 1e-30)
-            found[name] = [harm * loss for loss in curve.tolist()]
+            found[name] = [harm * loss for loss in curve]
         return found

@@ -211,11 +211,9 @@ def damped_inverse_cholesky(
     """
     _check_hessian(hessian)
     if dtype == torch.float32:
-        H, dead = dampen(hessian, dampening_frac, dtype)
-        factor, failed = _inverse_factor(H, torch.zeros((), device=H.device))
-        if not bool(failed.any()) and bool(torch.isfinite(factor).all()):
-            fracs = torch.full(failed.shape, dampening_frac, dtype=torch.float64, device=H.device)
-            return InverseCholesky(factor, H, dead, fracs)
+        hasty, exists = hasty_inverse_cholesky(hessian, dampening_frac)
+        if bool(exists):
+            return hasty
     # what a singular H of this precision may have for pivots by rounding alone
     noise = hessian.shape[-1] * torch.finfo(hessian.dtype).eps
 
@@ -226,6 +224,21 @@ def damped_inverse_cholesky(
 
     found, fracs = with_dampening(factorise, hessian, dampening_frac)
     return InverseCholesky(*found, fracs)
+
+
+def hasty_inverse_cholesky(
+    hessian: Tensor, dampening_frac: float = DAMPENING
+) -> tuple[InverseCholesky, Tensor]:
+    """Such a factor in float32, and whether there is one: () bool; nobody waits for a GPU.
+
+    :param hessian: (..., in, in) sum of x x^T, finite
+    :param dampening_frac: of the mean diagonal entry over inputs that are not dead
+    """
+    H, dead = dampen(hessian, dampening_frac, torch.float32)
+    factor, failed = _inverse_factor(H, torch.zeros((), device=H.device))
+    fracs = torch.full(failed.shape, dampening_frac, dtype=torch.float64, device=H.device)
+    exists = ~failed.any() & torch.isfinite(factor).all()
+    return InverseCholesky(factor, H, dead, fracs), exists
 
 
 def with_dampening(

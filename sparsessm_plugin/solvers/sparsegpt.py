@@ -18,6 +18,7 @@ from sparsessm_plugin.solvers.objective import (
     check,
     damped_inverse_cholesky,
     finish,
+    hasty_inverse_cholesky,
     row_errors,
     working_dtype,
 )
@@ -83,8 +84,7 @@ def surgeon(
     dense = weight.to(working_dtype(weight, hessian))
     if m:
         return walk(dense, inverse.factor, Groups(allowed, m, [n]), block_size)
-    rule = Counts(allowed, _kept(allowed, [sparsity], block_size))
-    return walk(dense, inverse.factor, rule, block_size)
+    return walk(dense, inverse.factor, _counts(allowed, [sparsity], block_size), block_size)
 
 
 def may_stay(weight: Tensor, dead: Tensor, keep: Tensor | None) -> Tensor:
@@ -96,13 +96,13 @@ def may_stay(weight: Tensor, dead: Tensor, keep: Tensor | None) -> Tensor:
     return alive if keep is None else alive & keep
 
 
-def _kept(allowed: Tensor, sparsities: Sequence[float], block_size: int) -> list[list[int]]:
+def _counts(allowed: Tensor, sparsities: Sequence[float], block_size: int) -> Counts:
     """How many entries each block keeps, at each sparsity; exact in total."""
     per_column = allowed.flatten(0, -2).sum(0).tolist()
-    total = sum(per_column)
+    total, entries = sum(per_column), allowed.numel()
     counts = []
     for sparsity in sparsities:
-        lose = max(0, round(sparsity * allowed.numel()) - (allowed.numel() - total))
+        lose = max(0, round(sparsity * entries) - (entries - total))
         kept, seen, lost = [], 0, 0
         for start in range(0, len(per_column), block_size):
             inside = sum(per_column[start : start + block_size])
@@ -111,7 +111,7 @@ def _kept(allowed: Tensor, sparsities: Sequence[float], block_size: int) -> list
             kept.append(inside - (until - lost))
             lost = until
         counts.append(kept)
-    return counts
+    return Counts(None if total == entries else allowed, counts)
 
 
 def error_curve(
@@ -147,35 +147,74 @@ def error_curve(
     :return: (S,) float64 ``tr((W - W') H (W - W')^T)``
     :raises SparseSSMError: an argument that is not allowed
     """
+    return _curve(weight, hessian, sparsities, structure, rows, block_size, dampening_frac)[0]
+
+
+def hasty_error_curve(
+    weight: Tensor,
+    hessian: Tensor,
+    sparsities: Sequence[float],
+    *,
+    rows: int,
+    block_size: int,
+    dampening_frac: float,
+) -> tuple[Tensor, Tensor]:
+    """:func:`error_curve`, and () bool whether it is one, which a GPU may still compute.
+
+    It is none where float32 has too few digits for the Hessian.
+    """
+    fixed = (UNSTRUCTURED, rows, block_size, dampening_frac)
+    return _curve(weight, hessian, sparsities, *fixed, hasty=weight.is_cuda)
+
+
+def _curve(
+    weight: Tensor,
+    hessian: Tensor,
+    sparsities: Sequence[float],
+    structure: str,
+    rows: int | None,
+    block_size: int,
+    dampening_frac: float,
+    hasty: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`error_curve` and :func:`hasty_error_curve`."""
     check(weight, hessian)
     if not len(sparsities):
         raise SparseSSMError("error_curve needs at least one sparsity")
     if rows is not None and rows < 1:
         raise SparseSSMError(f"error_curve must sample at least one row, got {rows}")
-    m = parse_structure(structure)[1]
-    inverse = damped_inverse_cholesky(hessian, dampening_frac, working_dtype(weight, hessian))
-    sample, ratio = weight, torch.ones(len(sparsities), dtype=torch.float64, device=weight.device)
-    if weight.dim() == 2 and rows is not None and rows < len(weight):
-        losses = _losses(weight, inverse)
-        order = losses.sum(1).argsort()
-        chosen, many = _spread(order, rows), _spread(order, _SORTED * rows)
-        sample = weight[chosen]
-        of_all, of_sample = (_lowest(losses[part], sparsities) for part in (many, chosen))
-        of_all *= len(weight) / len(many)
-        ratio = torch.where(of_sample > 0, of_all / of_sample, ratio * len(weight) / rows)
     if block_size < 1:
         raise SparseSSMError(f"block_size must be at least 1, got {block_size}")
     for sparsity in sparsities:
         check_structure(structure, weight.shape[-1], sparsity)
-    allowed = may_stay(sample, inverse.dead, None)
-    dense = sample.to(working_dtype(weight, hessian)).expand(len(sparsities), *sample.shape)
+    m = parse_structure(structure)[1]
+    dtype = working_dtype(weight, hessian)
+    sampled = rows if weight.dim() == 2 and rows is not None and rows < len(weight) else None
+    # what Python has to know, before there is anything that a GPU computes for long
+    dead = hessian.diagonal(dim1=-2, dim2=-1) == 0
+    allowed = may_stay(weight[:sampled] if sampled else weight, dead, None)
+    rule: Counts | Groups
     if m:
-        zeros = [_in_group(sparsity, m) for sparsity in sparsities]
-        pruned, _ = walk(dense, inverse.factor, Groups(allowed, m, zeros), block_size)
+        rule = Groups(allowed, m, [_in_group(sparsity, m) for sparsity in sparsities])
     else:
-        rule = Counts(allowed, _kept(allowed, sparsities, block_size))
-        pruned, _ = walk(dense, inverse.factor, rule, block_size)
-    return row_errors(sample, pruned, hessian).flatten(1).sum(1) * ratio
+        rule = _counts(allowed, sparsities, block_size)
+    if hasty and dtype == torch.float32:
+        inverse, exists = hasty_inverse_cholesky(hessian, dampening_frac)
+    else:
+        inverse = damped_inverse_cholesky(hessian, dampening_frac, dtype)
+        exists = torch.ones((), dtype=torch.bool, device=weight.device)
+    sample, ratio = weight, torch.ones(len(sparsities), dtype=torch.float64, device=weight.device)
+    if sampled:
+        losses = _losses(weight, inverse)
+        order = losses.sum(1).argsort()
+        chosen, many = _spread(order, sampled), _spread(order, _SORTED * sampled)
+        sample = weight[chosen]
+        of_all, of_sample = (_lowest(losses[part], sparsities) for part in (many, chosen))
+        of_all *= len(weight) / len(many)
+        ratio = torch.where(of_sample > 0, of_all / of_sample, ratio * len(weight) / sampled)
+    dense = sample.to(dtype).expand(len(sparsities), *sample.shape)
+    pruned, _ = walk(dense, inverse.factor, rule, block_size)
+    return row_errors(sample, pruned, hessian).flatten(1).sum(1) * ratio, exists
 
 
 def _in_group(sparsity: float, m: int) -> int:

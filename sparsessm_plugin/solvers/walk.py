@@ -27,12 +27,12 @@ _SAME = 1e-2
 class Counts:
     """How many entries of each block stay, chosen among all rows and problems.
 
-    :param allowed: (..., out, in) bool, what may stay
+    :param allowed: (..., out, in) bool, what may stay; None for all
     :param kept: for each sparsity, of each block; weights of one sparsity after the other stand
         along the first dimension if there are several
     """
 
-    allowed: Tensor
+    allowed: Tensor | None
     kept: Sequence[Sequence[int]]
 
 
@@ -78,7 +78,7 @@ def walk(
         zeros = zeros.repeat_interleave(len(W) // len(zeros))
     else:
         mask = torch.empty_like(W, dtype=torch.bool)
-        if not bool(rule.allowed.all()):
+        if rule.allowed is not None:
             allowed = rule.allowed.expand(weight.shape).mT.reshape(W.shape).contiguous()
         # (blocks, sparsities)
         counts = torch.tensor(rule.kept, dtype=torch.int32).T.contiguous().to(W.device)
