@@ -23,6 +23,7 @@ from sparsessm_plugin.solvers.objective import (
     window_gram,
 )
 from sparsessm_plugin.solvers.sparsegpt import sparsegpt
+from sparsessm_plugin.solvers.wanda import wanda
 
 CPU, GPU = "sparsessm_plugin.solvers.cpu", "sparsessm_plugin.solvers.gpu"
 
@@ -343,3 +344,15 @@ def test_dense_target_by_split_products(spread, dampening, as_tensor_cores):
     moved = exact_row_errors(exact, weight, gram_now).sum()
     assert float((wrong / moved).sqrt()) < 3e-4
     assert not torch.equal(found, exact.float())  # they were split
+
+
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+@pytest.mark.parametrize("structure", ["0:0", "2:4"])
+def test_wanda_on_a_gpu_keeps_what_it_keeps_on_a_cpu(structure):
+    """But for scores that float32 takes for equal."""
+    weight, hessian = hard_problem(512, 300)
+    expected = wanda(weight, hessian, 0.6, structure)
+    found = wanda(weight.cuda(), hessian.cuda(), 0.6, structure)
+    assert torch.equal(found.mask.sum(1).cpu(), expected.mask.sum(1))
+    assert float((found.mask.cpu() ^ expected.mask).double().mean()) < 1e-4
+    assert found.error == pytest.approx(expected.error, rel=1e-3)

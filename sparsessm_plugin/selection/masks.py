@@ -181,8 +181,8 @@ def _keep_in_rows(scores: Tensor, sparsity: float) -> Tensor:
     size = scores.shape[-1]
     rows = scores.reshape(-1, size)
     # cumulative, so that the total is that of all rows together
-    ends = [round(sparsity * size * r) for r in range(len(rows) + 1)]
-    gone = torch.tensor(ends).diff()
+    ends = torch.arange(len(rows) + 1, dtype=torch.float64, device=scores.device)
+    gone = (ends * (sparsity * size)).round().long().diff()
     if rows.is_cuda:
         return keep_largest_of_each(rows, size - gone).view_as(scores)
     kept = torch.arange(size, device=scores.device) >= gone[:, None]

@@ -1,9 +1,10 @@
 """Wanda (arXiv 2306.11695): magnitude times the norm of the input; weights stay as they are."""
 
+import torch
 from torch import Tensor
 
 from sparsessm_plugin.selection.masks import UNSTRUCTURED, choose_mask
-from sparsessm_plugin.solvers.objective import DAMPENING, Solved, check, finish
+from sparsessm_plugin.solvers.objective import DAMPENING, Solved, check, finish, working_dtype
 from sparsessm_plugin.solvers.projections import register_solver
 
 
@@ -33,7 +34,9 @@ def wanda(
     :raises SparseSSMError: an argument that is not allowed
     """
     check(weight, hessian, keep)
-    norm = hessian.double().diagonal(dim1=-2, dim2=-1).sqrt()  # (..., in)
-    scores = weight.abs().double() * norm[..., None, :]
+    # a GPU selects float32 without sorting; on a CPU more bits cost nothing
+    dtype = working_dtype(weight, hessian) if weight.is_cuda else torch.float64
+    norm = hessian.diagonal(dim1=-2, dim2=-1).to(dtype).sqrt()  # (..., in)
+    scores = weight.abs().to(dtype) * norm[..., None, :]
     mask = choose_mask(scores, sparsity, structure, keep=keep, per_row=weight.dim() == 2)
     return finish(weight, weight, mask, hessian)
