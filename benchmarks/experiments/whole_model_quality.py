@@ -101,7 +101,8 @@ def run_model(name: str, job: Job) -> Iterator[Any]:
         modifier, fields = METHODS[method]
         label, groups = f"{case} everywhere" if chosen.everywhere else case, ":" in case
         if groups and "allocation: uniform" in fields:
-            named = "" if chosen.everywhere else f", targets: [{MIXERS}]"
+            # windows of 4 inputs hold no other groups: the convolution stays dense then
+            named = f", targets: [{MIXERS}]" if case == "2:4" and not chosen.everywhere else ""
             fields = f"{fields}, {AS_THEY_ARE}{named}"
         if chosen.everywhere:
             own = fields if modifier == OURS else ""
@@ -109,6 +110,8 @@ def run_model(name: str, job: Job) -> Iterator[Any]:
         if (seed and method == "magnitude") or (groups and "optimal" in method):
             continue
         if method in IN_GROUPS and (not groups or chosen.everywhere):
+            continue
+        if case != "2:4" and MIXERS in fields:
             continue
         if (groups and method.startswith("paper")) or not job.mine():
             continue
