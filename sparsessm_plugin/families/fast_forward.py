@@ -6,7 +6,7 @@ Triton. Where transformers has mamba-ssm's kernels bound, but for Mamba-1 in hal
 sizes that these kernels refuse, or on a device without a fast backend, nothing is replaced.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any
@@ -21,6 +21,7 @@ from sparsessm_plugin.families.kernels import (
     kernels_refuse,
     scans_in_kernels,
 )
+from sparsessm_plugin.families.promises import KnownCall, Promise, is_plain
 from sparsessm_plugin.families.registry import get_adapter, iter_mixers, known_mixers
 from sparsessm_plugin.recurrence import scan
 
@@ -62,9 +63,49 @@ def offer(
 
     For forward pre-hooks; without :func:`fast_forward` nothing happens.
     """
-    forward = getattr(vars(mixer).get("forward"), "__func__", None)
-    if isinstance(forward, _Forward):
+    forward = _standing_in(mixer)
+    if forward is not None:
         forward.offered = (hidden_states, attention_mask, x)
+
+
+def may_promise(mixer: nn.Module, alone: bool = False) -> bool:
+    """Whether :func:`promise` may come true, as far as can be known before.
+
+    :param mixer: not if others hook or quantize what is in it
+    :param alone: nor if :func:`fast_forward` was entered several times: other methods may change it
+    """
+    forward = _standing_in(mixer)
+    if forward is None or not forward.active:
+        return False
+    return is_plain(mixer) and not (alone and forward.is_inside_another)
+
+
+def promise(mixer: nn.Module, computed_by: nn.Module, calls: Iterable[KnownCall]) -> None:
+    """Hand over what out_proj multiplies in calls that are to come, in their order.
+
+    It is used as long as each of them has the very input, without a cache or gradients, and the
+    mixer's weights are those it was computed with. It takes the place of an earlier one. Without
+    :func:`fast_forward` nothing happens.
+
+    :param mixer: of the model
+    :param computed_by: a mixer with the weights that ``calls`` were computed with
+    :param calls: freed one by one, and all by :func:`withdraw` and where ``fast_forward`` ends
+    """
+    forward = _standing_in(mixer)
+    if forward is not None and forward.active:
+        forward.promised = Promise(mixer, computed_by, calls) or None
+
+
+def withdraw(mixer: nn.Module) -> None:
+    """Let go of what is left of a :func:`promise`."""
+    forward = _standing_in(mixer)
+    if forward is not None:
+        forward.promised = None
+
+
+def _standing_in(mixer: nn.Module) -> "_Forward | None":
+    forward = getattr(vars(mixer).get("forward"), "__func__", None)
+    return forward if isinstance(forward, _Forward) else None
 
 
 class _Forward:
@@ -81,6 +122,13 @@ class _Forward:
         self.earlier = vars(adapter.mixer).get("forward")
         self.own_forward = adapter.mixer.forward
         self.offered: tuple[Tensor, Tensor | None, Tensor] | None = None
+        self.promised: Promise | None = None
+
+    @property
+    def is_inside_another(self) -> bool:
+        """Whether it stands in for one that stands in already."""
+        earlier = getattr(self.earlier, "__func__", None)
+        return isinstance(earlier, _Forward) and (earlier.active or earlier.is_inside_another)
 
     def _is_fast_on(self, device: torch.device, dtype: torch.dtype) -> bool:
         if device.type == "cpu":  # kernels that transformers may have bound refuse it
@@ -123,7 +171,7 @@ class _Forward:
 
     def detach(self) -> None:
         self.active = False  # whoever has wrapped us meanwhile calls through from now on
-        self.offered = None
+        self.offered = self.promised = None
         attributes = vars(self.adapter.mixer)
         if getattr(attributes.get("forward"), "__func__", None) is self:
             del attributes["forward"]
@@ -135,6 +183,21 @@ class _Forward:
                 earlier = own.earlier
             if earlier is not None:
                 self.adapter.mixer.forward = earlier
+
+    def _promised_output(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, replaces: bool
+    ) -> Tensor | None:
+        """What was promised for this call, or None. A call that was not foreseen ends it all."""
+        promised, self.promised = self.promised, None  # what fails here leaves nothing behind
+        rounds = torch.is_autocast_enabled(hidden_states.device.type)
+        if promised is None or not replaces or rounds or torch.is_grad_enabled():
+            return None
+        x = promised.take(hidden_states, attention_mask)
+        if x is None:
+            return None
+        output = self.adapter.project_out(x.to(hidden_states.dtype))
+        self.promised = promised or None
+        return output
 
     def __call__(
         self,
@@ -150,6 +213,9 @@ class _Forward:
         if replaces and offered and of_this and not torch.is_grad_enabled():
             # no scan is faster than none
             return self.adapter.project_out(offered[2].to(hidden_states.dtype))
+        output = self._promised_output(hidden_states, attention_mask, replaces)
+        if output is not None:
+            return output
         if not replaces or not self._takes_over(hidden_states.device, hidden_states.dtype):
             with convolution_in_torch(mixer) if kernels_refuse(self.adapter) else nullcontext():
                 return self.own_forward(
