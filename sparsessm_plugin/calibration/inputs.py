@@ -22,6 +22,7 @@ class CalibrationInputs:
 
     def __init__(self) -> None:
         self._batches: list[tuple[Tensor, Tensor | None]] = []
+        self._added: list[range] = []  # numbers of the batches of each call of add
         self.tokens = 0
 
     def join(self, name: str) -> None:
@@ -50,7 +51,13 @@ class CalibrationInputs:
         for part in parts:
             mask = None if attention_mask is None else attention_mask[part].cpu()
             self._batches.append((kept(hidden_states[part].detach()), mask))
+        self._added.append(range(first, len(self)))
         return enumerate(parts, first)
+
+    @property
+    def added(self) -> list[tuple[range, list[tuple[Tensor, Tensor | None]]]]:
+        """Of each call of :meth:`add`, the numbers under which it is kept, and what is kept."""
+        return [(numbers, [self._batches[i] for i in numbers]) for numbers in self._added]
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -26,7 +26,7 @@ from sparsessm_plugin.families import (
     is_mixer,
     iter_mixers,
 )
-from sparsessm_plugin.families.fast_forward import fast_forward
+from sparsessm_plugin.families.fast_forward import fast_forward, withdraw
 from sparsessm_plugin.patterns import check_pattern, check_patterns
 from sparsessm_plugin.progress import Stage
 
@@ -162,6 +162,8 @@ class MixerMethod(Generic[S]):
         # number of the batch that passes the model, counted from 0; set by whoever drives it
         self.current_batch: Callable[[], int] = lambda: 0
         self.failed: Callable[[], None] = lambda: None  # called when it has raised an error
+        # whether all that a mixer saw enters it once more, after compress() and before all else
+        self.passes_again = False
         # what it measured of the model that it was given, if that serves other settings: may be
         # handed to another run on an equal model and the same data
         self.carried: Any = None
@@ -170,6 +172,7 @@ class MixerMethod(Generic[S]):
         self._finite: FiniteCheck | None = None
         self._mixers = 0  # to change
         self._pending: dict[str, MixerAdapter] = {}
+        self._just_changed: list[MixerAdapter] = []  # of the layers that were done last
         self._restore = ExitStack()
         self._stage: Stage | None = None
 
@@ -283,8 +286,14 @@ class MixerMethod(Generic[S]):
     def layers_done(self, modules: Sequence[nn.Module]) -> None:
         """Change what is among these modules, which all data has passed."""
         done = {id(module) for module in modules}
-        for adapter in [a for a in self._pending.values() if id(a.mixer) in done]:
+        for adapter in self._just_changed:  # whatever was to pass it has done so
+            withdraw(adapter.mixer)
+        self._just_changed = [a for a in self._pending.values() if id(a.mixer) in done]
+        # what is promised for one mixer holds as long as no other before it is changed, too
+        self.passes_again = len(self._just_changed) == 1
+        for adapter in self._just_changed:
             self._compress(adapter)
+        self.passes_again = False
 
     def end(self) -> None:
         """Change what is left, and finish."""
@@ -296,6 +305,7 @@ class MixerMethod(Generic[S]):
     def release(self) -> None:
         """Take everything off the model again; safe to call at any time."""
         self._restore.close()
+        self._just_changed, self.passes_again = [], False
 
     @contextmanager
     def released_on_error(self) -> Iterator[None]:

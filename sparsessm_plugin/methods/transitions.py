@@ -24,6 +24,7 @@ from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import MixerAdapter, read_out
 from sparsessm_plugin.families.fast_forward import offer
 from sparsessm_plugin.methods.base import MethodResult, MixerMethod, TargetSettings, Total
+from sparsessm_plugin.methods.propagation import KeptQuantities
 from sparsessm_plugin.methods.run import run
 from sparsessm_plugin.recurrence import PrunedValue, ScanStatistics
 from sparsessm_plugin.selection.masks import check_quoted, check_sparsity
@@ -133,6 +134,7 @@ class TransitionPruning(MixerMethod[TransitionSettings]):
         super().__init__(settings, who)
         self._statistics: dict[str, ScanStatistics] = {}
         self._seconds: dict[str, float] = {}
+        self._kept = KeptQuantities()
         self._layers: list[PrunedTransition] = []
 
     def check_mixer(self, adapter: MixerAdapter) -> None:
@@ -165,6 +167,7 @@ class TransitionPruning(MixerMethod[TransitionSettings]):
             self._seconds[adapter.name] = 0.0
         x = read_out(adapter, quantities, self._statistics[adapter.name])
         offer(adapter.mixer, hidden_states, attention_mask, x)
+        self._kept.add(adapter, hidden_states, quantities)
         self._seconds[adapter.name] += time.perf_counter() - started
 
     def compress(self, adapter: MixerAdapter) -> None:
@@ -194,6 +197,7 @@ class TransitionPruning(MixerMethod[TransitionSettings]):
         value = torch.tensor(PRUNED_VALUES[self.settings.pruned_value], dtype=A_log.dtype)
         kept = torch.where(pruned, value.to(A_log.device), A_log)
         update_offload_parameter(adapter.mixer, "A_log", kept.view_as(adapter.mixer.A_log))
+        self._kept.hand_over(adapter, self.passes_again)
         seconds = self._seconds.pop(adapter.name, 0.0) + time.perf_counter() - started
         self._record(adapter, was_zero, pruned, score, statistics, seconds)
 
@@ -270,6 +274,7 @@ class TransitionPruning(MixerMethod[TransitionSettings]):
     def release(self) -> None:
         super().release()
         self._statistics.clear()
+        self._kept = KeptQuantities()
 
 
 def prune_transitions(

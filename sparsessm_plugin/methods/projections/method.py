@@ -21,7 +21,7 @@ from sparsessm_plugin.calibration.inputs import CalibrationInputs
 from sparsessm_plugin.cost import has_room
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import MixerAdapter, read_out
-from sparsessm_plugin.families.fast_forward import offer
+from sparsessm_plugin.families.fast_forward import may_promise, offer
 from sparsessm_plugin.families.in_turn import on_disk
 from sparsessm_plugin.families.prunable import PrunableWeight
 from sparsessm_plugin.methods.base import MixerMethod, Watch
@@ -307,20 +307,19 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         exits = {p.kind for p in own} & {adapter.exit_kind}
         size = 4 * data.inputs.tokens * adapter.sizes.intermediate_size
         fits = device.type == "cpu" or has_room(device, size)
-        size += entered_bytes(pruned, data.inputs.tokens)
-        enters = bool(exits) and has_room(device, size)
+        enters = bool(exits) and has_room(device, size + entered_bytes(pruned, data.inputs.tokens))
+        data.leaves.wanted = self.passes_again and may_promise(adapter.mixer)
         # what is pruned together; a later stage sees what the stages before leave of its inputs
         for place, stage in enumerate(adapter.stages):
             members = [p for p in own if p.kind in stage]
             if not members:
                 continue
             # the dense mixer's in_proj reads the same inputs, so it has nothing to make up for
-            alike = place == 0 and data.dense_inputs is None
+            compared = None if place == 0 and data.dense_inputs is None else dense
             # from one stage to the next, rather than computed anew
             keep, enter_once = exits if place == 1 and fits else set(), place == 1 and enters
             started = time.perf_counter()
             with self.cost.stage("gather"):
-                compared = None if alike else dense
                 sums = stage_sums(members, pruned, compared, data, keep, enter_once)
                 self._check_sums(members, sums.hessians)
                 self._check_sums(members, sums.crosses)
@@ -331,6 +330,7 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
             tokens = dict.fromkeys((p.name for p in members), data.inputs.tokens)
             for projection, weight in self._solve_all(members, owners, hessians, crosses, tokens):
                 pruned.projection(projection.kind).weight.copy_(weight)
+        data.leaves.hand_over(adapter, pruned, data.inputs)
         logger.info(f"{adapter.name}: pruned {', '.join(p.kind for p in own)}")
 
     def _of(self, adapter: MixerAdapter) -> list[PrunableWeight]:

@@ -16,6 +16,7 @@ from sparsessm_plugin.cost import kept as where_there_is_room
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import MixerAdapter, read_out
 from sparsessm_plugin.families.prunable import PrunableWeight
+from sparsessm_plugin.methods.propagation import OutInputs
 from sparsessm_plugin.recurrence.quantities import Quantities
 from sparsessm_plugin.solvers.objective import gram, window_gram
 
@@ -165,12 +166,14 @@ class MixerData:
         the entry multiply, (b, L, in), where it is known already
     :param entered: by number of the batch and kind, what the pruned entry projections give
         (b, L, out), from the stage within to that at the exit
+    :param leaves: takes what the output projection multiplies once all before it are pruned
     """
 
     inputs: CalibrationInputs = field(default_factory=CalibrationInputs)
     dense_inputs: CalibrationInputs | None = None
     dense: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     entered: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    leaves: OutInputs = field(default_factory=OutInputs)
 
     def keep_dense(self, number: int, kinds: Iterable[str], made: "dict[str, Tensor]") -> None:
         """Keep what the dense projections of some kinds multiply in a batch.
@@ -232,6 +235,8 @@ def stage_sums(
         if dense is not None:
             sums.crosses[p.name] = zeros.clone()
     kinds = {p.kind for p in members}
+    # the model's own float32 products are not rounded
+    as_in_model = device.type != "cuda" or any(_in_half(p, device) for p in members)
     for i in range(len(data.inputs)):
         with tf32():
             with _entering_once(pruned, data.entered, i, enter_once):
@@ -242,6 +247,9 @@ def stage_sums(
                 source = data.inputs if data.dense_inputs is None else data.dense_inputs
                 dense_xs, _ = _inputs_of(kinds | makes, dense, *source.get(i, device, dtype))
                 data.keep_dense(i, makes, dense_xs)
+        if data.leaves.wanted and as_in_model and pruned.exit_kind in kinds:
+            exit_dtype = pruned.projection(pruned.exit_kind).weight.dtype
+            data.leaves.add(xs[pruned.exit_kind].to(exit_dtype))
         for p in firsts:
             x = xs[p.kind]
             add_gram(sums.hessians[p.name], p, x, x, mask)
