@@ -205,6 +205,11 @@ EXPERIMENT = Experiment(
         for model in ("mamba-25m", "mamba2-25m")
     }
     | {
+        "whole_model_quality_mamba-25m_h200": {
+            "models": ["mamba-25m"],
+            "cases": ["2:4", "50 %", "70 %"],
+            "methods": ["SparseGPT of LLM Compressor", REFERENCE, "defaults"],
+        },
         "whole_model_quality_granite-hybrid-16m": {
             "models": ["granite-hybrid-16m"],
             "everywhere": True,
