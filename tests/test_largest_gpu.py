@@ -47,9 +47,10 @@ examples = settings(
     share=st.floats(0, 1),
     places=st.sampled_from([0, 1, 9]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    programs=st.sampled_from([1, 1024]),
     seed=st.integers(0, 99),
 )
-def test_triton_keeps_what_a_stable_sort_keeps(few, size, share, places, dtype, seed):
+def test_triton_keeps_what_a_stable_sort_keeps(few, size, share, places, dtype, programs, seed):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(3, size, generator=generator).mul(100).round(decimals=places).to(dtype)
     scores[:, ::7] = -scores[:, ::7].abs()
@@ -57,13 +58,14 @@ def test_triton_keeps_what_a_stable_sort_keeps(few, size, share, places, dtype, 
     scores[1, ::2] = -0.0
     counts = [round(share * size), size // 2, size]
     module = kernels()
-    before, module._FEW = module._FEW, module._FEW if few else 0
+    before = module._FEW, module._PROGRAMS
+    module._FEW, module._PROGRAMS = module._FEW if few else 0, programs
     try:
         found = module.keep_largest(
             scores.to(DEVICE), torch.tensor(counts, dtype=torch.int32, device=DEVICE)
         )
     finally:
-        module._FEW = before
+        module._FEW, module._PROGRAMS = before
     for row, count, kept in zip(scores, counts, found.cpu(), strict=True):
         assert torch.equal(kept, by_sorting(row, count))
 

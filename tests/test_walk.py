@@ -8,6 +8,7 @@ from sparsessm_plugin.allocation import losses as allocation
 from sparsessm_plugin.allocation.losses import LossMeter
 from sparsessm_plugin.allocation.probe import Probe
 from sparsessm_plugin.backends.lanes import Lane
+from sparsessm_plugin.backends.memory import handed
 from sparsessm_plugin.families.prunable import prunable_weights
 from sparsessm_plugin.methods.projections.statistics import hessian_shape
 from sparsessm_plugin.solvers import walk as walks
@@ -206,3 +207,24 @@ def test_alps_beside_sparsegpt_is_never_worse():
             again = alps(weight, hessian, 0.6)
             assert found.error <= surgical.error * (1 + 1e-6)
             assert torch.equal(found.mask, again.mask)
+
+
+@on_gpu
+def test_numbers_are_handed_to_a_gpu_that_is_busy():
+    busy = torch.randn(4096, 4096, device="cuda")
+    for _ in range(20):
+        busy = busy @ busy / 64
+    done = torch.cuda.Event()
+    done.record()
+    found = handed([[1, 2], [3, 4]], torch.int32, busy.device)
+    assert not done.query()  # nobody has waited
+    assert found.tolist() == [[1, 2], [3, 4]]
+
+
+def test_numbers_are_handed_over_as_they_are():
+    cpu = torch.device("cpu")
+    assert handed([1, 2], torch.int64, cpu).tolist() == [1, 2]
+    given = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    found = handed(given, torch.float32, cpu)
+    assert found.dtype == torch.float32
+    assert found.tolist() == given.tolist()

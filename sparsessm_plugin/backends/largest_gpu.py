@@ -127,7 +127,7 @@ def _keep(
         rest = torch.empty(groups * (2 * _PASSES + tiles), dtype=torch.int32, device=x.device)
         states, ties = rest[: 2 * groups * _PASSES], rest[2 * groups * _PASSES :]
         found = (counts, tallies, states)
-        turns = max(1, min(_TILES, count // (_BLOCK * _PROGRAMS)))
+        turns = max(1, min(_TILES, count // _BLOCK, groups * count // (_BLOCK * _PROGRAMS)))
         for turn in range(_PASSES):
             _tally[(triton.cdiv(count, _BLOCK * turns), groups)](
                 x,

@@ -1,4 +1,7 @@
-"""Memory for large results on the CPU."""
+"""Memory for large results on the CPU, and small ones on their way to a GPU."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,3 +15,16 @@ def room(*shape: int) -> Tensor:
     anew, costs a page fault every 4 KiB: more than computing what is written there.
     """
     return torch.from_numpy(np.empty(shape, np.float32))
+
+
+def handed(values: Sequence[Any] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers that Python knows as a tensor on a device; nobody waits for a GPU.
+
+    From other memory than this, torch copies once the GPU has done all that it was asked for.
+
+    :param values: numbers, nested or not, or a tensor on the CPU
+    """
+    found = torch.as_tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return found.to(device)
+    return found.contiguous().pin_memory().to(device, non_blocking=True)

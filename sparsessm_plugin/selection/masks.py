@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsessm_plugin.backends.choice import REFERENCE, backend_for
+from sparsessm_plugin.backends.memory import handed
 from sparsessm_plugin.errors import SparseSSMError, shown
 
 UNSTRUCTURED = "0:0"
@@ -118,7 +119,7 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
     if count <= 0 or count >= size:
         return torch.full_like(scores, count > 0, dtype=torch.bool)
     if scores.is_cuda:
-        return keep_largest_of_each(scores[None], torch.tensor([count], dtype=torch.int32))[0]
+        return keep_largest_of_each(scores[None], handed([count], torch.int32, scores.device))[0]
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
         # numpy selects in vector instructions, ten times as fast as torch
         at = size - count - 1

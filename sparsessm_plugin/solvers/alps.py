@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sparsessm_plugin.backends.lanes import Lane
+from sparsessm_plugin.backends.memory import handed
 from sparsessm_plugin.backends.precision import Factor, add_half_product, tf32
 from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure, parse_structure
 from sparsessm_plugin.solvers.alternation import UNIT_OF_PULL, alternation, half_sum
@@ -136,7 +137,8 @@ class _Resolvent:
         if penalty > self._reach * self._middle:
             self._middle = self._reach * penalty
             self._basis = self._around(self._middle)
-        series = _shares(penalty / self._middle).to(self._basis)
+        shares = _shares(penalty / self._middle)
+        series = handed(shares, self._basis.dtype, self._basis.device)
         if self._half:
             return half_sum(self._basis, series)
         return (series @ self._basis.flatten(1)).view_as(self._hessian)

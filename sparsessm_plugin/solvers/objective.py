@@ -191,7 +191,8 @@ def dampen(
     mean = diagonal.sum(-1) / live
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     # SparseGPT sets a dead diagonal entry to 1; the mean of the others is the same in any unit
-    added = dead * mean[..., None] + (torch.as_tensor(dampening_frac).to(mean) * mean)[..., None]
+    frac = dampening_frac.to(mean) if isinstance(dampening_frac, Tensor) else dampening_frac
+    added = dead * mean[..., None] + (frac * mean)[..., None]
     return H + torch.diag_embed(added), dead
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparsessm_plugin.backends.memory import handed
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.selection.masks import (
     UNSTRUCTURED,
@@ -240,4 +241,5 @@ def _losses(weight: Tensor, inverse: InverseCholesky) -> Tensor:
 def _lowest(losses: Tensor, sparsities: Sequence[float]) -> Tensor:
     """(S,) sums of the lowest losses at each sparsity."""
     total = torch.nn.functional.pad(losses.flatten().sort().values.cumsum(0), (1, 0))
-    return total[[round(sparsity * losses.numel()) for sparsity in sparsities]]
+    places = [round(sparsity * losses.numel()) for sparsity in sparsities]
+    return total[handed(places, torch.int64, total.device)]

@@ -15,6 +15,7 @@ import torch
 from loguru import logger
 from torch import Tensor
 
+from sparsessm_plugin.backends.memory import handed
 from sparsessm_plugin.cost import has_room
 from sparsessm_plugin.solvers.kernels import WIDTH, choose, sweep
 
@@ -74,14 +75,14 @@ def walk(
         group = rule.size
         block_size = -(-block_size // group) * group
         mask = rule.allowed.expand(weight.shape).mT.reshape(W.shape).contiguous()
-        zeros = torch.tensor(rule.zeros, dtype=torch.int32, device=W.device)
+        zeros = handed(rule.zeros, torch.int32, W.device)
         zeros = zeros.repeat_interleave(len(W) // len(zeros))
     else:
         mask = torch.empty_like(W, dtype=torch.bool)
         if rule.allowed is not None:
             allowed = rule.allowed.expand(weight.shape).mT.reshape(W.shape).contiguous()
         # (blocks, sparsities)
-        counts = torch.tensor(rule.kept, dtype=torch.int32).T.contiguous().to(W.device)
+        counts = handed(list(zip(*rule.kept, strict=True)), torch.int32, W.device)
     pivots = U.diagonal(dim1=1, dim2=2).contiguous()  # (P or 1, in)
     # a block may be more than a kernel walks in one go
     step = min(block_size, max(WIDTH // (group or 1) * (group or 1), group))
