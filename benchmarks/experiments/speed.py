@@ -273,9 +273,15 @@ ALOG = "SparseSSMModifier: {sparsity: 0.5}"
 RECIPES = {
     "sparsegpt": (ALOG, "SensitivitySparseGPTModifier: {sparsity: 0.5, solver: sparsegpt}"),
     "defaults": (ALOG, "SensitivitySparseGPTModifier: {sparsity: 0.5}"),
+    "uniform": (
+        ALOG,
+        "SensitivitySparseGPTModifier: "
+        "{sparsity: 0.5, solver: sparsegpt, allocation: uniform, target_output: own}",
+    ),
 }
 PIPELINE_SAMPLES, MOST_BYTES = 64, 24 * 2**30
 MOST_SECONDS = {"sparsegpt": 30, "defaults": 40}
+MOST_TIMES = 2.5  # that the defaults take of uniform SparseGPT's seconds
 
 
 def make_model(
@@ -451,7 +457,7 @@ def render_pipeline(numbers: dict[str, Any], chosen: "Fields", device: str) -> s
         text = (
             f"{' and '.join(RECIPES[key])}; {chosen.pipeline_samples} x {chosen.length} random "
             f"tokens in batches of {BATCH}, random weights in {dtype}, on {device}: "
-            f"{whole:.1f} s (target {MOST_SECONDS[key]}), {tokens / whole:,.0f} tokens/s, "
+            f"{whole:.1f} s{_target(numbers, key)}, {tokens / whole:,.0f} tokens/s, "
             f"peak memory {own['peak_memory_bytes'] / 2**30:.1f} GiB "
             f"(target {MOST_BYTES / 2**30:.0f}). The floor is what the projections' operations "
             f"take at {ceilings.matrix / 1e12:.1f} T/s, "
@@ -466,6 +472,17 @@ def render_pipeline(numbers: dict[str, Any], chosen: "Fields", device: str) -> s
         head = ["modifier", "stage", "seconds", "floor", "times the floor"]
         parts.append(section(title, text, head, lines))
     return joined(*parts)
+
+
+def _target(numbers: dict[str, Any], key: str) -> str:
+    """What the seconds of a recipe should be, and what they are of uniform SparseGPT's."""
+    if key not in MOST_SECONDS:
+        return ""
+    found = f"target {MOST_SECONDS[key]}"
+    if key == "defaults" and "uniform" in numbers:
+        times = numbers[key]["seconds"] / numbers["uniform"]["seconds"]
+        found += f"; {times:.1f} times uniform SparseGPT's, target {MOST_TIMES}"
+    return f" ({found})"
 
 
 # -- growth ------------------------------------------------------------------------------------
