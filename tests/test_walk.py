@@ -2,14 +2,18 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import batches, tiny_model
 
 from sparsessm_plugin.allocation import losses as allocation
 from sparsessm_plugin.allocation.losses import LossMeter
 from sparsessm_plugin.allocation.probe import Probe
 from sparsessm_plugin.backends.lanes import Lane
 from sparsessm_plugin.backends.memory import handed
+from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families.prunable import prunable_weights
+from sparsessm_plugin.methods.projections import inverses as ahead
+from sparsessm_plugin.methods.projections import prune_projections, statistics
+from sparsessm_plugin.methods.projections.inverses import Inverses
 from sparsessm_plugin.methods.projections.statistics import hessian_shape
 from sparsessm_plugin.solvers import walk as walks
 from sparsessm_plugin.solvers.alps import alps
@@ -168,6 +172,70 @@ def test_a_curve_that_float32_cannot_compute_is_computed_again(monkeypatch):
         allocation, "hasty_error_curve", lambda *a, **k: (torch.full((10,), -1.0), torch.zeros(()))
     )
     assert losses() == expected
+
+
+def test_inverses_are_computed_once_and_ahead(monkeypatch):
+    _, hessian = problem(0)
+    _, other = problem(1)
+    computed = []
+    own = ahead.damped_inverse_cholesky
+    monkeypatch.setattr(
+        ahead, "damped_inverse_cholesky", lambda H, *a: computed.append(H) or own(H, *a)
+    )
+    inverses = Inverses(0.01)
+    wide = other.double()  # solvers take it in float32, which is another tensor
+    inverses.compute_ahead([hessian, hessian, wide])
+    assert len(computed) == 1
+    first = inverses.of(hessian, hessian)
+    assert inverses.of(wide, other) is inverses.of(wide, other)
+    assert inverses.of(hessian, hessian) is first
+    assert len(computed) == 2
+    torch.testing.assert_close(first.factor, own(hessian, 0.01).factor)
+
+
+def test_what_cannot_be_inverted_ahead_is_told_of_when_it_is_asked_for():
+    none = torch.tensor([[1.0, 1e9], [1e9, 1.0]])
+    inverses = Inverses(0.0)
+    inverses.compute_ahead([none])
+    with pytest.raises(SparseSSMError, match="cannot be inverted"):
+        inverses.of(none, none)
+
+
+@pytest.mark.parametrize("solver", ["sparsegpt", "alps"])
+def test_cross_terms_that_are_summed_later_are_the_same(solver, monkeypatch):
+    def pruned():
+        model = tiny_model("mamba")
+        prune_projections(model, batches(2), sparsity=0.5, solver=solver)
+        return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    class Event:
+        recorded = 0
+
+        def record(self, stream):
+            type(self).recorded += 1
+
+    expected = pruned()
+    monkeypatch.setattr(statistics, "has_room", lambda device, size: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    found = pruned()
+    assert Event.recorded  # in every stage behind the first
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+@on_gpu
+@pytest.mark.parametrize("target", ["mixer", "dense"])
+def test_inverses_beside_sums_change_nothing(target, monkeypatch):
+    def pruned():
+        model = tiny_model("mamba").to("cuda", torch.bfloat16)
+        prune_projections(model, batches(2), sparsity=0.5, solver="sparsegpt", target_output=target)
+        return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    found = pruned()
+    monkeypatch.setattr(statistics, "has_room", lambda device, size: False)
+    for name, weight in pruned().items():
+        assert torch.equal(found[name], weight), name
 
 
 @on_gpu

@@ -26,15 +26,20 @@ class Lane:
         self._stream = _stream(with_index(device), number) if device.type == "cuda" else None
 
     @contextmanager
-    def work(self) -> Iterator[None]:
+    def work(self, after: torch.cuda.Event | None = None) -> Iterator[None]:
         """What is asked for inside begins once all that was asked for before is done.
 
         Tensors that it reads must be held, and must not be changed, until :meth:`join`.
+
+        :param after: begin once this is; nothing that the lane made earlier may be read since
         """
         if self._stream is None:
             yield
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        if after is None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        else:
+            self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
             yield
 

@@ -31,7 +31,7 @@ from sparsessm_plugin.methods.projections.dense import (
     enough_tokens,
     in_groups,
 )
-from sparsessm_plugin.methods.projections.inverses import LastInverse
+from sparsessm_plugin.methods.projections.inverses import Inverses, begin_inverses
 from sparsessm_plugin.methods.projections.linears import PendingLinears
 from sparsessm_plugin.methods.projections.permutation import (
     PermutedAxis,
@@ -321,14 +321,15 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
             started = time.perf_counter()
             with self.cost.stage("gather"):
                 sums = stage_sums(members, pruned, compared, data, keep, enter_once)
-                self._check_sums(members, sums.hessians)
-                self._check_sums(members, sums.crosses)
+                check = partial(self._check_sums, members)
+                inverses = begin_inverses(sums, check, self.settings)
                 owners = owners_of(members)
                 hessians = sum_to_owners(f"Hessians of {adapter.name}", sums.hessians, owners)
                 crosses = sum_to_owners(f"cross terms of {adapter.name}", sums.crosses, owners)
             self._gather_seconds += time.perf_counter() - started
             tokens = dict.fromkeys((p.name for p in members), data.inputs.tokens)
-            for projection, weight in self._solve_all(members, owners, hessians, crosses, tokens):
+            found = self._solve_all(members, owners, hessians, crosses, tokens, inverses)
+            for projection, weight in found:
                 pruned.projection(projection.kind).weight.copy_(weight)
         data.leaves.hand_over(adapter, pruned, data.inputs)
         logger.info(f"{adapter.name}: pruned {', '.join(p.kind for p in own)}")
@@ -361,12 +362,13 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         hessians: Mapping[str, Tensor],
         crosses: Mapping[str, Tensor],
         tokens: Mapping[str, int],
+        inverses: Inverses | None = None,
     ) -> list[tuple[PrunableWeight, Tensor]]:
         """Prune projections of the model, each on the rank that has its sums.
 
         :return: with the weights as they are stored, on every rank
         """
-        rank, inverses = distributed.rank(), LastInverse(self.settings.dampening_frac)
+        rank, inverses = distributed.rank(), inverses or Inverses(self.settings.dampening_frac)
         solved = {
             p.name: self._solve(
                 p, hessians[p.name], crosses.get(p.name), tokens.get(p.name, 0), inverses
@@ -394,7 +396,7 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         own: Tensor,
         cross: Tensor | None,
         tokens: int,
-        inverses: LastInverse,
+        inverses: Inverses,
     ) -> tuple[Tensor, PrunedProjection]:
         """The pruned weight of a projection as it is to be stored, and what became of it."""
         started = time.perf_counter()

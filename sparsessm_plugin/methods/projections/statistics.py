@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparsessm_plugin import distributed
 from sparsessm_plugin.backends.precision import add_half_product, tf32
 from sparsessm_plugin.calibration.inputs import CalibrationInputs
+from sparsessm_plugin.cost import has_room
 from sparsessm_plugin.cost import kept as where_there_is_room
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import MixerAdapter, read_out
@@ -197,10 +198,12 @@ class StageSums:
     :param hessians: products of their inputs; one tensor for all that read the same
     :param crosses: products of their dense inputs, as rows, and their inputs; empty where nothing
         is to be compared with a dense mixer
+    :param hessians_done: when a GPU has summed the Hessians, where it is not at the end
     """
 
     hessians: dict[str, Tensor]
     crosses: dict[str, Tensor]
+    hessians_done: torch.cuda.Event | None = None
 
 
 def stage_sums(
@@ -235,6 +238,7 @@ def stage_sums(
         if dense is not None:
             sums.crosses[p.name] = zeros.clone()
     kinds = {p.kind for p in members}
+    later: list[tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]] = []
     # the model's own float32 products are not rounded
     as_in_model = device.type != "cuda" or any(_in_half(p, device) for p in members)
     for i in range(len(data.inputs)):
@@ -251,10 +255,17 @@ def stage_sums(
             exit_dtype = pruned.projection(pruned.exit_kind).weight.dtype
             data.leaves.add(xs[pruned.exit_kind].to(exit_dtype))
         for p in firsts:
-            x = xs[p.kind]
-            add_gram(sums.hessians[p.name], p, x, x, mask)
-            if dense_xs:
-                add_gram(sums.crosses[p.name], p, dense_xs[p.kind], x, mask)
+            add_gram(sums.hessians[p.name], p, xs[p.kind], xs[p.kind], mask)
+        if dense_xs and has_room(device, sum(x.nbytes for x in (*xs.values(), *dense_xs.values()))):
+            later.append((xs, dense_xs, mask))
+        elif dense_xs:
+            _add_crosses(sums, firsts, xs, dense_xs, mask)
+    if later:
+        sums = replace(sums, hessians_done=torch.cuda.Event())
+        assert sums.hessians_done is not None
+        sums.hessians_done.record(torch.cuda.current_stream(device))
+    for each in later:
+        _add_crosses(sums, firsts, *each)
     for p in members:  # ranks add up what each has, in place
         first = _first_alike(p, members, pruned)
         for found in (sums.hessians, sums.crosses):
@@ -262,6 +273,17 @@ def stage_sums(
                 own = found[first.name]
                 found[p.name] = own.clone() if distributed.world_size() > 1 else own
     return sums
+
+
+def _add_crosses(
+    sums: StageSums,
+    firsts: list[PrunableWeight],
+    xs: dict[str, Tensor],
+    dense_xs: dict[str, Tensor],
+    mask: Tensor | None,
+) -> None:
+    for p in firsts:
+        add_gram(sums.crosses[p.name], p, dense_xs[p.kind], xs[p.kind], mask)
 
 
 def _first_alike(
