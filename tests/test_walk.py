@@ -6,11 +6,11 @@ from conftest import batches, tiny_model
 
 from sparsessm_plugin.allocation import losses as allocation
 from sparsessm_plugin.allocation.losses import LossMeter
-from sparsessm_plugin.allocation.probe import Probe
+from sparsessm_plugin.allocation.probe import LayerProbe, Probe
 from sparsessm_plugin.backends.lanes import Lane
 from sparsessm_plugin.backends.memory import handed
 from sparsessm_plugin.errors import SparseSSMError
-from sparsessm_plugin.families.prunable import prunable_weights
+from sparsessm_plugin.families.prunable import PrunableWeight, prunable_weights
 from sparsessm_plugin.methods.projections import inverses as ahead
 from sparsessm_plugin.methods.projections import prune_projections, statistics
 from sparsessm_plugin.methods.projections.inverses import Inverses
@@ -133,6 +133,41 @@ def test_nothing_is_held_outside():
             assert walks._graphs.get() is inside
         assert walks._graphs.get() is inside
     assert walks._graphs.get() is None
+
+
+def test_who_shares_graphs_may_end_in_any_order():
+    first, second = walks_captured(), walks_captured()
+    first.__enter__()
+    graphs = walks._graphs.get()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert walks._graphs.get() is graphs
+    second.__exit__(None, None, None)
+    assert walks._graphs.get() is None
+
+
+def test_curves_hold_no_more_than_they_need(monkeypatch):
+    """Hessians of many layers are let go of, and a weight that may lie on a disk is read once."""
+    model = tiny_model("mamba")
+    projections = prunable_weights(model)[:4]
+    hessians = {
+        p.name: torch.eye(p.shape[-1]).expand(hessian_shape(p)).contiguous() for p in projections
+    }
+    kept = {"block_size": 32, "dampening_frac": 0.01, "who": "test"}
+    data = [{"input_ids": torch.arange(32)[None]}]
+    meter = LossMeter(Probe(model, data), 0.5, **kept)
+    meter.add(projections, hessians)
+    assert meter._begun == []
+    meter = LossMeter(LayerProbe(model, data), 0.5, **kept)
+    meter.add(projections, hessians)
+    assert len(meter._begun) == len(projections)  # of one layer
+    read = []
+    own = PrunableWeight.weight.fget
+    monkeypatch.setattr(
+        PrunableWeight, "weight", property(lambda self: read.append(self.name) or own(self))
+    )
+    meter.losses()
+    assert read == []
 
 
 def test_a_lane_of_a_cpu_works_at_once():
@@ -292,6 +327,8 @@ def test_numbers_are_handed_to_a_gpu_that_is_busy():
 def test_numbers_are_handed_over_as_they_are():
     cpu = torch.device("cpu")
     assert handed([1, 2], torch.int64, cpu).tolist() == [1, 2]
+    with torch.device("meta"):  # any default
+        assert handed([1, 2], torch.int64, cpu).tolist() == [1, 2]
     given = torch.tensor([0.5, 0.25], dtype=torch.float64)
     found = handed(given, torch.float32, cpu)
     assert found.dtype == torch.float32

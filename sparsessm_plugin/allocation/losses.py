@@ -41,7 +41,8 @@ def highest_for(sparsity: float) -> float:
 class _Begun(NamedTuple):
     """A curve that a lane may still compute, and what it reads."""
 
-    projection: PrunableWeight
+    name: str
+    weight: Tensor
     hessian: Tensor
     lane: Lane
     curve: Tensor
@@ -119,17 +120,19 @@ class LossMeter:
                 self._begin_curve(projection, hessians[projection.name], number)
                 self._tensors[projection.name] = tensor
                 stage.advance()
+        if not isinstance(self.probe, LayerProbe):  # many layers' Hessians are not held for it
+            self._end_curves()
 
     def _begin_curve(self, projection: PrunableWeight, hessian: Tensor, number: int) -> None:
         """Let a GPU compute the error at each sparsity beside that of others."""
-        weight = projection.weight
-        hessian = hessian.to(weight.device)
-        lane = Lane(weight.device, number % _LANES)
+        weight = projection.weight  # a copy where weights are elsewhere, which a lane still reads
+        there = hessian.to(weight.device)
+        lane, how = Lane(weight.device, number % _LANES), self._how(weight)
         with lane.work():
-            curve, exists = hasty_error_curve(
-                weight.float(), hessian, self._curve, **self._how(weight)
-            )
-        self._begun.append(_Begun(projection, hessian, lane, curve, exists))
+            curve, exists = hasty_error_curve(weight.float(), there, self._curve, **how)
+        self._begun.append(_Begun(projection.name, weight, there, lane, curve, exists))
+        if there is not hessian:  # Hessians wait in main memory as there is no room for them
+            self._end_curves()
 
     def _how(self, weight: Tensor) -> dict[str, Any]:
         """How a curve is computed."""
@@ -145,10 +148,11 @@ class LossMeter:
         for one in begun:
             one.lane.join()
         for one in begun:
-            curve, weight = one.curve, one.projection.weight
+            curve = one.curve
             if not bool(one.exists):
-                curve = error_curve(weight.float(), one.hessian, self._curve, **self._how(weight))
-            self._curves[one.projection.name] = curve.tolist()
+                how = self._how(one.weight)
+                curve = error_curve(one.weight.float(), one.hessian, self._curve, **how)
+            self._curves[one.name] = curve.tolist()
 
     def losses(self) -> dict[str, list[float]]:
         """Of all that were added: a loss in nats a token for each sparsity of the curve."""

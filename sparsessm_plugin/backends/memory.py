@@ -24,7 +24,7 @@ def handed(values: Sequence[Any] | Tensor, dtype: torch.dtype, device: torch.dev
 
     :param values: numbers, nested or not, or a tensor on the CPU
     """
-    found = torch.as_tensor(values, dtype=dtype)
+    found = torch.as_tensor(values, dtype=dtype, device="cpu")  # whatever the default is
     if device.type != "cuda":
         return found.to(device)
     return found.contiguous().pin_memory().to(device, non_blocking=True)

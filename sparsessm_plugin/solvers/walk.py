@@ -6,9 +6,10 @@ one CUDA graph, in :func:`walks_captured`.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -152,15 +153,25 @@ class _Graph:
     def __init__(self, tensors: _Tensors, plan: _Plan) -> None:
         self._own = _Tensors(*(None if x is None else x.clone() for x in tensors))  # type: ignore[arg-type]
         self._graph = torch.cuda.CUDAGraph()
-        home, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        home, device = torch.cuda.current_stream(), torch.cuda.current_device()
+        # The workspace of cuBLAS is that of the stream which is captured: graphs that may be
+        # replayed at once must not share it. The default stream alone cannot be captured.
+        at_home = home != torch.cuda.default_stream()
+        stream = home if at_home else _stream_to_capture(device)
         stream.wait_stream(home)
+        pool = torch.cuda.graph_pool_handle()
         with torch.cuda.stream(stream):
             # torch.cuda.graph would collect garbage and wait for all of the GPU first
-            self._graph.capture_begin(capture_error_mode="thread_local")
+            self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 _walk_columns(self._own, plan)
             finally:
-                self._graph.capture_end()
+                try:
+                    self._graph.capture_end()
+                except Exception:  # torch would go on to take memory from the graph's pool
+                    with suppress(Exception):
+                        torch._C._cuda_endAllocateToPool(device, pool)
+                    raise
         home.wait_stream(stream)
 
     def __call__(self, tensors: _Tensors) -> _Tensors:
@@ -176,8 +187,10 @@ class _Graphs:
     """The graphs of walks that have come before; a stream has its own."""
 
     def __init__(self) -> None:
+        self.users = 0
         self._found: dict[Any, _Graph | None] = {}
         self._seen: set[Any] = set()
+        self._captures = True
 
     def run(self, tensors: _Tensors, plan: _Plan) -> _Tensors:
         """The walk, in one launch where its like has come twice."""
@@ -202,7 +215,8 @@ class _Graphs:
 
     def _capture(self, tensors: _Tensors, plan: _Plan) -> _Graph | None:
         device = tensors.weight.device
-        if not has_room(device, 2 * sum(x.nbytes for x in tensors if x is not None)):
+        size = sum(x.nbytes for x in tensors if x is not None)
+        if not self._captures or not has_room(device, 2 * size):
             return None
         try:
             with torch.cuda.device(device):
@@ -211,7 +225,13 @@ class _Graphs:
             reason = str(error).partition("\n")[0] or type(error).__name__
             logger.info(f"SparseGPT's walk runs without a CUDA graph: {reason}")
             torch.cuda.synchronize(device)
+            self._captures = False
             return None
+
+
+@cache
+def _stream_to_capture(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _stream_of(device: torch.device) -> int:
@@ -224,12 +244,15 @@ _graphs: ContextVar[_Graphs | None] = ContextVar("graphs of walks", default=None
 @contextmanager
 def walks_captured() -> Iterator[None]:
     """On a GPU, launch walks that come again as one: many weights of few shapes are pruned."""
-    before = _graphs.get()
-    _graphs.set(before or _Graphs())
+    graphs = _graphs.get() or _Graphs()
+    graphs.users += 1
+    _graphs.set(graphs)
     try:
         yield
-    finally:
-        _graphs.set(before)
+    finally:  # those who share them may end in any order
+        graphs.users -= 1
+        if not graphs.users:
+            _graphs.set(None)
 
 
 def _run(tensors: _Tensors, plan: _Plan) -> _Tensors:
