@@ -281,11 +281,7 @@ def fitted_parameters(model: nn.Module, weights: Weights | None) -> dict[str, nn
         return {}
     if weights == "mixers":
         return mixer_parameters(model)
-    left_out: set[int] = set()
-    if weights == "all_but_vocabulary":
-        ends: Any = model
-        for module in (ends.get_input_embeddings(), ends.get_output_embeddings()):
-            left_out |= {id(p) for p in module.parameters()}
+    left_out = _vocabulary(model) if weights == "all_but_vocabulary" else set()
     return {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -310,14 +306,19 @@ def matrices_of(model: Any, parameters: Mapping[str, nn.Parameter]) -> set[str]:
 
     :param parameters: some of the model's, by name
     """
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    vocabulary = {id(p) for module in ends if module is not None for p in module.parameters()}
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - vocabulary
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    linear -= _vocabulary(model)
     return {
         name
         for name, parameter in parameters.items()
         if id(parameter) in linear and min(parameter.shape) > 1
     }
+
+
+def _vocabulary(model: Any) -> set[int]:
+    """Identities of the weights that embed or predict tokens."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {id(p) for module in ends if module is not None for p in module.parameters()}
 
 
 def _is_capturable(batch: Mapping[str, Any]) -> bool:
