@@ -7,6 +7,8 @@ ones do, as in :mod:`sparsessm_plugin.selection.masks`. Few entries are held by 
 which finds the score bit by bit.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,32 @@ _SIZES += ["from_row", "from_column"]
 _MOVING = ["counts"]  # a part of a tensor, wherever it begins
 
 
+class _Where(NamedTuple):
+    """Which entries are chosen among, as kernels take it.
+
+    :param inner: entries of a problem, its first ones
+    :param out: entries that share a divisor
+    :param pitch: from one problem to the next
+    :param step: from one problem's divisors to the next
+    :param problems: among whose entries one choice is made
+    """
+
+    inner: int
+    out: int
+    pitch: int
+    step: int
+    problems: int
+
+
+class _Layout(NamedTuple):
+    """Where entries lie that are compared by position, row by row, as kernels take it."""
+
+    rows: int
+    columns: int
+    from_row: int
+    from_column: int
+
+
 def keep_largest(scores: Tensor, counts: Tensor) -> Tensor:
     """The largest scores of every row: (S, n) bool. Of equal ones the last are kept.
 
@@ -34,10 +62,8 @@ def keep_largest(scores: Tensor, counts: Tensor) -> Tensor:
     scores = scores.contiguous()
     kept = torch.empty_like(scores, dtype=torch.bool)
     size = scores.shape[1]
-    layout = {"rows": triton.cdiv(size, _TILE), "columns": _TILE, "from_row": _TILE}
-    _keep(
-        scores, scores, scores, kept, counts, size, size, size, 0, 1, {**layout, "from_column": 1}
-    )
+    layout = _Layout(triton.cdiv(size, _TILE), _TILE, _TILE, 1)
+    _keep(scores, scores, scores, kept, counts, _Where(size, size, size, 0, 1), layout)
     return kept
 
 
@@ -53,19 +79,15 @@ def keep_of_block(
     """Fill a block of ``kept``; see :func:`sparsessm_plugin.solvers.kernels.choose`."""
     total, size, out = weight.shape
     columns = stop - start
-    layout = {"rows": out, "columns": columns, "from_row": 1, "from_column": out}
+    step = pivots.stride(0) if len(pivots) > 1 else 0
     _keep(
         weight[:, start:],
         pivots[:, start:],
         weight if allowed is None else allowed[:, start:],
         kept[:, start:],
         counts,
-        columns * out,
-        out,
-        size * out,
-        pivots.stride(0) if len(pivots) > 1 else 0,
-        total // len(counts),
-        layout,
+        _Where(columns * out, out, size * out, step, total // len(counts)),
+        _Layout(out, columns, 1, out),
         divided=True,
         masked=allowed is not None,
     )
@@ -77,42 +99,25 @@ def _keep(
     allowed: Tensor,
     kept: Tensor,
     counts: Tensor,
-    inner: int,
-    out: int,
-    pitch: int,
-    step: int,
-    problems: int,
-    layout: dict[str, int],
+    where: _Where,
+    layout: _Layout,
     divided: bool = False,
     masked: bool = False,
 ) -> None:
-    """Launch what chooses among the first ``inner`` entries of every problem.
-
-    :param pitch: from one problem to the next
-    :param out: entries that share a divisor
-    :param step: from one problem's divisors to the next
-    :param problems: among whose entries one choice is made
-    :param layout: where entries lie that are compared by position: row by row
-    """
-    groups, count = len(counts), problems * inner
+    """Launch what chooses among the first ``inner`` entries of every problem."""
+    groups, count = len(counts), where.problems * where.inner
     kept, allowed = kept.view(torch.uint8), allowed.view(torch.uint8) if masked else allowed
-    fixed = {"DIVIDED": divided, "MASKED": masked}
+    read, fixed = (x, divisor, allowed), {"DIVIDED": divided, "MASKED": masked}
     with torch.cuda.device_of(x):  # the one Triton launches on
         if count <= _FEW:
             size = max(triton.next_power_of_2(count), 32)
             _keep_few[(groups,)](
-                x,
-                divisor,
-                allowed,
+                *read,
                 counts,
                 kept,
                 count,
-                inner,
-                out,
-                pitch,
-                step,
-                problems,
-                layout["columns"] if divided else 1,
+                *where,
+                layout.columns if divided else 1,
                 0,
                 COUNT=size,
                 BITS=size.bit_length() - 1,
@@ -120,9 +125,9 @@ def _keep(
                 **fixed,
             )
             return
-        columns = triton.next_power_of_2(layout["columns"])
+        columns = triton.next_power_of_2(layout.columns)
         rows = max(1, _TILE // columns)
-        tiles = problems * triton.cdiv(layout["rows"], rows)
+        tiles = where.problems * triton.cdiv(layout.rows, rows)
         tallies = torch.zeros(groups, _PASSES, 256, dtype=torch.int32, device=x.device)
         rest = torch.empty(groups * (2 * _PASSES + tiles), dtype=torch.int32, device=x.device)
         states, ties = rest[: 2 * groups * _PASSES], rest[2 * groups * _PASSES :]
@@ -130,16 +135,10 @@ def _keep(
         turns = max(1, min(_TILES, count // _BLOCK, groups * count // (_BLOCK * _PROGRAMS)))
         for turn in range(_PASSES):
             _tally[(triton.cdiv(count, _BLOCK * turns), groups)](
-                x,
-                divisor,
-                allowed,
+                *read,
                 *found,
                 count,
-                inner,
-                out,
-                pitch,
-                step,
-                problems,
+                *where,
                 turns,
                 PASS=turn,
                 PASSES=_PASSES,
@@ -148,21 +147,12 @@ def _keep(
             )
         for writes in (False, True):
             _compare[(tiles, groups)](
-                x,
-                divisor,
-                allowed,
+                *read,
                 *found,
                 ties,
                 kept,
-                inner,
-                out,
-                pitch,
-                step,
-                problems,
-                layout["rows"],
-                layout["columns"],
-                layout["from_row"],
-                layout["from_column"],
+                *where,
+                *layout,
                 tiles,
                 WRITES=writes,
                 PASSES=_PASSES,
