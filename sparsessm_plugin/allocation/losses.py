@@ -10,7 +10,6 @@ from sparsessm_plugin.allocation.probe import LayerProbe, Probe
 from sparsessm_plugin.backends.lanes import Lane
 from sparsessm_plugin.families.prunable import PrunableWeight
 from sparsessm_plugin.progress import Stage
-from sparsessm_plugin.solvers.objective import objective
 from sparsessm_plugin.solvers.projections import SOLVERS
 from sparsessm_plugin.solvers.sparsegpt import error_curve, hasty_error_curve
 
@@ -106,7 +105,7 @@ class LossMeter:
             weight = projection.weight
             hessian = hessians[projection.name].to(weight.device)
             solved = SOLVERS["wanda"](weight, hessian, _PROBE_SPARSITY)
-            self._errors[tensor] = objective(weight, solved.weight, hessian).sum()
+            self._errors[tensor] = solved.squared_error
             return solved.weight
 
         shared = {tensor for tensor, p in by_tensor.items() if p.name in everywhere}

@@ -44,9 +44,14 @@ class Solved:
     hessian: Tensor
 
     @cached_property
+    def squared_error(self) -> Tensor:
+        """``error`` as a tensor without dimensions, which a GPU may still compute: float64."""
+        return objective(self.dense, self.weight, self.hessian).sum()
+
+    @property
     def error(self) -> float:
         """``tr((W - W') H (W - W')^T)`` of ``weight`` as it is stored, over all problems."""
-        return float(objective(self.dense, self.weight, self.hessian).sum())
+        return float(self.squared_error)
 
     @cached_property
     def relative_error(self) -> float:
