@@ -76,18 +76,22 @@ def calls(model, count=3):
     return count * len(find_mixers(model))
 
 
+def all_are_used(family, padded, modifier):
+    ready = batches(padded=padded)
+    spy = with_and_without(
+        partial(tiny_model, family),
+        lambda model: run(model, modifier(), ready, pipeline="sequential"),
+    )
+    assert spy.used == spy.promised == calls(tiny_model(family))
+
+
 @on_cpu
 @pytest.mark.parametrize(
     ("family", "padded"),
     [*((family, True) for family in (*FAMILIES, *DELTA)), ("mamba", False), ("mamba2", False)],
 )
 def test_projections(family, padded):
-    ready = batches(padded=padded)
-    spy = with_and_without(
-        partial(tiny_model, family),
-        lambda model: run(model, PROJECTIONS(), ready, pipeline="sequential"),
-    )
-    assert spy.used == spy.promised == calls(tiny_model(family))
+    all_are_used(family, padded, PROJECTIONS)
 
 
 @on_cpu
@@ -95,12 +99,7 @@ def test_projections(family, padded):
     ("family", "padded"), [*((family, True) for family in MAMBA1), ("mamba", False)]
 )
 def test_transitions(family, padded):
-    ready = batches(padded=padded)
-    spy = with_and_without(
-        partial(tiny_model, family),
-        lambda model: run(model, A_LOG(), ready, pipeline="sequential"),
-    )
-    assert spy.used == spy.promised == calls(tiny_model(family))
+    all_are_used(family, padded, A_LOG)
 
 
 @on_cpu
