@@ -361,8 +361,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def check(ranks, alone, tolerance=1e-4 if DEVICE == "cpu" else 1e-2):
-    """Bit-identical over ranks, and what one process gives up to the order of summation."""
+def check(ranks, alone, tolerance=1e-4 if DEVICE == "cpu" else 1e-2, rare=0.0):
+    """Bit-identical over ranks, and what one process gives up to the order of summation.
+
+    :param rare: share of a weight's entries that may be further off
+    """
     first, second = ranks
     for name, weight in alone["weights"].items():
         assert torch.equal(first["weights"][name], second["weights"][name]), name
@@ -370,7 +373,8 @@ def check(ranks, alone, tolerance=1e-4 if DEVICE == "cpu" else 1e-2):
         assert found.shape == weight.shape
         assert found.dtype == weight.dtype
         scale = weight.float().abs().max().clamp(min=1e-6)
-        assert float((found.float() - weight.float()).abs().max() / scale) < tolerance, name
+        far = ~((found.float() - weight.float()).abs() / scale < tolerance)
+        assert float(far.float().mean()) <= rare, name
 
 
 @pytest.fixture
@@ -406,7 +410,8 @@ def test_two_ranks_distill_as_one_does_with_batches_twice_as_large(folder, one_t
         {key: torch.cat([first[key], second[key]]) for key in first}
         for first, second in zip(_EQUAL[::2], _EQUAL[1::2], strict=True)
     ]
-    check(ranks, run(job, both), 1e-3)
+    # Adam moves an entry by a whole step whose gradient is rounding alone, and a GPU rounds otherwise
+    check(ranks, run(job, both), 1e-3, rare=0.0 if DEVICE == "cpu" else 0.01)
     dense = _MAMBA().state_dict()
     name = "backbone.layers.0.mixer.out_proj.weight"
     assert not torch.equal(ranks[0]["weights"][name], dense[name])

@@ -176,6 +176,8 @@ def test_perplexity_of_a_checkpoint_agrees_with_transformers(assets):
     from transformers import AutoModelForCausalLM
 
     folder = assets / "models" / "mamba-6m"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = read_texts(assets / "data" / "wikitext2" / "test.detok.txt")[0][:4000]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import batches, tiny_model
+from conftest import DEVICE, assert_same_sums, batches, tiny_model
 
 from sparsessm_plugin.allocation import losses as allocation
 from sparsessm_plugin.allocation.losses import LossMeter
@@ -249,14 +249,16 @@ def test_cross_terms_that_are_summed_later_are_the_same(solver, monkeypatch):
         def record(self, stream):
             type(self).recorded += 1
 
+    monkeypatch.setattr(statistics, "has_room", lambda device, size: False)
     expected = pruned()
     monkeypatch.setattr(statistics, "has_room", lambda device, size: True)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     found = pruned()
-    assert Event.recorded  # in every stage behind the first
+    assert Event.recorded or DEVICE == "cuda"  # in every stage behind the first
     for name, weight in expected.items():
-        assert torch.equal(found[name], weight), name
+        assert_same_sums(found[name], weight, 0.0)
 
 
 @on_gpu
