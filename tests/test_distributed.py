@@ -410,7 +410,7 @@ def test_two_ranks_distill_as_one_does_with_batches_twice_as_large(folder, one_t
         {key: torch.cat([first[key], second[key]]) for key in first}
         for first, second in zip(_EQUAL[::2], _EQUAL[1::2], strict=True)
     ]
-    # Adam moves an entry by a whole step whose gradient is rounding alone, and a GPU rounds otherwise
+    # Adam moves an entry whose gradient is rounding alone by a whole step; GPUs round otherwise
     check(ranks, run(job, both), 1e-3, rare=0.0 if DEVICE == "cpu" else 0.01)
     dense = _MAMBA().state_dict()
     name = "backbone.layers.0.mixer.out_proj.weight"

@@ -77,6 +77,8 @@ def loaded_apart(family):
     return model
 
 
+# Weights that stand on the grid already: where they are merely rounded, the largest of a group lies
+# halfway between two values, and whether a CPU or a GPU divides decides which one it becomes.
 LOADABLE = {
     "granite-int4": ("granitemoehybrid", [SparseGPTQModifier(ignore=NO_EXPERTS, **scheme(INT4))]),
     "jamba-w8a8": ("jamba", [SparseGPTQModifier(ignore=NO_EXPERTS, **W8A8)]),
@@ -100,13 +102,13 @@ LOADABLE = {
     ),
     "jamba-A_log": (
         "jamba",
-        [SparseSSMModifier(sparsity=0.5), QuantizationModifier(ignore=NO_EXPERTS, **W8A8)],
+        [SparseSSMModifier(sparsity=0.5), SparseGPTQModifier(ignore=NO_EXPERTS, **W8A8)],
     ),
     "nemotron-states": (
         "nemotron_h",
         [
             StateRemovalModifier(keep=4, saliency="last", compensate="none"),
-            QuantizationModifier(ignore=NO_EXPERTS, **scheme(INT4)),
+            SparseGPTQModifier(ignore=NO_EXPERTS, **scheme(INT4)),
         ],
     ),
 }
