@@ -735,8 +735,29 @@ def test_curve_from_a_sample(decay):
     assert float(ratio.abs().max()) < 0.15, ratio
 
 
+def test_curve_from_a_sample_of_inputs():
+    w = normal(96, 192, seed=1).float()
+    x = normal(4096, 192, seed=2)
+    alone, alike = ((y.T @ y).float() for y in (x, x + 2 * normal(4096, 1, seed=3)))
+    for H, most in ((alone, 1.1), (alike, 1.6)):
+        whole = error_curve(w, H, SPARSITIES[1:], rows=None)
+        assert torch.equal(whole, error_curve(w, H, SPARSITIES[1:], rows=None, inputs=192))
+        ratio = error_curve(w, H, SPARSITIES[1:], rows=None, inputs=64) / whole
+        # fewer make up for what goes, for all sparsities much alike
+        assert float(ratio.min()) > 0.9, ratio
+        assert float(ratio.max()) < most, ratio
+        assert float(ratio.max() / ratio.min()) < 1.5, ratio
+    # groups stay whole, and so do several problems
+    some, all_ = (error_curve(w, alike, (0.5,), "2:4", inputs=i) for i in (64, None))
+    assert torch.equal(some, all_)
+    many, H = conv_problem(dtype=torch.float64)
+    assert torch.equal(*(error_curve(many, H, (0.5,), inputs=i) for i in (1, None)))
+
+
 def test_curve_of_what_cannot_be():
     w, H = problem()
+    with pytest.raises(SparseSSMError, match="at least one input, got 0"):
+        error_curve(w, H, [0.5], inputs=0)
     with pytest.raises(SparseSSMError, match="at least one"):
         error_curve(w, H, [])
     with pytest.raises(SparseSSMError, match="whole number"):

@@ -640,7 +640,7 @@ def test_projections_that_read_the_same_share_a_hessian_and_its_inverse(monkeypa
 )
 def test_sparsities_follow_from_enough_tokens(monkeypatch, fields, read, passes):
     """Of three batches with 48 tokens each; no projection has more than 64 inputs."""
-    monkeypatch.setattr("sparsessm_plugin.methods.projections.dense._TOKENS_AN_INPUT", 1)
+    monkeypatch.setattr("sparsessm_plugin.methods.projections.dense.TOKENS_AN_INPUT", 1)
     seen = []
     once = DensePass.run
 
@@ -655,11 +655,14 @@ def test_sparsities_follow_from_enough_tokens(monkeypatch, fields, read, passes)
     assert seen == [{48 * read}] * passes
 
 
-def test_experts_see_all_tokens_before_sparsities_are_chosen():
+def test_experts_see_all_tokens_before_sparsities_are_chosen(monkeypatch):
     model = tiny_model("mamba")
     own = matching_projections(model, ProjectionSettings(sparsity=0.5), "test")
     assert enough_tokens(own) == 32 * 64
     assert enough_tokens([*own, replace(own[0], adapter=None)]) is None
+    # curves look at no more inputs of wider ones
+    monkeypatch.setattr("sparsessm_plugin.methods.projections.dense.MOST_INPUTS", 48)
+    assert enough_tokens(own) == 32 * 48
 
 
 def test_hessians_a_few_layers_at_a_time_change_nothing(monkeypatch):

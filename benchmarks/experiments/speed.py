@@ -24,10 +24,12 @@ from torch.nn import functional as F
 from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
+from sparsessm_plugin.allocation.losses import MOST_INPUTS
 from sparsessm_plugin.backends.products import project
 from sparsessm_plugin.criteria import SALIENCIES, SaliencyInputs, Unstructured, aggregate
 from sparsessm_plugin.evaluation.data import calibration_loader
 from sparsessm_plugin.families import MixerAdapter, get_adapter, read_out
+from sparsessm_plugin.methods.projections.dense import TOKENS_AN_INPUT
 from sparsessm_plugin.recipes import parse_recipe
 from sparsessm_plugin.recipes.pruning import DEMO_MODEL, ModelSource, PruningResult, prune
 from sparsessm_plugin.recurrence import ScanStatistics
@@ -340,12 +342,14 @@ class Floor:
     :param scan: reading u, z, B and C once in the model's dtype, dt in float32, and writing y
     :param hessians: X X^T of every projection
     :param crosses: products of dense and present inputs; those of in_proj are alike
+    :param studied: share of the tokens that sparsities follow from
     """
 
     forward: float
     scan: float
     hessians: float
     crosses: float
+    studied: float = 1.0
 
     @classmethod
     def of(cls, shape: Shape, tokens: int, ceilings: Ceilings) -> "Floor":
@@ -358,6 +362,7 @@ class Floor:
             scan=each * (DTYPE.itemsize * (3 * D + 2 * N) + 4 * D) / ceilings.bandwidth,
             hessians=2 * each * (beside_in_proj + hidden**2) / ceilings.gram,
             crosses=2 * each * beside_in_proj / ceilings.gram,
+            studied=min(1.0, TOKENS_AN_INPUT * min(D, MOST_INPUTS) / tokens),
         )
 
     def stages(self, shape: Shape) -> dict[tuple[str, str], float]:
@@ -371,7 +376,7 @@ class Floor:
         return {
             ("SparseSSMModifier", "forward"): last + run,
             ("SparseSSMModifier", "observe"): observe,
-            ("SensitivitySparseGPTModifier", "first_pass"): run + self.hessians,
+            ("SensitivitySparseGPTModifier", "first_pass"): self.studied * (run + self.hessians),
             ("SensitivitySparseGPTModifier", "observe"): observe,
             ("SensitivitySparseGPTModifier", "gather"): self.hessians + self.crosses + observe,
             ("SensitivitySparseGPTModifier", "forward"): last + run,

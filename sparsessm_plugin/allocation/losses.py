@@ -18,6 +18,8 @@ _CURVE = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
 _SPARSE_CURVE = (0.97, 0.98, 0.99, 0.995, 1.0)
 _LANES = 4  # projections whose curves a GPU computes at once
 _ROWS, _BLOCKS = 64, 20  # of more inputs than 20 blocks have, blocks are larger
+# Of wider projections a curve looks at so many inputs; and as many does it take tokens for.
+MOST_INPUTS = 1280
 # The optimal allocation raises no projection's sparsity further than this above the mean.
 _MOST_MORE = 0.3
 _LEAST_KEPT = 0.25  # where the curve goes further, of the share that is kept on average
@@ -137,7 +139,8 @@ class LossMeter:
         """How a curve is computed."""
         return {
             "rows": _ROWS,
-            "block_size": max(self._block_size, weight.shape[-1] // _BLOCKS),
+            "inputs": MOST_INPUTS,
+            "block_size": max(self._block_size, min(weight.shape[-1], MOST_INPUTS) // _BLOCKS),
             "dampening_frac": self._dampening_frac,
         }
 

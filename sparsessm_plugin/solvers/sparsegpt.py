@@ -1,6 +1,7 @@
 """SparseGPT (arXiv 2301.00774): optimal brain surgeon, column by column, for all rows at once."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,6 +123,7 @@ def error_curve(
     structure: str = UNSTRUCTURED,
     *,
     rows: int | None = 128,
+    inputs: int | None = None,
     block_size: int = 128,
     dampening_frac: float = DAMPENING,
 ) -> Tensor:
@@ -143,12 +145,15 @@ def error_curve(
     :param sparsities: shares of zeros; for n:m they say n, and n = sparsity * m must be whole
     :param structure: ``"0:0"`` or ``"n:m"``, of which only m is used
     :param rows: how many to sample, None for all; several problems are never sampled
+    :param inputs: prune no more of them than so many, evenly chosen, and count that error for all;
+        it is too much, as fewer entries make up for those that go
     :param block_size: as of :func:`sparsegpt`
     :param dampening_frac: as of :func:`sparsegpt`
     :return: (S,) float64 ``tr((W - W') H (W - W')^T)``
     :raises SparseSSMError: an argument that is not allowed
     """
-    return _curve(weight, hessian, sparsities, structure, rows, block_size, dampening_frac)[0]
+    sample = _Sample(rows, inputs)
+    return _curve(weight, hessian, sparsities, structure, sample, block_size, dampening_frac)[0]
 
 
 def hasty_error_curve(
@@ -157,6 +162,7 @@ def hasty_error_curve(
     sparsities: Sequence[float],
     *,
     rows: int,
+    inputs: int | None,
     block_size: int,
     dampening_frac: float,
 ) -> tuple[Tensor, Tensor]:
@@ -164,8 +170,15 @@ def hasty_error_curve(
 
     It is none where float32 has too few digits for the Hessian.
     """
-    fixed = (UNSTRUCTURED, rows, block_size, dampening_frac)
+    fixed = (UNSTRUCTURED, _Sample(rows, inputs), block_size, dampening_frac)
     return _curve(weight, hessian, sparsities, *fixed, hasty=weight.is_cuda)
+
+
+class _Sample(NamedTuple):
+    """How many rows and inputs of a weight are looked at; None for all."""
+
+    rows: int | None
+    inputs: int | None
 
 
 def _curve(
@@ -173,7 +186,7 @@ def _curve(
     hessian: Tensor,
     sparsities: Sequence[float],
     structure: str,
-    rows: int | None,
+    sample: _Sample,
     block_size: int,
     dampening_frac: float,
     hasty: bool = False,
@@ -182,13 +195,20 @@ def _curve(
     check(weight, hessian)
     if not len(sparsities):
         raise SparseSSMError("error_curve needs at least one sparsity")
-    if rows is not None and rows < 1:
-        raise SparseSSMError(f"error_curve must sample at least one row, got {rows}")
+    rows, inputs = sample
+    for what, count in (("row", rows), ("input", inputs)):
+        if count is not None and count < 1:
+            raise SparseSSMError(f"error_curve must sample at least one {what}, got {count}")
     if block_size < 1:
         raise SparseSSMError(f"block_size must be at least 1, got {block_size}")
     for sparsity in sparsities:
         check_structure(structure, weight.shape[-1], sparsity)
     m = parse_structure(structure)[1]
+    times = 1.0  # so many inputs does one stand for
+    if inputs is not None and inputs < weight.shape[-1] and weight.dim() == 2 and not m:
+        times = weight.shape[-1] / inputs
+        some = _spread(torch.arange(weight.shape[-1], device=hessian.device), inputs)
+        weight, hessian = weight[:, some], hessian[some][:, some]
     dtype = working_dtype(weight, hessian)
     sampled = rows if weight.dim() == 2 and rows is not None and rows < len(weight) else None
     # what Python has to know, before there is anything that a GPU computes for long
@@ -204,18 +224,21 @@ def _curve(
     else:
         inverse = damped_inverse_cholesky(hessian, dampening_frac, dtype)
         exists = torch.ones((), dtype=torch.bool, device=weight.device)
-    sample, ratio = weight, torch.ones(len(sparsities), dtype=torch.float64, device=weight.device)
+    part, ratio = (
+        weight,
+        torch.full((len(sparsities),), times, dtype=torch.float64, device=weight.device),
+    )
     if sampled:
         losses = _losses(weight, inverse)
         order = losses.sum(1).argsort()
         chosen, many = _spread(order, sampled), _spread(order, _SORTED * sampled)
-        sample = weight[chosen]
-        of_all, of_sample = (_lowest(losses[part], sparsities) for part in (many, chosen))
+        part = weight[chosen]
+        of_all, of_part = (_lowest(losses[which], sparsities) for which in (many, chosen))
         of_all *= len(weight) / len(many)
-        ratio = torch.where(of_sample > 0, of_all / of_sample, ratio * len(weight) / sampled)
-    dense = sample.to(dtype).expand(len(sparsities), *sample.shape)
+        ratio *= torch.where(of_part > 0, of_all / of_part, len(weight) / sampled)
+    dense = part.to(dtype).expand(len(sparsities), *part.shape)
     pruned, _ = walk(dense, inverse.factor, rule, block_size)
-    return row_errors(sample, pruned, hessian).flatten(1).sum(1) * ratio, exists
+    return row_errors(part, pruned, hessian).flatten(1).sum(1) * ratio, exists
 
 
 def _in_group(sparsity: float, m: int) -> int:
