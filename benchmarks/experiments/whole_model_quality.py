@@ -205,11 +205,14 @@ EXPERIMENT = Experiment(
         for model in ("mamba-25m", "mamba2-25m")
     }
     | {
-        "whole_model_quality_mamba-25m_h200": {
-            "models": ["mamba-25m"],
+        f"whole_model_quality_{model}_h200": {
+            "models": [model],
             "cases": ["2:4", "50 %", "70 %"],
             "methods": ["SparseGPT of LLM Compressor", REFERENCE, "defaults"],
-        },
+        }
+        for model in ("mamba-25m", "mamba2-25m")
+    }
+    | {
         "whole_model_quality_granite-hybrid-16m": {
             "models": ["granite-hybrid-16m"],
             "everywhere": True,
