@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.selection.masks import count_true
 
 Importance = Literal["weight_x_gradient", "weight_x_gradient_norm", "magnitude"]
 Schedule = Literal["cubic", "linear"]
@@ -94,7 +95,7 @@ def _ranked(name: str, score: Tensor, min_keep: float, pruned: Tensor | None) ->
     bits = values.abs().view(torch.int32).clone()
     if pruned is not None:
         bits[pruned.flatten()] = -1
-    floor = min(math.ceil(min_keep * bits.numel()), int((bits >= 0).sum()))
+    floor = min(math.ceil(min_keep * bits.numel()), count_true(bits >= 0))
     if floor:
         # the highest that many, the last of equal ones, since the first of these go first
         gone = _lowest([bits], bits.numel() - floor)[0]
@@ -103,7 +104,7 @@ def _ranked(name: str, score: Tensor, min_keep: float, pruned: Tensor | None) ->
 
 
 def _count(bits: Iterable[Tensor], bound: int) -> int:
-    return sum(int((b <= bound).sum()) for b in bits)
+    return sum(count_true(b <= bound) for b in bits)
 
 
 def _lowest(bits: list[Tensor], count: int) -> list[Tensor]:

@@ -11,6 +11,7 @@ from sparsessm_plugin.criteria.values import MEMORYLESS
 from sparsessm_plugin.families import MixerAdapter, find_mixers
 from sparsessm_plugin.families.in_turn import parameter_names, parameters_in_turn
 from sparsessm_plugin.families.shared_weights import first_names
+from sparsessm_plugin.selection.masks import count_true
 
 
 @dataclass
@@ -27,16 +28,23 @@ class Component:
     zeros: int = 0
     memoryless: int | None = None
 
-    def add(self, tensor: Tensor, has_states: bool = False) -> None:
-        """Count a tensor in.
+    @classmethod
+    def of(cls, tensor: Tensor, has_states: bool = False) -> "Component":
+        """Of one tensor.
 
         :param has_states: it is an A_log with an entry a state
         """
-        self.parameters += tensor.numel()
-        if not tensor.is_meta:
-            self.zeros += int((tensor == 0).sum())
-            if has_states:
-                self.memoryless = (self.memoryless or 0) + int((tensor >= MEMORYLESS).sum())
+        if tensor.is_meta:
+            return cls(tensor.numel())
+        memoryless = count_true(tensor >= MEMORYLESS) if has_states else None
+        return cls(tensor.numel(), count_true(tensor == 0), memoryless)
+
+    def add(self, other: "Component") -> None:
+        """Count what another has, too."""
+        self.parameters += other.parameters
+        self.zeros += other.zeros
+        if other.memoryless is not None:
+            self.memoryless = (self.memoryless or 0) + other.memoryless
 
 
 @dataclass
@@ -104,17 +112,14 @@ def take_inventory(model: nn.Module) -> Inventory:
             parameter = _unpacked(adapter.mixer, name, parameter)
             # a bias or a scale is no part of what is pruned
             kind = adapter.kind_of(name) or ("A_log" if name == "A_log" else "other in mixer")
-            for component in (
-                inventory.components[kind],
-                layer.setdefault(kind, Component()),
-            ):
-                component.add(
-                    parameter.detach(),
-                    has_states=kind == "A_log" and adapter.has_state_transitions,
-                )
+            has_states = kind == "A_log" and adapter.has_state_transitions
+            counted = Component.of(parameter.detach(), has_states)
+            inventory.components[kind].add(counted)
+            layer.setdefault(kind, Component()).add(counted)
     for name in parameter_names(model):  # a tied tensor comes once
         if name not in seen:
-            inventory.components["outside mixers"].add(model.get_parameter(name).detach())
+            counted = Component.of(model.get_parameter(name).detach())
+            inventory.components["outside mixers"].add(counted)
     return inventory
 
 

@@ -45,6 +45,7 @@ from sparsessm_plugin.families.quantizable import check_quantized, quantized_wei
 from sparsessm_plugin.families.shared_weights import weight_holders
 from sparsessm_plugin.methods.base import MethodResult, MixerMethod, TargetSettings, Total, Watch
 from sparsessm_plugin.methods.run import run
+from sparsessm_plugin.selection.masks import count_true
 from sparsessm_plugin.solvers.gptq import masked_gptq
 
 # grids that follow from the extremes of a weight alone
@@ -360,8 +361,8 @@ def quantize_weight(
         name=name,
         shape=list(keep.shape),
         entries=keep.numel(),
-        pruned=int((~keep).sum()),
-        zeros=int((result.weight == 0).sum()),
+        pruned=count_true(~keep),
+        zeros=count_true(result.weight == 0),
         error=result.error,
         dampening=result.dampening,
         seconds=round(time.perf_counter() - started, 3),

@@ -21,6 +21,14 @@ UNSTRUCTURED = "0:0"
 _COUNTED = 16  # the largest groups that are ranked by comparing all pairs
 
 
+def count_true(mask: Tensor) -> int:
+    """How many entries of a bool mask are True.
+
+    Ten times as fast on a CPU as ``sum()``, which first makes an integer of 8 bytes of each.
+    """
+    return int(torch.count_nonzero(mask))
+
+
 def check_quoted(structure: Any) -> None:
     """Refuse what YAML makes of an N:M structure without quotes, a sexagesimal number.
 
@@ -127,7 +135,7 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
     else:
         threshold = float(scores.kthvalue(size - count).values)
     mask = scores > threshold  # which is the largest score that goes
-    missing = count - int(torch.count_nonzero(mask))
+    missing = count - count_true(mask)
     if missing:
         ties = (scores == threshold).nonzero().flatten()
         mask[ties[-missing:]] = True

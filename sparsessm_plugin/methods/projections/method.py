@@ -25,12 +25,7 @@ from sparsessm_plugin.families.fast_forward import may_promise, offer
 from sparsessm_plugin.families.in_turn import on_disk
 from sparsessm_plugin.families.prunable import PrunableWeight
 from sparsessm_plugin.methods.base import MixerMethod, Watch
-from sparsessm_plugin.methods.projections.dense import (
-    DensePass,
-    by_layer,
-    enough_tokens,
-    in_groups,
-)
+from sparsessm_plugin.methods.projections.dense import DensePass, by_layer, enough_tokens, in_groups
 from sparsessm_plugin.methods.projections.inverses import Inverses, begin_inverses
 from sparsessm_plugin.methods.projections.linears import PendingLinears
 from sparsessm_plugin.methods.projections.permutation import (
@@ -61,6 +56,7 @@ from sparsessm_plugin.methods.projections.statistics import (
 )
 from sparsessm_plugin.methods.projections.targets import matching_projections
 from sparsessm_plugin.methods.run import run
+from sparsessm_plugin.selection.masks import count_true
 from sparsessm_plugin.solvers.objective import dense_target, relative_error
 from sparsessm_plugin.solvers.projections import SOLVERS
 from sparsessm_plugin.solvers.walk import walks_captured
@@ -131,7 +127,7 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         counts_zeros = self.settings.allocation == "optimal"
         self._candidates = {
             p.name: Candidate(
-                p.name, p.kind, p.entries, int((p.weight == 0).sum()) if counts_zeros else 0
+                p.name, p.kind, p.entries, count_true(p.weight == 0) if counts_zeros else 0
             )
             for p in self._projections.values()
         }
@@ -428,7 +424,7 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
             ) from error
         stored = solved.weight.to(weight.dtype)
         wrong = relative_error(weight, stored, hessian) if settings.watches_data else None
-        pruned = int((~solved.mask).sum())
+        pruned = count_true(~solved.mask)
         return stored, PrunedProjection(
             name=name,
             kind=projection.kind,
