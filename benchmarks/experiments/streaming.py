@@ -283,7 +283,11 @@ EXPERIMENT = Experiment(
     configuration=Fields,
     run=run,
     render=render,
-    results={"streaming_cpu": CPU, "streaming_cpu_float32": CPU_FLOAT32},
+    results={
+        "streaming_cpu": CPU,
+        "streaming_cpu_float32": CPU_FLOAT32,
+        "streaming_cpu_7b": {"recipes": ["alog-50"], "samples": 4, "length": 128, "device": "cpu"},
+    },
     quick={
         "": {
             **CPU,
