@@ -159,10 +159,12 @@ class Job:
 
     @contextmanager
     def case(self, what: str) -> Iterator[None]:
-        """Note a failure, so that the next case still runs."""
+        """Note a failure, so that the next case still runs; of a GPU that is gone none would."""
         try:
             yield
         except Exception as error:
+            if not gpu_answers():
+                raise
             traceback.print_exc()
             self.note(what, first_line(error))
         if "torch" in sys.modules:
@@ -221,6 +223,21 @@ def rendered(one: Experiment, content: dict[str, Any], configuration: Any) -> st
 def first_line(error: Exception) -> str:
     """An error in a line."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def gpu_answers() -> bool:
+    """Whether the GPU, where one is in use, still computes for this process.
+
+    A kernel that fails while it runs ends that, and says so wherever the GPU is asked next: what
+    came first must be shown, and no case is to blame.
+    """
+    if "torch" not in sys.modules:
+        return True
+    import torch
+
+    from sparsessm_plugin.backends.choice import answers
+
+    return not torch.cuda.is_initialized() or answers(torch.device("cuda"))
 
 
 def release_memory() -> None:

@@ -119,6 +119,50 @@ def test_rows_are_saved_and_gone_on_from(toy):
     assert harness.load("powers")["configuration"]["power"] == 3
 
 
+def test_a_gpu_that_is_gone_is_no_failure_of_a_case(toy, monkeypatch):
+    """The error that came first ends the run, and what was done before stays."""
+    monkeypatch.setattr(harness, "gpu_answers", lambda: False)
+    with pytest.raises(ZeroDivisionError):
+        run.run_experiment("powers", TOY, {"rows": [1, 0, 2]}, run.Common())
+    assert numbers() == [1]
+    assert "failures" not in harness.load("powers")
+
+
+def test_a_gpu_that_is_gone_makes_no_row_impossible(monkeypatch):
+    from experiments import structure_quality
+
+    row = object.__new__(structure_quality.Run)
+    row.name, row.overhead, row.job = "m", 0.0, Job("rows", None, {"rows": [], "failed": {}})
+
+    def fail(key, seed):
+        raise RuntimeError("unspecified launch failure")
+
+    monkeypatch.setattr(row, "measure", fail)
+    wanted = (0.75, "hidden", "output energy", 3.0, 0)
+    monkeypatch.setattr(harness, "gpu_answers", lambda: False)
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        row.try_row(*wanted)
+    assert not row.job.numbers["failed"]
+    monkeypatch.setattr(harness, "gpu_answers", lambda: True)
+    assert row.try_row(*wanted).startswith("FAILED")
+    assert len(row.job.numbers["failed"]) == 1
+
+
+def test_a_gpu_is_gone_where_it_no_longer_answers(monkeypatch):
+    import torch
+
+    assert harness.gpu_answers()  # nobody uses one here
+
+    def fail(device):
+        raise RuntimeError("unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert harness.gpu_answers()
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    assert not harness.gpu_answers()
+
+
 def test_an_interrupt_keeps_what_is_done(toy, monkeypatch):
     def interrupted(job):
         if len(job.numbers["rows"]) == 2:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, Configuration, Experiment, Job, assets, first_line
+from harness import ROOT, Configuration, Experiment, Job, assets, first_line, gpu_answers
 from measuring import CALIBRATION, windows_of
 from pydantic import Field
 
@@ -124,6 +124,8 @@ class Runner:
                 runs[key] |= {"recipe": label, "seed": seed}
                 text = str({k: round(v["value"], 4) for k, v in runs[key]["measures"].items()})
             except Exception as error:  # the others still run
+                if not gpu_answers():
+                    raise
                 text = first_line(error)
                 runs[key] = {"recipe": label, "seed": seed, "error": text}
             yield f"{name} {key} {text}"

@@ -186,6 +186,8 @@ class Run(Checkpoint):
         try:
             told = self.measure(key, seed)
         except Exception as error:  # one that cannot be must not stop the others
+            if not harness.gpu_answers():
+                raise
             failed[label] = first_line(error)
             told = f"FAILED {label}: {failed[label]}"
         else:
