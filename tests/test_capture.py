@@ -10,6 +10,8 @@ from torch import nn
 
 from sparsessm_plugin.backends import capture as capture_module
 from sparsessm_plugin.backends.capture import CapturedStep, capture
+from sparsessm_plugin.backends.lanes import _stream
+from sparsessm_plugin.families import decoding
 from sparsessm_plugin.refit import reconstruction
 from sparsessm_plugin.training.budget import Plan
 from sparsessm_plugin.training.distillation import Distillation
@@ -63,10 +65,12 @@ def problem(monkeypatch):
         into.held = own.last.loss, own.last.norm, own.last.batch, own.last.rate
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
+    own.streams = []
+    _stream.cache_clear()
     for name, value in {
         "CUDAGraph": Graph,
         "graph": graph,
-        "Stream": lambda device: stream,
+        "Stream": lambda device: own.streams.append(device) or stream,
         "current_stream": lambda device: stream,
         "stream": lambda stream: nullcontext(),
         "set_stream": lambda stream: None,
@@ -75,6 +79,7 @@ def problem(monkeypatch):
         monkeypatch.setattr(capture_module.torch.cuda, name, value)
     with own.weights.attached():
         yield own
+    _stream.cache_clear()
 
 
 def test_captured_steps_are_the_steps(problem):
@@ -107,6 +112,18 @@ def test_batches_of_another_shape_are_not_taken(problem):
     assert not captured.takes({**other, "x": other["x"][:2]})
     assert not captured.takes({**other, "x": other["x"].double()})
     assert not captured.takes({**other, "other": torch.ones(1)})
+
+
+def test_all_captures_warm_up_on_one_stream(problem):
+    """Of each stream cuBLAS keeps a workspace, and torch has 32."""
+    for _ in range(3):
+        CapturedStep(problem.gradients, problem.update, problem.weights, problem.batch(0), 0.01)
+        decoding.capture_step(
+            lambda: problem.update(problem.gradients(problem.batch(0))),
+            lambda: None,
+            problem.weights.device,
+        )
+    assert len(problem.streams) == 1
 
 
 @pytest.mark.parametrize("wrong", ["gradients", "an error"])

@@ -12,6 +12,8 @@ import torch
 from loguru import logger
 from torch import Tensor
 
+from sparsessm_plugin.backends.lanes import warm_up_stream
+
 # How far loss and gradients may be from those that are computed kernel after kernel, relative, as
 # sums of embeddings' gradients and of some kernels differ in their order; and how far a change of
 # the weights from the one that the same gradients make.
@@ -76,7 +78,7 @@ class CapturedStep:
         def step() -> tuple[Tensor, Tensor]:
             return gradients(self._batch), update(self._rate)
 
-        stream, home = torch.cuda.Stream(weights.device), torch.cuda.current_stream(weights.device)
+        stream, home = warm_up_stream(weights.device), torch.cuda.current_stream(weights.device)
         stream.wait_stream(home)
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):

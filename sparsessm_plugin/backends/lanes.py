@@ -13,6 +13,8 @@ import torch
 
 from sparsessm_plugin.cost import with_index
 
+_WARM_UP = -1  # beside the numbers of lanes
+
 
 class Lane:
     """Another stream of a GPU; on other devices work is done at once, in its turn.
@@ -47,6 +49,15 @@ class Lane:
         """Let what is asked for from now on begin once the lane's work is done; nobody waits."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
+def warm_up_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream on which steps run before they are captured as CUDA graphs.
+
+    Not a new one each time: of every stream that cuBLAS has multiplied on it keeps a workspace,
+    and torch's 32 streams come round again, so that lanes and graphs would come to share one.
+    """
+    return _stream(with_index(device), _WARM_UP)
 
 
 @cache

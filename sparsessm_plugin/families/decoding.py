@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsessm_plugin.backends.lanes import warm_up_stream
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families.state_cache import expand, lengthen, make_static
 
@@ -72,7 +73,7 @@ def capture_step(
     :param generator: that the step draws from, if not from torch's own
     :raises NotCapturable: the step holds what no graph does
     """
-    stream = torch.cuda.Stream(device)
+    stream = warm_up_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(warm_up):
