@@ -175,7 +175,9 @@ def check_output_directory(path: str | os.PathLike[str]) -> None:
     """
     check_path(path)
     target = Path(path)
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
+    if target.is_symlink():
+        raise SparseSSMError(f"output {target} is a symbolic link; give what it points to")
+    if target.exists() and not target.is_dir():
         raise SparseSSMError(f"output {target} exists and is not a directory")
     if not target.is_dir() or not any(target.iterdir()):
         return

@@ -55,6 +55,28 @@ def test_prune_writes_everything_a_user_needs(sparsessm, text_file, tmp_path):
         assert report["perplexity"][when]["perplexity"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(("fitted", "lost"), [("[out_proj]", True), ("none", False)])
+def test_zeros_of_an_earlier_run_that_are_lost_are_told(
+    fitted, lost, sparsessm, text_file, tmp_path
+):
+    """In one recipe they would be refused; columns that go take their zeros along."""
+    dense = tmp_path / "dense"
+    shutil.copytree(DEMO, dense)
+    tensors = load_file(dense / "model.safetensors")
+    for name in [n for n in tensors if n.endswith(("out_proj.weight", "A_log"))]:
+        tensors[name][:, 1::2] = 0
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    (tmp_path / "r.yaml").write_text(
+        "a_stage:\n  b_modifiers:\n"
+        f"    StateRemovalModifier: {{keep: 8, saliency: last, compensate: {fitted}}}\n"
+    )
+    run = ("prune", dense, "--recipe", tmp_path / "r.yaml", "--calibration", text_file)
+    code, _, stderr = sparsessm(*run, "--output", tmp_path / "out", *SHORT)
+    assert code == 0
+    assert ("out_proj: of 65,536 zeros that the model had 0 are left" in stderr) is lost
+    assert "A_log: of" not in stderr
+
+
 def test_tensors_keep_the_type_in_which_they_are_stored(sparsessm, text_file, tmp_path):
     """Of a checkpoint that stores some in bfloat16 and says float32: no byte more, no other bit."""
     dense, out = tmp_path / "dense", tmp_path / "out"

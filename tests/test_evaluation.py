@@ -31,6 +31,19 @@ def test_texts_of_files(tmp_path):
     assert read_texts(tmp_path / "c.jsonl", text_field="content") == ["c"]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.Json"])
+def test_json_lines_by_any_of_their_names(tmp_path, name):
+    """Read as one plain text, keys and quotes would count as language."""
+    (tmp_path / name).write_text('{"text": "a"}\r\n{"text": "b"}\r\n')
+    assert read_texts(tmp_path / name) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "one"), ("a.jsonl", '{"text": "one"}')])
+def test_the_mark_of_windows_editors_is_no_text(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert read_texts(tmp_path / name) == ["one"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -94,7 +94,7 @@ def test_what_is_not_ours_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     for name, message in (
         ("file", "is not a directory"),
-        ("link", "is not a directory"),
+        ("link", "is a symbolic link"),
         ("folder", f"holds no {REPORT_NAME}"),
     ):
         with pytest.raises(SparseSSMError, match=message), output_directory(tmp_path / name):

@@ -364,14 +364,20 @@ def test_targets_are_read():
         ("parameters=0", "between 0 and 1"),
         ("parameters=nan", "between 0 and 1"),
         ("memory=5 apples", "memory=40MB"),
-        ("speed=0.9", "a factor above 1"),
-        ("speed=fast", "a factor above 1"),
+        ("speed=0.9", "a factor between 1 and 100"),
+        ("speed=100", "a factor between 1 and 100"),
+        ("speed=fast", "a factor between 1 and 100"),
         ("state=0.5,state=0.25", "given twice"),
     ],
 )
 def test_targets_that_mean_nothing_are_refused(text, said):
     with pytest.raises(SparseSSMError, match=said):
         parse_targets(text)
+
+
+def test_an_axis_that_is_none_is_an_error_of_its_option():
+    with pytest.raises(SparseSSMError, match=r"^--axes must be any of .*states, got 'heads'"):
+        FitSettings(parse_targets("state=0.5"), axes=("states", "heads"))
 
 
 # -- whole runs -------------------------------------------------------------------------------

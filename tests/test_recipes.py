@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import MAMBA1, MAMBA2, tiny_model
+from conftest import MAMBA1, MAMBA2, Loader, batches, tiny_model
+from llmcompressor import oneshot
 from llmcompressor.core import State
 from llmcompressor.recipe import Recipe
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
@@ -118,6 +119,17 @@ quant_stage:
             ["two modifiers have the report_path 'r.json'"],
         ),
         (with_fields("- 1"), ["SparseSSMModifier must be a mapping", "got a list"]),
+        *(
+            (with_fields(f"scheme: W8A8\n      {wrong}").replace("SSM", "GPTQ"), parts)
+            for wrong, parts in (
+                ("block_size: 0", ["SparseGPTQModifier.block_size", "1, got 0"]),
+                ("dampening_frac: -1", ["SparseGPTQModifier.dampening_frac", "0, got -1"]),
+                ("dampening_frac: .nan", ["SparseGPTQModifier.dampening_frac", "finite"]),
+                ("dampening_frac: null", ["SparseGPTQModifier.dampening_frac", "number"]),
+                ("actorder: upward", ["SparseGPTQModifier.actorder", "static", "got 'upward'"]),
+                ("actorder: group", ["SparseGPTQModifier.actorder", "static", "got 'group'"]),
+            )
+        ),
         (with_fields("{}"), ["give either sparsity or mask_structure"]),
         (
             with_fields("sparsity: !!python/object/apply:os.system ['true']"),
@@ -325,6 +337,89 @@ def test_2_of_4_on_a_width_that_4_does_not_divide():
         )
     with pytest.raises(SparseSSMError, match=r"groups of 4, got 6 in .*dt_proj; add .* to ignore"):
         load_recipe("whole-2of4").check_model(model)
+
+
+GROUPS_OF_16 = GROUPS_OF_48.replace("48", "16").replace(
+    "[lm_head]", '[lm_head, "re:.*dt_proj$", "re:.*x_proj$"]'
+)
+
+
+@pytest.mark.parametrize("way", ["command", "oneshot"])
+@pytest.mark.parametrize(
+    ("removal", "later", "parts"),
+    [
+        (
+            ("StateRemovalModifier", "keep: 6"),
+            ("SparseSSMModifier", 'mask_structure: "2:4"'),
+            ["SparseSSMModifier", "divisible by 4, got 6"],
+        ),
+        (
+            ("WidthRemovalModifier", "keep: 26"),
+            ("SensitivitySparseGPTModifier", 'mask_structure: "2:4", targets: [in_proj]'),
+            ["SensitivitySparseGPTModifier", "groups of 4, got 26"],
+        ),
+        (
+            ("ChannelRemovalModifier", "keep: 40"),
+            ("SparseGPTQModifier", GROUPS_OF_16),
+            ["SparseGPTQModifier", "has 40 inputs, which groups of 16 do not divide"],
+        ),
+        (
+            ("ChannelRemovalModifier", "keep: 40"),
+            ("QuantizationModifier", GROUPS_OF_16),
+            ["QuantizationModifier", "has 40 inputs, which groups of 16 do not divide"],
+        ),
+        (
+            ("ChannelRemovalModifier", "keep: 40"),
+            (
+                "SparseGPTModifier",
+                'sparsity: 0.5, mask_structure: "8:16", targets: ["re:.*out_proj$"]',
+            ),
+            ["SparseGPTModifier", "groups of 16, got 40"],
+        ),
+    ],
+)
+def test_what_does_not_fit_the_smaller_model_is_refused_before_it_is_made(
+    removal, later, parts, way
+):
+    model, text = tiny_model("mamba", state_size=8), recipe_of(removal, later)
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    recipe = parse_recipe(text)
+    for alone in (removal, later):
+        parse_recipe(recipe_of(alone)).check_model(skeleton)
+    if way == "command":
+        with pytest.raises(SparseSSMError) as error:
+            recipe.check_model(skeleton)
+    else:
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match="that the removals before it leave") as error:
+            oneshot(model=model, recipe=text, dataset=Loader(batches(2)), pipeline="independent")
+        assert all(torch.equal(before[name], v) for name, v in model.state_dict().items())
+    for part in (*parts, "(sizes that the removals before it leave)"):
+        assert part in str(error.value)
+
+
+def test_without_a_pass_nothing_is_watched():
+    for name in ("alog-50", "state-50", "layers-25", "whole-50", "state-50-w8a8"):
+        load_recipe(name).check_pipeline("sequential")
+    with pytest.raises(SparseSSMError, match=r"--pipeline datafree .* StateRemovalModifier of st"):
+        load_recipe("state-50-w8a8").check_pipeline("datafree")
+    load_recipe("gradient-50").check_pipeline("datafree")  # reads the data by itself
+
+
+def test_what_fits_the_smaller_model_is_taken():
+    model = tiny_model("mamba", state_size=8)
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    parse_recipe(
+        recipe_of(
+            ("LayerRemovalModifier", "keep: 1"),
+            ("WidthRemovalModifier", "keep: 24"),
+            ("StateRemovalModifier", "keep: 4"),
+            ("SparseSSMModifier", 'mask_structure: "2:4"'),
+            ("SensitivitySparseGPTModifier", 'mask_structure: "2:4", targets: [in_proj]'),
+        )
+    ).check_model(skeleton)
 
 
 def test_built_in_recipes_fit_every_family(family):

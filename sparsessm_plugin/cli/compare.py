@@ -116,6 +116,7 @@ def compare(
         with of_option("--recipes"):
             recipe = load_recipe(where)
         recipe.check_data(calibration)
+        recipe.check_pipeline(pipeline)
         with of_option(label):  # which of them
             recipe.check_model(skeleton)
         chosen[label] = (where, recipe.text)

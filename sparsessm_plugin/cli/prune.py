@@ -43,7 +43,12 @@ from sparsessm_plugin.cli.options import (
     of_option,
     split_names,
 )
-from sparsessm_plugin.cli.results import check_output, warn_of_more_bytes, write_result
+from sparsessm_plugin.cli.results import (
+    check_output,
+    warn_of_lost_zeros,
+    warn_of_more_bytes,
+    write_result,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,6 +142,7 @@ def prune(
     if runtime:
         checked = checked.for_runtimes(split_names("--runtime", runtime))
     checked.check_data(calibration)
+    checked.check_pipeline(pipeline)
     skeleton = source.load_skeleton()
     checked.check_model(skeleton)
     vocab_size = vocab_size_of(skeleton)
@@ -200,6 +206,7 @@ def prune(
         report = write_result(folder, pruned, tokenizer, before, fields, types)
         if rank == 0:
             warn_of_more_bytes(source, folder)
+            warn_of_lost_zeros(report["before"], report["after"])
     if as_json:
         print_json({"output": str(output), **report})
     else:

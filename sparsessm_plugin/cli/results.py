@@ -37,6 +37,26 @@ def warn_of_more_bytes(source: Any, folder: Path) -> None:
         )
 
 
+def warn_of_lost_zeros(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Say so where zeros of an earlier run are gone, which one recipe would be refused for.
+
+    More than were removed along with their columns.
+
+    :param before: inventory of the model as it was, as a report has it
+    :param after: of the result
+    """
+    for kind, part in before["components"].items():
+        now = after["components"].get(kind)
+        removed = part["parameters"] - now["parameters"] if now is not None else 0
+        if now is not None and part["zeros"] - removed - now["zeros"] > part["zeros"] / 100:
+            show(
+                "warning",
+                f"{kind}: of {part['zeros']:,} zeros that the model had {now['zeros']:,} are left, "
+                "as its weights were fitted again; remove first, then prune, or write "
+                "compensate: none",
+            )
+
+
 def write_result(
     folder: Path,
     pruned: Any,

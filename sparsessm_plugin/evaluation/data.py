@@ -13,15 +13,19 @@ from torch.utils.data import DataLoader
 from sparsessm_plugin.errors import SparseSSMError, cut, shown
 from sparsessm_plugin.files import parse_json
 
-JSON_LINES = (".jsonl", ".json")
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+
+# UTF-8, with or without the mark that editors of Windows begin a file with
+UTF8 = "utf-8-sig"
 
 
 def read_texts(source: str | os.PathLike[str], text_field: str = "text") -> list[str]:
     """Documents of a text file, a JSON-lines file or a data set.
 
     :param source: a file: one document, or JSON lines with ``text_field`` where the name ends
-        in .jsonl or .json; otherwise a name for ``datasets``, as ``name[:config[:split]]``,
-        where the config may be empty and the split is ``train`` by default
+        in .jsonl, .ndjson or .json, in any case; otherwise a name for ``datasets``, as
+        ``name[:config[:split]]``, where the config may be empty and the split is ``train`` by
+        default
     :param text_field: key of the text
     :raises SparseSSMError: the source cannot be read or holds no text
     """
@@ -36,10 +40,10 @@ def read_texts(source: str | os.PathLike[str], text_field: str = "text") -> list
         if not path.is_file():  # a device or a pipe may never end
             raise SparseSSMError(f"{path} is no regular file; give a text or JSON-lines file")
         try:
-            if path.suffix in JSON_LINES:
+            if path.suffix.lower() in JSON_LINES:
                 texts = list(_read_json_lines(path, text_field))
             else:
-                texts = [path.read_text(encoding="utf-8")]
+                texts = [path.read_text(encoding=UTF8)]
         except (OSError, UnicodeDecodeError) as error:
             raise SparseSSMError(f"cannot read {path} as UTF-8 text: {error}") from error
     for number, text in enumerate(texts, start=1):
@@ -54,7 +58,7 @@ def read_texts(source: str | os.PathLike[str], text_field: str = "text") -> list
 
 
 def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding=UTF8) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import yaml
 
 from sparsessm_plugin.errors import SparseSSMError, cut, shown
-from sparsessm_plugin.evaluation.data import tokenize
+from sparsessm_plugin.evaluation.data import UTF8, tokenize
 from sparsessm_plugin.evaluation.recall import NAME as RECALL
 from sparsessm_plugin.evaluation.recall import (
     SEQUENCES,
@@ -259,7 +259,7 @@ def read_local(files: Path, fields: list[str], **_: Any) -> dict[str, list[dict[
     if not files.is_file():  # a device or a pipe may never end
         raise SparseSSMError(f"{files} is no regular file")
     try:
-        with files.open(encoding="utf-8") as lines:
+        with files.open(encoding=UTF8) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     rows.append(_document(line, fields, f"{files}, line {number}"))

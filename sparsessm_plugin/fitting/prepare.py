@@ -60,7 +60,10 @@ class FitSettings:
         if self.generated < 0:
             raise SparseSSMError(f"--generated must be at least 0, got {self.generated}")
         for name in self.axes or ():
-            AXES.check(name)
+            if name not in AXES:
+                raise SparseSSMError(
+                    f"--axes must be any of {', '.join(sorted(AXES))}, got {shown(name)}"
+                )
 
 
 @dataclass(frozen=True)

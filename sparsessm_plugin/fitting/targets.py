@@ -61,7 +61,8 @@ def parse_target(text: str) -> Target:
         unit = "" if unit == "X" else unit  # 1.5x
         if match is None or unit or not 1 < number < 100:
             raise SparseSSMError(
-                f"--target speed must be a factor above 1, as speed=1.5, got {shown(text)}"
+                "--target speed must be a factor between 1 and 100, as speed=1.5, got "
+                f"{shown(text)}"
             )
         return Target("speed", number, None, text)
     if match is not None and not unit and 0 < number < 1:

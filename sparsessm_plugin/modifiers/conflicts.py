@@ -59,6 +59,7 @@ from sparsessm_plugin.modifiers.removals_in_turn import (
     check_layers_left,
     check_sizes_left,
     matching_names,
+    models_left,
 )
 from sparsessm_plugin.modifiers.rules import RULES, Effects, Names, Rule
 from sparsessm_plugin.modifiers.sensitivity import SensitivitySparseGPTModifier
@@ -118,28 +119,41 @@ def check_modifiers(modifiers: Sequence[Any], model: nn.Module) -> None:
     """
     for modifier in modifiers:
         check_works(modifier)
-        if isinstance(modifier, SparsityModifierBase):
-            if not _pruned_upstream(modifier, model):
-                raise SparseSSMError(
-                    f"{type(modifier).__name__} would prune no weight: targets "
-                    f"{shown(modifier.targets)} without ignore {shown(modifier.ignore)} are no "
-                    "Linear layer of the model"
-                )
-            _check_structure(modifier, model)
-        elif isinstance(modifier, QuantizationMixin) and not hasattr(modifier, "check_model"):
-            check_quantized(modifier, model)  # those of this package check themselves
-            if modifier.kv_cache_scheme is None:
-                check_quantizes(modifier, model)
-        elif isinstance(modifier, QuIPModifier):
-            _check_called(modifier, model)
+        _check_fits(modifier, model)
     check_experts(modifiers, model)
     check_sizes_left(modifiers, model)
     check_layers_left(modifiers, model)
+    for modifier, left in models_left(modifiers, model):
+        try:
+            for check in ("matching_mixers", "check_model"):
+                if hasattr(modifier, check):
+                    getattr(modifier, check)(left)
+            _check_fits(modifier, left)
+        except SparseSSMError as error:
+            raise SparseSSMError(f"{error} (sizes that the removals before it leave)") from error
     for first, second in combinations(modifiers, 2):
         found = _broken(first, second, model)
         if found is not None:
             rule, names = found
             raise SparseSSMError(rule.message(first, second, _shown(names)))
+
+
+def _check_fits(modifier: Any, model: nn.Module) -> None:
+    """Refuse a modifier of LLM Compressor that does not fit a model; ours check themselves."""
+    if isinstance(modifier, SparsityModifierBase):
+        if not _pruned_upstream(modifier, model):
+            raise SparseSSMError(
+                f"{type(modifier).__name__} would prune no weight: targets "
+                f"{shown(modifier.targets)} without ignore {shown(modifier.ignore)} are no "
+                "Linear layer of the model"
+            )
+        _check_structure(modifier, model)
+    elif isinstance(modifier, QuantizationMixin) and not hasattr(modifier, "check_model"):
+        check_quantized(modifier, model)  # those of this package check themselves
+        if modifier.kv_cache_scheme is None:
+            check_quantizes(modifier, model)
+    elif isinstance(modifier, QuIPModifier):
+        _check_called(modifier, model)
 
 
 @register_check("initialize")

@@ -1,9 +1,10 @@
 """What removals of a recipe leave for those after them, by sizes and kinds of layers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from loguru import logger
 from torch import nn
 
@@ -52,6 +53,31 @@ def check_sizes_left(modifiers: Sequence[Any], model: nn.Module) -> None:
                 f"{left[axis]} {axis}; keep fewer, or leave one of them out"
             )
         left[axis] = min(kept, left.get(axis, kept))
+
+
+def models_left(modifiers: Sequence[Any], model: nn.Module) -> Iterator[tuple[Any, nn.Module]]:
+    """Every modifier that removes nothing, with what the removals before it leave.
+
+    Which layers go is known once the data has been read, so that all are left here.
+
+    :param modifiers: of a recipe, in their order
+    :param model: the meta device will do
+    :return: modifiers behind a removal that makes the model smaller, and that model on the meta
+        device
+    """
+    removals = (ModelRemovalModifier, RemovalModifier)
+    places = [i for i, m in enumerate(modifiers) if not isinstance(m, removals)]
+    left = model
+    for modifier in modifiers[: places[-1] + 1] if places else ():
+        if isinstance(modifier, removals):
+            method: Any = modifier.new_method()
+            with suppress(SparseSSMError):  # does not fit this model, which is said elsewhere
+                left = method.planned(left)
+                # oneshot() has taken experts apart, and a new model has them whole
+                if get_non_linearized_moes(left):
+                    return
+        elif left is not model:
+            yield modifier, left
 
 
 def check_layers_left(modifiers: Sequence[Any], model: nn.Module) -> None:

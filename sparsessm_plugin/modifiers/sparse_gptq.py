@@ -9,6 +9,7 @@ import torch
 from compressed_tensors.distributed import greedy_bin_packing
 from compressed_tensors.offload import disable_offloading, update_offload_parameter
 from compressed_tensors.quantization import (
+    ActivationOrdering,
     QuantizationArgs,
     QuantizationStrategy,
 )
@@ -23,7 +24,7 @@ from llmcompressor.modifiers.gptq.helpers import (
     update_batch_qparams,
 )
 from llmcompressor.utils.metric_logging import CompressionLogger
-from pydantic import PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
@@ -98,12 +99,15 @@ class SparseGPTQModifier(GPTQModifier):
     :param block_size: columns quantized before the updates reach the rest of the weight
     :param dampening_frac: added to the diagonal of the Hessian, as a share of its mean; raised
         for a pruned weight whose Hessian is singular even so
-    :param actorder: order of the columns, ``static`` (default) or null
+    :param actorder: order of the columns, ``static`` (default; ``weight`` is the same) or null
     :param batched_quantization: how many weights of one shape LLM Compressor's code takes at
         once; pruned ones are taken one by one
 
     and all others of GPTQModifier.
     """
+
+    block_size: int = Field(default=128, ge=1)
+    dampening_frac: float = Field(default=0.01, ge=0.0, allow_inf_nan=False)
 
     meaningless_fields: ClassVar[frozenset[str]] = MEANINGLESS
 
@@ -118,6 +122,15 @@ class SparseGPTQModifier(GPTQModifier):
         check_given(type(self).__name__, fields)
         super().__init__(**fields)
         check_computed(self, fields)
+
+    @field_validator("actorder")
+    @classmethod
+    def _check_order(cls, order: Any) -> Any:
+        # LLM Compressor takes any text, and fails once the first layer has been calibrated
+        known = [None, ActivationOrdering.STATIC, ActivationOrdering.WEIGHT]
+        if order not in known:
+            raise ValueError(f"must be static, weight or null, got {shown(order)}")
+        return order
 
     @model_validator(mode="after")
     def _check_scheme(self) -> "SparseGPTQModifier":
@@ -362,7 +375,7 @@ class SparseGPTQModifier(GPTQModifier):
                     scale,
                     zero_point,
                     block_size=self.block_size,
-                    dampening=self.dampening_frac or 0.0,
+                    dampening=self.dampening_frac,
                 )
             except SparseSSMError as error:
                 self.release()

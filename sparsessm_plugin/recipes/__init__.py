@@ -65,6 +65,18 @@ class CheckedRecipe:
                     "give --calibration"
                 )
 
+    def check_pipeline(self, pipeline: str) -> None:
+        """Refuse the pipeline without a calibration pass where a modifier watches one.
+
+        :raises SparseSSMError: naming the modifier
+        """
+        for modifier in self.modifiers:
+            if pipeline == "datafree" and modifier.requires_calibration_data:
+                raise SparseSSMError(
+                    f"--pipeline datafree runs no calibration pass, and {type(modifier).__name__} "
+                    f"of {self.name} watches one; choose another, or none"
+                )
+
     def for_runtimes(self, names: list[str]) -> "CheckedRecipe":
         """The same recipe, whose removals also make sizes for these runtimes.
 
