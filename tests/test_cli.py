@@ -330,6 +330,15 @@ def test_bad_arguments(refused, tmp_path, arguments, message):
     assert message in refused("prune", DEMO, "--output", tmp_path / "out", *arguments)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("--runtime", "tgi"), ("--output", DEMO), ("--pipeline", "datafree")]
+)
+def test_an_error_of_an_option_begins_with_its_name(refused, option, value, text_file, tmp_path):
+    options = {"--recipe": "state-50", "--calibration": text_file, "--output": tmp_path / "out"}
+    line = (part for pair in {**options, option: value}.items() for part in pair)
+    assert refused("prune", DEMO, *line).startswith(f"error: {option}")
+
+
 def test_a_recipe_that_undoes_itself_is_refused_before_the_model_is_looked_for(refused, tmp_path):
     recipe = tmp_path / "m.yaml"
     recipe.write_text(

@@ -140,7 +140,8 @@ def prune(
     with of_option("--recipe"):
         checked = load_recipe(recipe)
     if runtime:
-        checked = checked.for_runtimes(split_names("--runtime", runtime))
+        with of_option("--runtime"):
+            checked = checked.for_runtimes(split_names("--runtime", runtime))
     checked.check_data(calibration)
     checked.check_pipeline(pipeline)
     skeleton = source.load_skeleton()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsessm_plugin.cli.console import show
-from sparsessm_plugin.cli.options import not_the_model
+from sparsessm_plugin.cli.options import not_the_model, of_option
 from sparsessm_plugin.cli.stopping import check_signals, will_write
 
 
@@ -16,7 +16,8 @@ def check_output(output: Path, model: str) -> None:
     """
     from sparsessm_plugin.files import check_output_directory
 
-    check_output_directory(output)
+    with of_option("--output"):
+        check_output_directory(output)
     will_write(output)
     not_the_model(output, model)
 
