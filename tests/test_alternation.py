@@ -6,15 +6,11 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from interpreter import CUDA, DEVICE, INTERPRETER, kernels_run, run_in_interpreter
+from interpreter import CUDA, DEVICE, INTERPRETER, kernels_run
 
 from sparsessm_plugin.backends.precision import add_half_product
 from sparsessm_plugin.selection.masks import choose_mask
 from sparsessm_plugin.solvers.alternation import UNIT_OF_PULL, AlternationInTorch, half_sum
-
-
-def test_in_tritons_interpreter():
-    run_in_interpreter(__file__, "-k", "triton")
 
 
 def normal(*shape, seed):

@@ -7,14 +7,10 @@ of their own.
 import pytest
 import torch
 from conftest import random_delta, relative
-from interpreter import DEVICE, kernels_run, run_in_interpreter
+from interpreter import DEVICE, kernels_run
 
 from sparsessm_plugin.recurrence import delta_reference
 from sparsessm_plugin.recurrence.quantities import DeltaQuantities
-
-
-def test_in_tritons_interpreter():
-    run_in_interpreter(__file__)
 
 
 @kernels_run

@@ -7,18 +7,7 @@ import torch
 from conftest import Guarded
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from interpreter import (
-    CUDA,
-    DEVICE,
-    INTERPRETER,
-    compiled_for_hopper,
-    kernels_run,
-    run_in_interpreter,
-)
-
-
-def test_in_tritons_interpreter():
-    run_in_interpreter(__file__, "-k", "triton")
+from interpreter import CUDA, DEVICE, INTERPRETER, compiled_for_hopper, kernels_run
 
 
 def kernels():

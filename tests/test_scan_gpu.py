@@ -14,14 +14,7 @@ import torch
 from conftest import FAMILIES, STATISTICS, Guarded, random_quantities, relative, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import (
-    CUDA,
-    DEVICE,
-    INTERPRETER,
-    compiled_for_hopper,
-    kernels_run,
-    run_in_interpreter,
-)
+from interpreter import CUDA, DEVICE, INTERPRETER, compiled_for_hopper, kernels_run
 
 from sparsessm_plugin import fast_forward
 from sparsessm_plugin import recurrence as package
@@ -38,10 +31,6 @@ MODULE = "sparsessm_plugin.recurrence.gpu"
 
 # the interpreter takes milliseconds a step
 examples = settings(max_examples=40 if CUDA else 8, deadline=None, derandomize=True)
-
-
-def test_in_tritons_interpreter():
-    run_in_interpreter(__file__)
 
 
 def on_device(q, dtype=None):
@@ -119,7 +108,7 @@ def test_only_what_is_asked_for(request_):
 @kernels_run
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_comes_in_and_float32_is_summed(dtype):
-    q = random_quantities(2, 35, 34, 5, masked=True)
+    q = random_quantities(2, 35, 34 if CUDA else 18, 5, masked=True)
     compare(q, StatisticsRequest(True, True, "zero"), 1e-5, dtype)
 
 
@@ -138,8 +127,12 @@ def test_chunks_hand_their_states_on(count, pruned_value, monkeypatch):
 
 
 @kernels_run
-@pytest.mark.parametrize("chunk", [8, 100])
-@pytest.mark.parametrize(("length", "channels", "states"), [(1, 1, 1), (18, 33, 16), (23, 5, 40)])
+@pytest.mark.parametrize("chunk", [4, 100])
+@pytest.mark.parametrize(
+    ("length", "channels", "states"),
+    # one of everything; and blocks and chunks that are not full, with 1 and 4 lanes a channel
+    [(1, 1, 1), (5, 33, 2), (6, 9, 16), (11, 5, 40)] + [(18, 33, 16), (23, 5, 40)] * CUDA,
+)
 def test_nothing_is_touched_outside_of_the_tensors(length, channels, states, chunk, monkeypatch):
     gpu = import_module(MODULE)
     monkeypatch.setattr(gpu, "_chunk", lambda length, wanted: chunk)
@@ -220,11 +213,12 @@ def test_what_is_padded_may_be_anything():
 @pytest.mark.parametrize("per_step", [False, True])
 def test_two_runs_give_the_same_bits(per_step):
     """And batches of other lengths add to the same sums."""
-    batches = [random_quantities(2, length, 33, 5, seed) for seed, length in enumerate((5, 33))]
+    channels = 33 if CUDA else 9
+    batches = [random_quantities(2, n, channels, 5, seed) for seed, n in enumerate((5, 33))]
     request = StatisticsRequest(True, True, "zero", per_step)
     runs = []
     for backend in (GPU, GPU, REFERENCE):
-        statistics = ScanStatistics(request, 33, 5, device=DEVICE)
+        statistics = ScanStatistics(request, channels, 5, device=DEVICE)
         for q in batches:
             scan(on_device(q), statistics, backend)
         runs.append([getattr(statistics, name) for name in STATISTICS])
@@ -235,10 +229,11 @@ def test_two_runs_give_the_same_bits(per_step):
 @kernels_run
 @pytest.mark.parametrize("every", [1, 3, 16, 40, 50])
 def test_kept_states(every):
-    q = random_quantities(2, 40, 33, 5, masked=True)
+    channels = 33 if CUDA else 17
+    q = random_quantities(2, 40, channels, 5, masked=True)
     y, h = scan_states(on_device(q), every, GPU)
     expected, states = scan_states(q, every, REFERENCE)
-    assert h.shape == states.shape == (2, 40 // every, 33, 5)
+    assert h.shape == states.shape == (2, 40 // every, channels, 5)
     assert relative(y.cpu(), expected) < 1e-5
     if h.numel():
         assert relative(h.cpu(), states) < 1e-5
@@ -268,7 +263,8 @@ def test_products_are_those_of_the_kept_states(batch, channels, states, every):
 @kernels_run
 def test_states_are_judged_the_same_without_keeping_them(monkeypatch):
     module = import_module("sparsessm_plugin.methods.state_sums")
-    adapter = find_mixers(tiny_model("jamba").to(DEVICE))[0]
+    model = tiny_model("jamba", hidden_size=32 if CUDA else 8)
+    adapter = find_mixers(model.to(DEVICE))[0]
     inputs = CalibrationInputs()
     inputs.add(torch.randn(2, 12, adapter.sizes.hidden_size), None)
     mask = torch.ones(2, 9, dtype=torch.long)
@@ -305,7 +301,7 @@ def test_fast_forward_gives_the_models_own_logits(family, monkeypatch):
         module, "read_out", lambda adapter, q: adapter.out_input(q, scan(q, backend=GPU))
     )
     monkeypatch.setattr(module, "scans_in_kernels", lambda mixer: False)
-    model = tiny_model(family).to(DEVICE)
+    model = tiny_model(family, hidden_size=32 if CUDA else 16).to(DEVICE)
     ids = torch.randint(1, 96, (2, 18), device=DEVICE)
     mask = torch.ones_like(ids)
     mask[0, 12:] = 0
@@ -318,8 +314,10 @@ def test_fast_forward_gives_the_models_own_logits(family, monkeypatch):
 
 @kernels_run
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gate_may_be_a_part_of_a_wider_tensor(dtype):
-    q = on_device(random_quantities(2, 35, 34, 5, masked=True), dtype)
+def test_the_gate_may_be_a_part_of_a_wider_tensor(dtype, monkeypatch):
+    monkeypatch.setattr(import_module(MODULE), "_chunk", lambda length, wanted: 12)
+    length, channels = (35, 34) if CUDA else (19, 18)
+    q = on_device(random_quantities(2, length, channels, 5, masked=True), dtype)
     q.z = torch.stack([torch.full_like(q.z, torch.nan), q.z], 2)[:, :, 1]
     y = scan(q, backend=GPU)
     gated = import_module(MODULE).scan(q, gated=dtype)

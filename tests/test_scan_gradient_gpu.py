@@ -8,15 +8,10 @@ from importlib import import_module
 import pytest
 import torch
 from conftest import SCAN_LEAVES, Guarded, random_quantities, scan_gradients
-from interpreter import CUDA, DEVICE, INTERPRETER, kernels_run, run_in_interpreter
+from interpreter import CUDA, DEVICE, INTERPRETER, kernels_run
 
 from sparsessm_plugin.recurrence import differentiable, reference
 from sparsessm_plugin.recurrence.quantities import GroupedQuantities, MixerQuantities
-
-
-def test_in_tritons_interpreter():
-    run_in_interpreter(__file__)
-
 
 LAUNCHED = {
     "backends.gpu": ("_convolve", "_softplus"),

@@ -7,7 +7,7 @@ import torch
 from conftest import Guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import CUDA, DEVICE, kernels_run, run_in_interpreter
+from interpreter import CUDA, DEVICE, kernels_run
 
 from sparsessm_plugin.backends import precision
 from sparsessm_plugin.backends.precision import Factor, split_tf32, tf32
@@ -26,10 +26,6 @@ from sparsessm_plugin.solvers.sparsegpt import sparsegpt
 from sparsessm_plugin.solvers.wanda import wanda
 
 CPU, GPU = "sparsessm_plugin.solvers.cpu", "sparsessm_plugin.solvers.gpu"
-
-
-def test_in_tritons_interpreter():
-    run_in_interpreter(__file__, "-k", "triton", loops=False)
 
 
 def compare(name, device, problems, shared, size, out, start, stop, group, dtype, seed):

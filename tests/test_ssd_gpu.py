@@ -10,24 +10,13 @@ from importlib import import_module
 import pytest
 import torch
 from conftest import SCAN_LEAVES, Guarded, random_heads, scan_gradients
-from interpreter import (
-    CUDA,
-    DEVICE,
-    INTERPRETER,
-    compiled_for_hopper,
-    kernels_run,
-    run_in_interpreter,
-)
+from interpreter import CUDA, DEVICE, INTERPRETER, compiled_for_hopper, kernels_run
 from torch.utils.checkpoint import checkpoint
 
 from sparsessm_plugin.errors import SparseSSMWarning
 from sparsessm_plugin.recurrence import differentiable, ssd
 
 KERNELS = ("_end_chunks", "_hand_on", "_outputs", "_gradients")
-
-
-def test_in_tritons_interpreter():
-    run_in_interpreter(__file__)
 
 
 def kernels():
