@@ -511,8 +511,53 @@ def fresh_process(script, *arguments, **environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+STOCK = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # in which torch does not import the package
+# Imports torch and transformers, which takes seconds, and runs each script in a fork of itself.
+FORKS = """
+import json, os, sys
+import torch
+from transformers import AutoModelForCausalLM
+for line in sys.stdin:
+    script, arguments, environment, *outputs = json.loads(line)
+    child = os.fork()
+    if not child:
+        for number, path in enumerate(outputs, 1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        os.environ.update(environment)
+        sys.argv[1:] = arguments
+        exec(script, {"__name__": "__main__"})
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@functools.cache
+def _forks():
+    command = [sys.executable, "-c", FORKS]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env={**os.environ, **STOCK}, **pipes)
+
+
+def stock_process(script, *arguments, **environment):
+    """:func:`fresh_process` with torch and stock transformers, without the package.
+
+    Nothing but their import is shared with other such processes.
+    """
+    if DEVICE == "cuda":  # a fork cannot use what its parent has looked at
+        return fresh_process(script, *arguments, **environment, **STOCK)
+    arguments = [str(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory() as place:
+        outputs = [Path(place, name) for name in ("stdout", "stderr")]
+        request = [script, arguments, environment, *map(str, outputs)]
+        print(json.dumps(request), file=_forks().stdin, flush=True)
+        code = int(_forks().stdout.readline())
+        stdout, stderr = (path.read_text(encoding="utf-8") for path in outputs)
+    assert code == 0, stderr
+    return json.loads(stdout.splitlines()[-1])
+
+
 RELOAD = """
-import sys, torch
+import json, sys, torch
 from transformers import AutoModelForCausalLM
 ids, expected = torch.load(sys.argv[2])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval().to(ids.device)
@@ -521,7 +566,7 @@ with torch.no_grad():
 away = (logits - expected).abs().max()
 assert away <= float(sys.argv[3]), away
 {more}
-assert "sparsessm_plugin.modifiers" not in sys.modules
+print(json.dumps("sparsessm_plugin.modifiers" in sys.modules))
 """
 
 
@@ -537,18 +582,8 @@ def check_reload(model, saved, more="", away=0.0):
         logits = model(ids).logits
     # an offloaded model lies elsewhere than it computes
     torch.save((ids.to(logits.device), logits), expected)
-    subprocess.run(
-        [
-            *(sys.executable, "-c", RELOAD.replace("{more}", more), saved, expected),
-            str(may_be_off(logits, away, model)),
-        ],
-        check=True,
-        env={
-            **os.environ,
-            **without_gpu(logits.device),
-            "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-        },
-    )
+    script, most = RELOAD.replace("{more}", more), may_be_off(logits, away, model)
+    assert stock_process(script, saved, expected, most, **without_gpu(logits.device)) is False
 
 
 RELOAD_ALL = """
@@ -584,7 +619,7 @@ def save_with_logits(model, folder):
 
 def check_reload_all(folder):
     """One process without the package gets the logits of all models, and generates with a cache."""
-    assert fresh_process(RELOAD_ALL, folder, TORCH_DEVICE_BACKEND_AUTOLOAD="0") is False
+    assert stock_process(RELOAD_ALL, folder) is False
 
 
 def logits_of(model, ready):

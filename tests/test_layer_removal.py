@@ -10,10 +10,10 @@ from conftest import (
     FAMILIES,
     VOCAB,
     batches,
-    fresh_process,
     may_be_off,
     run,
     state,
+    stock_process,
     tiny_model,
 )
 from torch.nn import functional as F
@@ -426,7 +426,7 @@ def saved(tmp_path_factory):
         torch.save(expected, root / family / "expected.pt")
         indices = {m.layer_idx: n for n, m in model.named_modules() if hasattr(m, "layer_idx")}
         reports[family] = modifier.report(), sorted(i for i in indices if i is not None and i >= 0)
-    found = fresh_process(READER, root, *EVERY, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    found = stock_process(READER, root, *EVERY)
     return found, reports
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEMO, Loader, batches, fresh_process, may_be_off, tiny_model
+from conftest import DEMO, Loader, batches, may_be_off, stock_process, tiny_model
 from llmcompressor import active_session, oneshot
 from transformers import AutoTokenizer
 
@@ -115,7 +115,7 @@ def saved(tmp_path_factory):
 def loaded(saved):
     """What a fresh process says of each; those that need this package come last."""
     order = sorted(CASES, key=lambda case: case.endswith(("w4a16", "W4A16")))
-    return fresh_process(READER, saved[0], *order, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    return stock_process(READER, saved[0], *order)
 
 
 @pytest.mark.parametrize("case", CASES)
