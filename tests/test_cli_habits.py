@@ -90,7 +90,8 @@ import os, sys
 class Watch:
     def find_spec(name, path=None, target=None):
         if name == "torch":
-            print("torch sees", os.environ.get("OMP_WAIT_POLICY"))
+            print("torch sees", os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            os._exit(0)  # before seconds of imports
 sys.meta_path.insert(0, Watch)
 import sparsessm_plugin.cli as cli
 print("imported", os.environ.get("OMP_WAIT_POLICY"))
@@ -105,6 +106,7 @@ def test_threads_sleep_where_others_work_too(given, seen):
     environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
     command = [sys.executable, "-c", _WATCHED, "inspect", "/nowhere"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"imported {given}", f"torch sees {seen}"]
 
 

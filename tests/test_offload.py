@@ -46,6 +46,14 @@ def recipe_of(**modifiers):
     return json.dumps({"a_stage": {"a_modifiers": modifiers}})
 
 
+def as_argument(recipe, folder):
+    """A recipe's name, or the path of one that is given as text."""
+    if not recipe.startswith("{"):
+        return recipe
+    (folder / "own.yaml").write_text(recipe)
+    return str(folder / "own.yaml")
+
+
 def saved(folder, family, dtype=torch.float32, **changes):
     model = saved_tiny_model(folder, family, **{**EXPERTS.get(family, {}), **LARGE, **changes})
     if dtype != torch.float32:
@@ -92,9 +100,7 @@ def test_the_result_is_that_of_pruning_in_memory(sparsessm, text_file, tmp_path,
     dense = tmp_path / "dense"
     saved(dense, family)
     before = bytes_of(dense)
-    if recipe.startswith("{"):
-        (tmp_path / "own.yaml").write_text(recipe)
-        recipe = str(tmp_path / "own.yaml")
+    recipe = as_argument(recipe, tmp_path)
     for place in ("none", "disk"):
         code, _, stderr = sparsessm(
             *("prune", dense, "--recipe", recipe, "--calibration", text_file, *SHORT),
@@ -183,7 +189,11 @@ def held(monkeypatch):
     [
         ("falcon_mamba", "alog-50", {}),
         ("falcon_mamba", "whole-50", {}),
-        ("mamba2", "state-50", {"num_heads": 32}),
+        (
+            "mamba2",
+            recipe_of(StateRemovalModifier={"sparsity": 0.5, "reconstruct_steps": 5}),
+            {"num_heads": 32},
+        ),
     ],
 )
 def test_no_more_than_a_layer_is_held(sparsessm, held, text_file, tmp_path, family, recipe, sizes):
@@ -193,6 +203,7 @@ def test_no_more_than_a_layer_is_held(sparsessm, held, text_file, tmp_path, fami
     embeddings = model.get_input_embeddings().weight.nbytes
     layer = sum(p.nbytes for p in model.backbone.layers[0].parameters())
     assert 12 * layer > 2 * embeddings
+    recipe = as_argument(recipe, tmp_path)
     code, _, stderr = sparsessm(
         *("prune", tmp_path / "dense", "--recipe", recipe, "--calibration", text_file, *SHORT),
         *("--offload", "disk", "--output", tmp_path / "out"),
@@ -216,9 +227,7 @@ def test_no_more_than_a_layer_is_held(sparsessm, held, text_file, tmp_path, fami
 )
 def test_what_holds_the_whole_model_says_so(refused, text_file, tmp_path, recipe, who):
     saved(tmp_path / "dense", "mamba")
-    if recipe.startswith("{"):
-        (tmp_path / "own.yaml").write_text(recipe)
-        recipe = str(tmp_path / "own.yaml")
+    recipe = as_argument(recipe, tmp_path)
     said = refused(
         *("prune", tmp_path / "dense", "--recipe", recipe, "--calibration", text_file, *SHORT),
         *("--offload", "disk", "--output", tmp_path / "out"),
