@@ -15,7 +15,6 @@ from conftest import (
     Loader,
     batches,
     check_reload,
-    fresh_process,
     hooked,
     logits_beside,
     may_be_off,
@@ -27,6 +26,7 @@ from conftest import (
     save_with_logits,
     saved_tiny_model,
     state,
+    stock_process,
     tiny_model,
     with_images,
 )
@@ -172,7 +172,7 @@ def test_quantized_models_load_again(tmp_path):
         for kind in (*adapter.entry_kinds, adapter.exit_kind):
             assert adapter.projection(kind).module.quantization_scheme is not None
         save_with_logits(model, tmp_path / family)
-    found = fresh_process(AWAY, tmp_path, *(family for family, _ in cases))
+    found = stock_process(AWAY, tmp_path, *(family for family, _ in cases))
     for family, away in found.items():
         _, expected, most = torch.load(tmp_path / f"{family}.pt")
         if family in MOE:
@@ -343,7 +343,7 @@ def test_a_folder_with_an_image_encoder_stays_one(tmp_path):
         assert torch.equal(tensors[f"model.visual.{name}"], value)
     torch.save((ids.to(logits.device), logits, tensors), tmp_path / "expected.pt")
     assert (tmp_path / "preprocessor_config.json").read_text() == processor
-    ((*found, away, sees, dk),) = fresh_process(BY_ITS_CLASS, tmp_path)
+    ((*found, away, sees, dk),) = stock_process(BY_ITS_CLASS, tmp_path)
     assert found == [type(dense).__name__, [], True, []]
     assert away <= may_be_off(logits)
     assert sees

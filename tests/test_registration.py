@@ -39,7 +39,7 @@ BROKEN = {
     "broken_plugin-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: broken-plugin\n"
     "Version: 1.0\n",
     "broken_plugin-1.0.dist-info/entry_points.txt": "[llmcompressor.modifiers]\n"
-    "BrokenModifier = broken_plugin:BrokenModifier\n",
+    "BrokenModifier = broken_plugin:BrokenModifier\nX = not_a_modifier:NotAModifier\n",
 }
 
 
@@ -111,9 +111,25 @@ def test_installed_as_meant(run, how):
     assert done.stdout.startswith(str(ROOT)) is (how == "editable")
 
 
+LOADED = """
+import sys
+from llmcompressor import oneshot
+assert "llmcompressor.modifiers.factory" in sys.modules
+assert "sparsessm_plugin.modifiers" not in sys.modules
+"""
+ONCE = """
+from llmcompressor.modifiers import ModifierFactory
+assert "SparseSSMModifier" in ModifierFactory._registered_registry
+ModifierFactory.refresh()
+assert "SparseSSMModifier" in ModifierFactory._registered_registry
+assert sum("Finder" in type(f).__name__ for f in sys.meta_path if "sparse" in repr(f)) == 0
+"""
+
+
 @both_ways
 def test_plain_oneshot_without_any_import_of_ours(run, how):
-    done = run("from llmcompressor import oneshot\n" + PRUNE, how)
+    """Our modifiers load with the first recipe, and once."""
+    done = run(LOADED + PRUNE + ONCE, how)
     assert "pruned" in done.stdout
 
 
@@ -125,15 +141,12 @@ def test_autoload_can_be_turned_off(run):
     assert "No modifier of type 'SparseSSMModifier' found" in done.stderr
 
 
-@both_ways
-def test_import_of_the_package(run, how):
-    script = "import sparsessm_plugin\nfrom llmcompressor import oneshot\n"
+@pytest.mark.parametrize(("how", "first"), [("wheel", "ours"), ("editable", "theirs")])
+def test_import_of_the_package(run, how, first):
+    """In either order; how it is installed does not matter to an import."""
+    lines = ["import sparsessm_plugin\n", "from llmcompressor import oneshot\n"]
+    script = "".join(lines if first == "ours" else reversed(lines))
     assert "pruned" in run(script + PRUNE, how, **OFF).stdout
-
-
-def test_import_of_the_package_after_llmcompressor(run):
-    script = "from llmcompressor import oneshot\nimport sparsessm_plugin\n"
-    assert "pruned" in run(script + PRUNE, **OFF).stdout
 
 
 @both_ways
@@ -174,21 +187,6 @@ def test_importing_torch_imports_nothing_more_of_ours(run):
     )
 
 
-def test_modifiers_load_with_the_first_recipe_only(run):
-    run(
-        """
-        import sys
-        import llmcompressor
-        from llmcompressor.modifiers import ModifierFactory
-        assert "sparsessm_plugin.modifiers" not in sys.modules
-        ModifierFactory.refresh()
-        assert "SparseSSMModifier" in ModifierFactory._registered_registry
-        ModifierFactory.refresh()
-        assert sum("Finder" in type(f).__name__ for f in sys.meta_path if "sparse" in repr(f)) == 0
-        """
-    )
-
-
 def test_looking_for_the_factory_without_importing_it_spoils_nothing(run):
     run(
         """
@@ -215,20 +213,15 @@ def count_warnings(done, words):
     return sum(words in line and "RuntimeWarning" in line for line in done.stderr.splitlines())
 
 
-def test_somebody_elses_broken_plugin_costs_one_warning(run, broken):
+def test_somebody_elses_broken_plugins_cost_one_warning_each(run, broken):
+    """One that cannot be imported, and one that is no modifier."""
     script = "import torch\nfrom llmcompressor import oneshot\n" + PRUNE + PRUNE
     done = run(script, path=broken)
     assert done.stdout.count("pruned") == 2
     assert count_warnings(done, "'BrokenModifier'") == 1
     assert "broken on purpose" in done.stderr
-
-
-def test_a_plugin_that_is_no_modifier_costs_one_warning(run, broken):
-    entry_points = broken / "broken_plugin-1.0.dist-info" / "entry_points.txt"
-    entry_points.write_text("[llmcompressor.modifiers]\nX = not_a_modifier:NotAModifier\n")
-    done = run("from llmcompressor import oneshot\n" + PRUNE, path=broken)
-    assert "pruned" in done.stdout
     assert count_warnings(done, "'X'") == 1
+    assert count_warnings(done, "") == 2
 
 
 OTHER_RECIPE = """

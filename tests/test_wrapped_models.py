@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import DEMO, Loader, batches, fresh_process, state, tiny_model, without_gpu
+from conftest import DEMO, Loader, batches, state, stock_process, tiny_model, without_gpu
 from llmcompressor import active_session, oneshot
 from llmcompressor.modifiers.pruning import SparseGPTModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -199,5 +199,5 @@ def test_models_with_code_of_their_own_are_pruned_and_saved(custom, tmp_path, ca
             app(["prune", str(custom), *map(str, arguments)])
         assert done.value.code == 0, capsys.readouterr().err
     places = [tmp_path / recipe for recipe in expected]
-    found = fresh_process(RELOAD, *places, **without_gpu("cpu"))
+    found = stock_process(RELOAD, *places, **without_gpu("cpu"))
     assert found == [["CustomForCausalLM", *sizes] for sizes in expected.values()]
