@@ -10,10 +10,10 @@ from conftest import (
     DEMO,
     Loader,
     batches,
-    fresh_process,
     logits_beside,
     may_be_off,
     same_logits,
+    stock_process,
     tiny_model,
 )
 from llmcompressor import oneshot
@@ -141,7 +141,7 @@ def saved(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(saved):
     """What a fresh process says of each."""
-    return fresh_process(READER, saved, *CASES, HF_HUB_OFFLINE="1")
+    return stock_process(READER, saved, *CASES)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -214,7 +214,7 @@ with torch.no_grad():
     print(json.dumps(float((logits - expected["logits"]).abs().max())))
 """
     expected = torch.load(saved / "mamba-int4" / "expected.pt")
-    assert fresh_process(script, saved / "mamba-int4") <= expected["away"]
+    assert stock_process(script, saved / "mamba-int4") <= expected["away"]
 
 
 def _mixers(model):

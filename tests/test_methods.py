@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, FAMILIES, MAMBA1, Loader, batches, fresh_process, state, tiny_model
+from conftest import DEVICE, FAMILIES, MAMBA1, Loader, batches, state, stock_process, tiny_model
 from llmcompressor import active_session, oneshot
 from transformers import AutoModelForCausalLM
 
@@ -169,7 +169,7 @@ def test_gradients_as_by_recipe(family):
 
 
 def test_nothing_of_llm_compressor_is_needed():
-    found = fresh_process(
+    found = stock_process(
         """
 import json, sys
 import sparsessm_plugin.methods
