@@ -32,7 +32,8 @@ demo: $(BASE)
 	$(BIN)/sparsessm demo --plot demo-output/demo.png --output demo-output/demo.json
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile \
+		--no-loadscope-reorder
 
 # runtimes of others that read what is saved, in environments of their own; llama.cpp's converter
 # comes with the source package of its Python binding

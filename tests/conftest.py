@@ -50,6 +50,8 @@ from sparsessm_plugin.recurrence.quantities import (
     MixerQuantities,
 )
 
+# Files of about a minute and more begin first: at the end one would keep a worker by itself.
+LONG = ("test_distributed.py", "test_interpreter.py", "test_registration.py", "test_cli.py")
 VOCAB = 96
 # Where transformers' own forward runs: with CUDA kernels installed it refuses tensors on the CPU.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,6 +72,10 @@ GPU_STEPS = 0.01
 GPU_SUMS = 10 * 2.0**-11
 DELTA = ("qwen3_5", "qwen3_5_moe", "qwen3_next", "olmo_hybrid")  # gated delta nets
 DEMO = Path(__file__).parent / "assets" / "mamba-demo-0.7m"
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def _takes(kernel, x):
