@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, fresh_process
+from conftest import DEMO, stock_process
 
 import sparsessm_plugin
 from sparsessm_plugin import recipes
@@ -110,7 +110,7 @@ print(json.dumps([quiet, verbose, again]))
 
 
 def test_logs_and_warnings_go_to_one_place():
-    quiet, verbose, again = fresh_process(SCRIPT, LLM_COMPRESSOR_LOG_LEVEL="INFO")
+    quiet, verbose, again = stock_process(SCRIPT, LLM_COMPRESSOR_LOG_LEVEL="INFO")
     ours = [[level, "sparsessm_plugin.training.gradients"] for level in ("warning", "error")]
     theirs = [["error", "llmcompressor.core"]]
     assert quiet == [*ours, *theirs, ["warning", "ours"], ["warning", "registered"]]
