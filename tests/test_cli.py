@@ -600,7 +600,7 @@ def test_a_stop_names_the_file_to_go_on_from(sparsessm, monkeypatch, text_file, 
     state, recipe = tmp_path / "state.pt", tmp_path / "recipe.yaml"
     recipe.write_text(
         "prune_stage:\n  prune_modifiers:\n    StateRemovalModifier: {keep: 8, "
-        f"reconstruct_steps: 1, distill_steps: 2, distill_resume: {state}}}\n"
+        f"compensate: none, distill_steps: 2, distill_resume: {state}}}\n"
     )
     own = ResumeFile.save
 
