@@ -23,6 +23,15 @@ W8 = {"targets": ["Linear"], "ignore": ["lm_head", "re:.*dt_proj$"], "scheme": "
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="bits are compared")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def only_what_these_tests_make():
+    """Leave the objects of whole libraries out when it is looked what is still held."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 class Spy:
     """Counts what was promised and used, and keeps what the mixers gave."""
 
