@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -59,6 +60,10 @@ MAMBA1 = ("mamba", "falcon_mamba", "jamba", "zamba")
 MAMBA2 = ("mamba2", "bamba", "zamba2", "granitemoehybrid", "falcon_h1", "nemotron_h")
 FAMILIES = MAMBA1 + MAMBA2  # of the selective recurrence
 # of these, experts that were stored one by one are multiplied from other memory when reloaded
+# no example is wrong because a machine was busy
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
+
 MOE = ("qwen3_5_moe", "qwen3_next")
 MOE_ROUNDING = 1e-6
 # Of the largest logit: a GPU's libraries choose their kernels, and with them the order of sums, by

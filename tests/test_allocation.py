@@ -28,7 +28,7 @@ def test_uniform_is_exact(sizes, sparsity):
     assert all(abs(z - sparsity * n) < 1.01 for z, n in zip(zeros, sizes, strict=True))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SIZES, st.floats(0, 0.9), st.data())
 def test_optimal_is_exact_and_within_bounds(sizes, sparsity, data):
     losses = [power(data.draw(st.floats(1e-6, 1e6)), data.draw(st.floats(0.5, 6))) for _ in sizes]

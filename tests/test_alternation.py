@@ -20,7 +20,6 @@ def normal(*shape, seed):
 @kernels_run
 @settings(
     max_examples=60 if CUDA else 10,
-    deadline=None,
     derandomize=True,
     phases=[Phase.generate] if INTERPRETER else list(Phase),
 )

@@ -229,7 +229,6 @@ def test_surrogate_computes_the_mixer(family):
 @pytest.mark.parametrize(("family", "axis"), CASES)
 @settings(
     max_examples=4,
-    deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking would take minutes
     suppress_health_check=list(HealthCheck),
 )

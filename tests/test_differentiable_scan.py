@@ -43,7 +43,7 @@ def test_cpu_gradients(length, channels, states):
     seed=st.integers(0, 9),
     masked=st.booleans(),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_gradients_of_any_shape(batch, length, channels, states, chunk, seed, masked):
     q = random_quantities(batch, length, channels, states, seed, masked)
     check(differentiable.scan, q)

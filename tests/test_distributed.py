@@ -624,7 +624,7 @@ def test_interrupted_command_leaves_nothing(text_file, tmp_path):
 # -- without ranks -----------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 12), st.integers(1, 15), st.integers(1, 4), st.integers(1, 5))
 def test_shares_are_what_one_process_reads(windows, num_samples, batch_size, ranks):
     from sparsessm_plugin.evaluation.data import calibration_loader
@@ -657,7 +657,7 @@ def test_one_process_gets_back_what_it_gives():
         raise SparseSSMError("wrong")
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.integers(0, 5), max_size=3), max_size=5), st.integers(1, 20))
 def test_buckets_hold_everything_once(shapes, limit):
     tensors = [torch.zeros(shape, dtype=torch.int64) for shape in shapes]

@@ -75,7 +75,7 @@ from sparsessm_plugin.recipes import load_recipe, parse_recipe
 ladders = st.lists(st.lists(st.floats(0.01, 1), min_size=1, max_size=4), min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(losses=ladders, costs=ladders, limit=st.floats(0.3, 1), overlap=st.floats(0, 1))
 @example(losses=[[1.0]], costs=[[1 - 2**-53]], limit=0.375, overlap=0.0)  # equal but for rounding
 def test_the_choice_is_the_best_of_all_mixes(losses, costs, limit, overlap):

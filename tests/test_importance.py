@@ -78,7 +78,7 @@ def brute_force(scores, sparsity, groups, min_keep, pruned):
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_choice_is_that_of_sorting(data):
     shapes = data.draw(
         st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=4)

@@ -22,7 +22,6 @@ def by_sorting(scores, count):
 
 examples = settings(
     max_examples=60 if CUDA else 15,
-    deadline=None,
     derandomize=True,
     phases=[Phase.generate] if INTERPRETER else list(Phase),
 )

@@ -32,7 +32,7 @@ def wide_part(generator, batch, length, channels, wider, transposed=False):
     return x[..., wider : wider + channels]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     batch=st.integers(1, 3),
     length=sizes,
@@ -61,7 +61,7 @@ def test_convolution_is_torchs(
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     batch=st.integers(1, 3),
     length=sizes,
@@ -188,7 +188,7 @@ def in_onednn(monkeypatch):
     return taken
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lead=st.lists(st.sampled_from([1, 2, 3, 16, 17]), min_size=1, max_size=3),
     inputs=st.sampled_from([1, 3, 16, 65]),

@@ -188,7 +188,7 @@ def test_structures():
     assert parse_structure("2:4") == (2, 4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.sampled_from([(1, 1), (3, 5), (7, 8), (4, 1, 4), (2, 3, 8)]),
     sparsity=st.floats(0, 1),
@@ -219,7 +219,7 @@ def test_unstructured_masks(shape, sparsity, ties, per_row, masked, seed):
         assert int(counts.max() - counts.min()) <= 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(structure=st.sampled_from(STRUCTURES[1:]), masked=st.booleans(), seed=st.integers(0, 99))
 def test_masks_in_groups(structure, masked, seed):
     n, m = parse_structure(structure)
@@ -237,7 +237,7 @@ def test_masks_in_groups(structure, masked, seed):
 # -- every solver ------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(NAMES),
     structure=st.sampled_from(STRUCTURES),
@@ -298,7 +298,7 @@ def test_dead_inputs(name, structure):
     assert torch.isfinite(nothing.weight).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(NAMES),
     structure=st.sampled_from(["0:0", "2:4"]),
@@ -338,7 +338,7 @@ def test_order_of_the_solvers(structure, sparsity):
     assert total["sparsegpt"] < total["wanda"] < total["magnitude"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     structure=st.sampled_from(STRUCTURES),
     sparsity=st.floats(0, 1),
@@ -381,7 +381,7 @@ def least_errors(w, H, allowed):
     return each
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(masked=st.booleans(), size=st.integers(1, 4), seed=st.integers(0, 999))
 def test_all_supports_are_compared(masked, size, seed):
     """The best of all is found for every total at which handing out one by one can find it."""
@@ -492,7 +492,7 @@ def slow_surgeon(w, H, choose, dampening_frac=0.01):
     return w
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     out=st.integers(1, 8),
     n=st.integers(2, 20),
@@ -509,7 +509,7 @@ def test_update_on_a_fixed_support_is_the_slow_surgeon(out, n, block, share, see
     torch.testing.assert_close(result.weight, expected, rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(n=st.integers(2, 20), sparsity=st.floats(0, 1), seed=st.integers(0, 99))
 def test_blocks_of_one_column_are_the_slow_surgeon(n, sparsity, seed):
     w, H = problem(9, n, seed, dtype=torch.float64)
@@ -538,7 +538,7 @@ def test_pruning_one_input_of_all_rows_is_exact():
 # -- refinement --------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     out=st.integers(1, 8),
     n=st.integers(1, 16),
@@ -567,7 +567,7 @@ def test_refinement_is_least_squares_per_row(out, n, share, batched, seed):
             )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     samples=st.integers(1, 30),
     steps=st.integers(0, 60),
@@ -603,7 +603,7 @@ def test_support_of_alps_is_refined_to_the_end():
 # -- depthwise convolutions --------------------------------------------------------------
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(name=st.sampled_from(UPDATING), seed=st.integers(0, 99), out=st.sampled_from([1, 3]))
 def test_a_batch_is_its_problems_one_by_one(name, seed, out):
     w, H = conv_problem(seed=seed, dtype=torch.float64)

@@ -152,7 +152,7 @@ def test_statistic_that_was_not_collected():
         SALIENCIES["hessian"].score(SaliencyInputs(torch.zeros(2, 2), torch.ones(2)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),
@@ -173,7 +173,7 @@ def test_unstructured_selection_is_exact_and_ties_go_by_position(
         assert sorted(chosen[t].flatten().nonzero().flatten().tolist()) == sorted(expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 6),
     groups=st.integers(1, 3),

@@ -42,7 +42,7 @@ def exp_compiled(x):
     return exp(x)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     batch=st.integers(1, 3),
     length=st.integers(1, 20),

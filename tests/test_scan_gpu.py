@@ -30,7 +30,7 @@ GPU = "cuda"
 MODULE = "sparsessm_plugin.recurrence.gpu"
 
 # the interpreter takes milliseconds a step
-examples = settings(max_examples=40 if CUDA else 8, deadline=None, derandomize=True)
+examples = settings(max_examples=40 if CUDA else 8, derandomize=True)
 
 
 def on_device(q, dtype=None):

@@ -69,14 +69,14 @@ def check_backend(name, device, out, problems, shared, group, groups, before, af
     compare(name, device, problems, shared, stop + after, out, start, stop, group, dtype, seed)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(out=st.integers(1, 150), **SHAPES)
 def test_numba(out, **shape):
     check_backend(CPU, "cpu", out, **shape)
 
 
 @kernels_run
-@settings(max_examples=60 if CUDA else 12, deadline=None, derandomize=True)
+@settings(max_examples=60 if CUDA else 12, derandomize=True)
 @given(out=st.integers(1, 40), **SHAPES)
 def test_triton(out, **shape):
     check_backend(GPU, DEVICE, out, **shape)
@@ -106,7 +106,7 @@ def test_devices_without_a_backend_use_torch(monkeypatch, group):
     assert not torch.equal(results[0][0], weight)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     size=st.integers(1, 300),
     share=st.floats(0, 1),
@@ -129,7 +129,7 @@ def test_largest_scores_are_those_of_a_stable_sort(size, share, ties, dtype, see
 # -- sums of products ----------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     batch=st.integers(1, 3),
     length=st.integers(1, 9),

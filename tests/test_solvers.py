@@ -62,7 +62,7 @@ def test_cost_is_the_sum_over_pairs():
     assert removal_cost(gram, removed).tolist() == pytest.approx(expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data(), N=st.integers(1, 9), seed=st.integers(0, 999), count=st.integers(1, 5))
 def test_best_subsets_are_those_of_brute_force(data, N, seed, count):
     remove = data.draw(st.integers(0, N))
@@ -91,7 +91,7 @@ def backward_elimination(gram, remove):
     return gone
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), N=st.integers(2, 24), rank=st.integers(1, 30), seed=st.integers(0, 999))
 def test_elimination_is_never_worse_than_the_plain_one(data, N, rank, seed):
     remove = data.draw(st.integers(1, N - 1))
