@@ -217,6 +217,12 @@ EXPERIMENT = Experiment(
             "models": ["granite-hybrid-16m"],
             "everywhere": True,
         },
+        "whole_model_quality_granite-hybrid-16m_cpu": {
+            "models": ["granite-hybrid-16m"],
+            "everywhere": True,
+            "methods": ["SparseGPT of LLM Compressor", REFERENCE, "defaults"],
+            **SMALL,
+        },
         "whole_model_quality_groups_25m_cpu": {
             "models": ["mamba-25m", "mamba2-25m"],
             "seeds": 1,
