@@ -12,7 +12,7 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from sparsessm_plugin.backends.lanes import warm_up_stream
+from sparsessm_plugin.backends.lanes import warming_up
 
 # How far loss and gradients may be from those that are computed kernel after kernel, relative, as
 # sums of embeddings' gradients and of some kernels differ in their order; and how far a change of
@@ -78,16 +78,14 @@ class CapturedStep:
         def step() -> tuple[Tensor, Tensor]:
             return gradients(self._batch), update(self._rate)
 
-        stream, home = warm_up_stream(weights.device), torch.cuda.current_stream(weights.device)
-        stream.wait_stream(home)
-        with torch.cuda.stream(stream):
+        home = torch.cuda.current_stream(weights.device)
+        with warming_up(weights.device):
             for _ in range(_WARM_UP):
                 weights.restore(before)
                 loss, norm = step()
             expected = _made(weights, loss, norm)
             del loss, norm
             weights.restore(before)
-        home.wait_stream(stream)
         try:
             with torch.cuda.graph(self._graph):
                 loss, norm = step()

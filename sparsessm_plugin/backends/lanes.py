@@ -51,13 +51,19 @@ class Lane:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
-def warm_up_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream on which steps run before they are captured as CUDA graphs.
+@contextmanager
+def warming_up(device: torch.device) -> Iterator[None]:
+    """Run steps beside the current stream before they are captured as CUDA graphs.
 
-    Not a new one each time: of every stream that cuBLAS has multiplied on it keeps a workspace,
-    and torch's 32 streams come round again, so that lanes and graphs would come to share one.
+    On one stream, not a new one each time: of every stream that cuBLAS has multiplied on it keeps a
+    workspace, and torch's 32 streams come round again, so that lanes and graphs would come to share
+    one.
     """
-    return _stream(with_index(device), _WARM_UP)
+    stream, home = _stream(with_index(device), _WARM_UP), torch.cuda.current_stream(device)
+    stream.wait_stream(home)
+    with torch.cuda.stream(stream):
+        yield
+    home.wait_stream(stream)
 
 
 @cache

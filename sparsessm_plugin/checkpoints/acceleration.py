@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsessm_plugin.backends.lanes import warm_up_stream
+from sparsessm_plugin.backends.lanes import warming_up
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families import iter_mixers
 
@@ -332,11 +332,8 @@ def time_calls(calls: Sequence[Callable[[], Any]]) -> float:
 
 def time_graph(calls: Sequence[Callable[[], Any]]) -> float:
     """Microseconds a call, replayed from a CUDA graph on the current CUDA device."""
-    stream = warm_up_stream(torch.device("cuda"))
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # workspaces are made before the capture
+    with warming_up(torch.device("cuda")):  # workspaces are made before the capture
         calls[0]()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsessm_plugin.backends.lanes import warm_up_stream
+from sparsessm_plugin.backends.lanes import warming_up
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.families.state_cache import expand, lengthen, make_static
 
@@ -73,12 +73,9 @@ def capture_step(
     :param generator: that the step draws from, if not from torch's own
     :raises NotCapturable: the step holds what no graph does
     """
-    stream = warm_up_stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
+    with warming_up(device):
         for _ in range(warm_up):
             step()
-    torch.cuda.current_stream(device).wait_stream(stream)
     rewind()
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
