@@ -125,9 +125,7 @@ def check_modifiers(modifiers: Sequence[Any], model: nn.Module) -> None:
     check_layers_left(modifiers, model)
     for modifier, left in models_left(modifiers, model):
         try:
-            for check in ("matching_mixers", "check_model"):
-                if hasattr(modifier, check):
-                    getattr(modifier, check)(left)
+            check_own(modifier, left)
             _check_fits(modifier, left)
         except SparseSSMError as error:
             raise SparseSSMError(f"{error} (sizes that the removals before it leave)") from error
@@ -136,6 +134,13 @@ def check_modifiers(modifiers: Sequence[Any], model: nn.Module) -> None:
         if found is not None:
             rule, names = found
             raise SparseSSMError(rule.message(first, second, _shown(names)))
+
+
+def check_own(modifier: Any, model: nn.Module) -> None:
+    """Let a modifier of this package check itself against a model; others have no such checks."""
+    for check in ("matching_mixers", "check_model"):
+        if hasattr(modifier, check):
+            getattr(modifier, check)(model)
 
 
 def _check_fits(modifier: Any, model: nn.Module) -> None:

@@ -113,14 +113,12 @@ class CheckedRecipe:
         from sparsessm_plugin.families import find_mixers
         from sparsessm_plugin.methods.removal import RemovalSettings
         from sparsessm_plugin.methods.runtime_sizes import check_together
-        from sparsessm_plugin.modifiers.conflicts import check_modifiers
+        from sparsessm_plugin.modifiers.conflicts import check_modifiers, check_own
 
         find_mixers(model)
         check_patterns(self.patterns, model, self.name)
         for modifier in self.modifiers:
-            for check in ("matching_mixers", "check_model"):
-                if hasattr(modifier, check):
-                    getattr(modifier, check)(model)
+            check_own(modifier, model)
         removals: list[Any] = [m for m in self.modifiers if isinstance(m, RemovalSettings)]
         check_together([modifier.new_method() for modifier in removals], model)
         check_modifiers(self.modifiers, model)
