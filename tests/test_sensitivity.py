@@ -661,7 +661,7 @@ def test_experts_see_all_tokens_before_sparsities_are_chosen(monkeypatch):
     assert enough_tokens(own) == 32 * 64
     assert enough_tokens([*own, replace(own[0], adapter=None)]) is None
     # curves look at no more inputs of wider ones
-    monkeypatch.setattr("sparsessm_plugin.methods.projections.dense.MOST_INPUTS", 48)
+    monkeypatch.setattr("sparsessm_plugin.methods.projections.dense.CURVE_INPUTS", 48)
     assert enough_tokens(own) == 32 * 48
 
 

@@ -24,12 +24,11 @@ from torch.nn import functional as F
 from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
-from sparsessm_plugin.allocation.losses import MOST_INPUTS
 from sparsessm_plugin.backends.products import project
 from sparsessm_plugin.criteria import SALIENCIES, SaliencyInputs, Unstructured, aggregate
 from sparsessm_plugin.evaluation.data import calibration_loader
 from sparsessm_plugin.families import MixerAdapter, get_adapter, read_out
-from sparsessm_plugin.methods.projections.dense import TOKENS_AN_INPUT
+from sparsessm_plugin.methods.projections.dense import tokens_for
 from sparsessm_plugin.recipes import parse_recipe
 from sparsessm_plugin.recipes.pruning import DEMO_MODEL, ModelSource, PruningResult, prune
 from sparsessm_plugin.recurrence import ScanStatistics
@@ -362,7 +361,7 @@ class Floor:
             scan=each * (DTYPE.itemsize * (3 * D + 2 * N) + 4 * D) / ceilings.bandwidth,
             hessians=2 * each * (beside_in_proj + hidden**2) / ceilings.gram,
             crosses=2 * each * beside_in_proj / ceilings.gram,
-            studied=min(1.0, TOKENS_AN_INPUT * min(D, MOST_INPUTS) / tokens),
+            studied=min(1.0, tokens_for(D) / tokens),
         )
 
     def stages(self, shape: Shape) -> dict[tuple[str, str], float]:

@@ -19,7 +19,7 @@ _SPARSE_CURVE = (0.97, 0.98, 0.99, 0.995, 1.0)
 _LANES = 4  # projections whose curves a GPU computes at once
 _ROWS, _BLOCKS = 64, 20  # of more inputs than 20 blocks have, blocks are larger
 # Of wider projections a curve looks at so many inputs; and as many does it take tokens for.
-MOST_INPUTS = 1280
+CURVE_INPUTS = 1280
 # The optimal allocation raises no projection's sparsity further than this above the mean.
 _MOST_MORE = 0.3
 _LEAST_KEPT = 0.25  # where the curve goes further, of the share that is kept on average
@@ -139,8 +139,8 @@ class LossMeter:
         """How a curve is computed."""
         return {
             "rows": _ROWS,
-            "inputs": MOST_INPUTS,
-            "block_size": max(self._block_size, min(weight.shape[-1], MOST_INPUTS) // _BLOCKS),
+            "inputs": CURVE_INPUTS,
+            "block_size": max(self._block_size, min(weight.shape[-1], CURVE_INPUTS) // _BLOCKS),
             "dampening_frac": self._dampening_frac,
         }
 

@@ -1,7 +1,6 @@
 """SparseGPT (arXiv 2301.00774): optimal brain surgeon, column by column, for all rows at once."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,8 +151,8 @@ def error_curve(
     :return: (S,) float64 ``tr((W - W') H (W - W')^T)``
     :raises SparseSSMError: an argument that is not allowed
     """
-    sample = _Sample(rows, inputs)
-    return _curve(weight, hessian, sparsities, structure, sample, block_size, dampening_frac)[0]
+    fixed = (structure, rows, inputs, block_size, dampening_frac)
+    return _curve(weight, hessian, sparsities, *fixed)[0]
 
 
 def hasty_error_curve(
@@ -170,15 +169,8 @@ def hasty_error_curve(
 
     It is none where float32 has too few digits for the Hessian.
     """
-    fixed = (UNSTRUCTURED, _Sample(rows, inputs), block_size, dampening_frac)
+    fixed = (UNSTRUCTURED, rows, inputs, block_size, dampening_frac)
     return _curve(weight, hessian, sparsities, *fixed, hasty=weight.is_cuda)
-
-
-class _Sample(NamedTuple):
-    """How many rows and inputs of a weight are looked at; None for all."""
-
-    rows: int | None
-    inputs: int | None
 
 
 def _curve(
@@ -186,7 +178,8 @@ def _curve(
     hessian: Tensor,
     sparsities: Sequence[float],
     structure: str,
-    sample: _Sample,
+    rows: int | None,
+    inputs: int | None,
     block_size: int,
     dampening_frac: float,
     hasty: bool = False,
@@ -195,7 +188,6 @@ def _curve(
     check(weight, hessian)
     if not len(sparsities):
         raise SparseSSMError("error_curve needs at least one sparsity")
-    rows, inputs = sample
     for what, count in (("row", rows), ("input", inputs)):
         if count is not None and count < 1:
             raise SparseSSMError(f"error_curve must sample at least one {what}, got {count}")
@@ -224,21 +216,19 @@ def _curve(
     else:
         inverse = damped_inverse_cholesky(hessian, dampening_frac, dtype)
         exists = torch.ones((), dtype=torch.bool, device=weight.device)
-    part, ratio = (
-        weight,
-        torch.full((len(sparsities),), times, dtype=torch.float64, device=weight.device),
-    )
+    sample = weight
+    ratio = torch.full((len(sparsities),), times, dtype=torch.float64, device=weight.device)
     if sampled:
         losses = _losses(weight, inverse)
         order = losses.sum(1).argsort()
         chosen, many = _spread(order, sampled), _spread(order, _SORTED * sampled)
-        part = weight[chosen]
-        of_all, of_part = (_lowest(losses[which], sparsities) for which in (many, chosen))
+        sample = weight[chosen]
+        of_all, of_sample = (_lowest(losses[part], sparsities) for part in (many, chosen))
         of_all *= len(weight) / len(many)
-        ratio *= torch.where(of_part > 0, of_all / of_part, len(weight) / sampled)
-    dense = part.to(dtype).expand(len(sparsities), *part.shape)
+        ratio *= torch.where(of_sample > 0, of_all / of_sample, len(weight) / sampled)
+    dense = sample.to(dtype).expand(len(sparsities), *sample.shape)
     pruned, _ = walk(dense, inverse.factor, rule, block_size)
-    return row_errors(part, pruned, hessian).flatten(1).sum(1) * ratio, exists
+    return row_errors(sample, pruned, hessian).flatten(1).sum(1) * ratio, exists
 
 
 def _in_group(sparsity: float, m: int) -> int:

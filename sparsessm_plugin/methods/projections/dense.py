@@ -10,7 +10,7 @@ from compressed_tensors.offload import get_execution_device
 from torch import Tensor, nn
 
 from sparsessm_plugin import distributed
-from sparsessm_plugin.allocation.losses import MOST_INPUTS
+from sparsessm_plugin.allocation.losses import CURVE_INPUTS
 from sparsessm_plugin.calibration import CalibrationBatches
 from sparsessm_plugin.calibration.contexts import hooks_disabled, quantization_disabled
 from sparsessm_plugin.calibration.inputs import CalibrationInputs
@@ -73,6 +73,11 @@ def in_groups(
     return groups
 
 
+def tokens_for(inputs: int) -> int:
+    """How many tokens of all ranks say what zeros in a projection with so many inputs cost."""
+    return TOKENS_AN_INPUT * min(inputs, CURVE_INPUTS)
+
+
 def enough_tokens(group: Sequence[PrunableWeight]) -> int | None:
     """How many tokens of this rank say what zeros in these projections cost; None for all.
 
@@ -80,8 +85,8 @@ def enough_tokens(group: Sequence[PrunableWeight]) -> int | None:
     """
     if any(p.adapter is None for p in group):
         return None
-    widest = min(max((p.shape[-1] for p in group), default=0), MOST_INPUTS)
-    return -(-TOKENS_AN_INPUT * widest // distributed.world_size())
+    widest = max((p.shape[-1] for p in group), default=0)
+    return -(-tokens_for(widest) // distributed.world_size())
 
 
 def by_layer(
