@@ -60,10 +60,6 @@ MAMBA1 = ("mamba", "falcon_mamba", "jamba", "zamba")
 MAMBA2 = ("mamba2", "bamba", "zamba2", "granitemoehybrid", "falcon_h1", "nemotron_h")
 FAMILIES = MAMBA1 + MAMBA2  # of the selective recurrence
 # of these, experts that were stored one by one are multiplied from other memory when reloaded
-# no example is wrong because a machine was busy
-settings.register_profile("unhurried", deadline=None)
-settings.load_profile("unhurried")
-
 MOE = ("qwen3_5_moe", "qwen3_next")
 MOE_ROUNDING = 1e-6
 # Of the largest logit: a GPU's libraries choose their kernels, and with them the order of sums, by
@@ -77,6 +73,11 @@ GPU_STEPS = 0.01
 GPU_SUMS = 10 * 2.0**-11
 DELTA = ("qwen3_5", "qwen3_5_moe", "qwen3_next", "olmo_hybrid")  # gated delta nets
 DEMO = Path(__file__).parent / "assets" / "mamba-demo-0.7m"
+
+
+# no example is wrong because a machine was busy
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 
 def pytest_collection_modifyitems(items):

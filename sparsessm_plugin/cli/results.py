@@ -48,8 +48,10 @@ def warn_of_lost_zeros(before: dict[str, Any], after: dict[str, Any]) -> None:
     """
     for kind, part in before["components"].items():
         now = after["components"].get(kind)
-        removed = part["parameters"] - now["parameters"] if now is not None else 0
-        if now is not None and part["zeros"] - removed - now["zeros"] > part["zeros"] / 100:
+        if now is None:
+            continue
+        removed = part["parameters"] - now["parameters"]
+        if part["zeros"] - removed - now["zeros"] > part["zeros"] / 100:
             show(
                 "warning",
                 f"{kind}: of {part['zeros']:,} zeros that the model had {now['zeros']:,} are left, "

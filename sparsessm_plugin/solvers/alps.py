@@ -6,7 +6,12 @@ from torch import Tensor
 from sparsessm_plugin.backends.lanes import Lane
 from sparsessm_plugin.backends.memory import handed
 from sparsessm_plugin.backends.precision import Factor, add_half_product, tf32
-from sparsessm_plugin.selection.masks import UNSTRUCTURED, check_structure, parse_structure
+from sparsessm_plugin.selection.masks import (
+    UNSTRUCTURED,
+    check_structure,
+    count_true,
+    parse_structure,
+)
 from sparsessm_plugin.solvers.alternation import UNIT_OF_PULL, alternation, half_sum
 from sparsessm_plugin.solvers.exhaustive import MOST_INPUTS, best_support
 from sparsessm_plugin.solvers.kernels import summing_dtype
@@ -110,7 +115,7 @@ def _leaves_a_choice(allowed: Tensor, sparsity: float, structure: str) -> bool:
     n, m = parse_structure(structure)
     if m:
         return bool((allowed.unflatten(-1, (-1, m)).sum(-1) > m - n).any())
-    return int(allowed.sum()) > allowed.numel() - round(sparsity * allowed.numel())
+    return count_true(allowed) > allowed.numel() - round(sparsity * allowed.numel())
 
 
 class _Resolvent:

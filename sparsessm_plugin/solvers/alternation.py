@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsessm_plugin.backends.choice import REFERENCE, backend_for
-from sparsessm_plugin.selection.masks import choose_mask, parse_structure
+from sparsessm_plugin.selection.masks import choose_mask, count_true, parse_structure
 
 MOST_IN_GROUP = 16  # entries of an n:m group that a kernel ranks
 # What matrices whose entries are at most about 1 are stored in as float16: 2^-42 has a digit left.
@@ -108,9 +108,9 @@ class AlternationInTorch:
 
     def changed(self) -> float:
         """See :class:`Alternation`."""
-        count = int(torch.count_nonzero(self._mask != self._before))
+        count = count_true(self._mask != self._before)
         self._before = self._mask
-        return count / max(1, int(torch.count_nonzero(self._mask)))
+        return count / max(1, count_true(self._mask))
 
     def result(self) -> tuple[Tensor, Tensor]:
         """See :class:`Alternation`."""

@@ -431,7 +431,7 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
             shape=list(weight.shape),
             entries=projection.entries,
             pruned=pruned,
-            zero_before=int(zeros_before.sum()),
+            zero_before=count_true(zeros_before),
             sparsity=pruned / projection.entries,
             hessian_trace=self._candidates[name].hessian_trace,
             relative_error=wrong,
