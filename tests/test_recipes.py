@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import MAMBA1, MAMBA2, Loader, batches, tiny_model
+from conftest import MAMBA1, MAMBA2, Loader, batches, tiny_model, with_images
 from llmcompressor import oneshot
 from llmcompressor.core import State
 from llmcompressor.recipe import Recipe
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 
 from sparsessm_plugin import patterns, recipe_path
 from sparsessm_plugin.errors import SparseSSMError
+from sparsessm_plugin.families.quantizable import check_quantized
 from sparsessm_plugin.recipes import describe_recipe, load_recipe, parse_recipe, recipe_names
 
 GOOD = """
@@ -442,6 +443,30 @@ def test_built_in_recipes_fit_every_family(family):
                 recipe.check_model(model)
         else:
             recipe.check_model(model)
+
+
+def test_built_in_quantizations_leave_the_same_alone():
+    """Whatever one recipe leaves out of all Linear layers, all leave out."""
+    ignored = {
+        name: modifier.ignore
+        for name in recipe_names()
+        for modifier in load_recipe(name).modifiers
+        if getattr(modifier, "scheme", None) and modifier.targets == ["Linear"]
+    }
+    assert {"fast-1.5x-w8a8", "state-50-w8a8", "whole-50-fp8"} <= set(ignored)
+    assert len({tuple(sorted(names)) for names in ignored.values()}) == 1, ignored
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_moe", "image encoder"])
+def test_built_in_quantizations_leave_experts_and_encoders_alone(kind):
+    """The gate of a shared expert is a Linear layer, and so are those of an image encoder."""
+    model = with_images("qwen3_5_moe") if kind == "image encoder" else tiny_model(kind)
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    for name in recipe_names():
+        for modifier in load_recipe(name).modifiers:
+            if getattr(modifier, "scheme", None) and not name.endswith("w4a16"):
+                check_quantized(modifier, skeleton)
 
 
 # -- what would do nothing, flood the memory or never end ------------------------------------
