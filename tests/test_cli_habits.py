@@ -272,6 +272,16 @@ def test_completion(monkeypatch, capsys, words, offered):
     assert capsys.readouterr().out.split() == offered
 
 
+def test_the_page_names_all_that_is_completed():
+    said = " ".join(re.search(r"^It completes .*?\n\n", PAGE, re.MULTILINE | re.DOTALL)[0].split())
+    for name, command in COMMANDS.items():
+        for parameter in command.params:
+            if parameter._custom_shell_complete is not None:
+                option = parameter.param_type_name == "option"
+                word = parameter.opts[0] if option else f"argument of `{name}`"
+                assert (f"`{word}`" if option else word) in said
+
+
 def test_no_color_takes_colours_away():
     loud = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
     plain = run_alone("recipes", "none", **loud, NO_COLOR="1")
