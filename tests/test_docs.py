@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from conftest import batches, run, tiny_model
@@ -111,6 +112,27 @@ def test_fields_are_described(name):
     assert set(own) <= set(fields.own_fields(modifier)) | {"loss_fn"}
 
 
+def test_recipes_page_lists_every_field():
+    """Those of LLM Compressor's own GPTQModifier it names in a sentence."""
+    sections = re.findall(
+        r"^## (\w+Modifier.*?)\n(.*?)(?=^## )", PAGES["docs/recipes.md"], re.MULTILINE | re.DOTALL
+    )
+    assert sorted(n for head, _ in sections for n in head.split(", ")) == sorted(MODIFIERS)
+    for head, text in sections:
+        if head == "SparseGPTQModifier":
+            continue
+        cells = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+        listed = {field for cell in cells for field in re.findall(r"`([\w.]+)`", cell)}
+        known = {"loss_fn"}  # from Python only
+        for name in head.split(", "):
+            own = set(fields.own_fields(getattr(sparsessm_plugin, name)))
+            known |= own
+            if "distill_..." in listed:  # in a table of their own
+                own = {field for field in own if not field.startswith("distill_")}
+            assert own <= listed, name
+        assert listed - {"distill_..."} <= known, head
+
+
 def test_public_objects_say_what_they_are():
     assert docstrings.problems() == []
 
@@ -170,6 +192,35 @@ def test_tables_of_results(name):
     assert len({line.count("|") for line in lines}) <= 1
     asked = {d for text in PAGES.values() for d in re.findall(r"<!-- results: (\w+) -->", text)}
     assert asked <= set(tables.TABLES)
+
+
+def test_what_was_measured_again_stands_in_the_table():
+    """The defaults at 2:4 since channels are ordered, and nowhere fewer draws than there were."""
+    for model in ("mamba-25m", "mamba2-25m"):
+        before, again = (
+            {(row["case"], row["method"]): row for row in harness.load(name)["rows"]}
+            for name in (f"whole_model_quality_{model}", f"whole_model_quality_{model}_h200")
+        )
+        shown = {(row["case"], row["method"]): row for row in tables.projection_rows(model)}
+        assert set(shown) == set(before) | set(again)
+        assert shown["2:4", "defaults"]["corpus"] == again["2:4", "defaults"]["corpus"]
+        assert all(len(shown[key]["seeds"]) >= len(row["seeds"]) for key, row in before.items())
+
+
+def test_readme_says_how_long_its_rows_were_distilled():
+    """They are the best of what was distilled, which may have taken more steps."""
+    for name, model in (("Mamba-2", "mamba2-25m"), ("Mamba", "mamba-25m")):
+        rows = harness.load(f"state_removal_quality_{model}")["rows"]
+        case = next(row["case"] for row in rows if row.get("case"))
+        distilled = [
+            row
+            for row in rows
+            if (row.get("case"), row.get("calibration")) == (case, "corpus")
+            and "distilled" in row["criterion"]
+        ]
+        best = min(distilled, key=lambda row: fmean(row["corpus"]))
+        steps = int(re.search(r"distilled \((\d+)", best["criterion"])[1])
+        assert f"of {name} {steps:,}" in PAGES["README.md"]
 
 
 def test_tables_follow_their_numbers(monkeypatch, tmp_path):

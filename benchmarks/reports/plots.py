@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reports.tables import CRITERIA, by_criterion, relative, structure_rows, whole_models
+from reports.tables import CRITERIA, by_criterion, projection_rows, structure_rows, whole_models
 
 TITLES = {
     "states": "Perplexity against the share of states that stay, a line a method",
@@ -101,9 +101,9 @@ def projections() -> Figure:
         "defaults": "defaults",
     }
     for axes, model in zip(pair, ("mamba-25m", "mamba2-25m"), strict=True):
-        rows = load(f"whole_model_quality_{model}")["rows"]
+        rows = projection_rows(model)
         for method, label in names.items():
-            own = {row["case"]: relative(rows, row) for row in rows if row["method"] == method}
+            own = {row["case"]: row["relative"] for row in rows if row["method"] == method}
             points = [(0.0, 1.0), *((int(c[:2]) / 100, v) for c, v in own.items() if "%" in c)]
             axes.plot(*zip(*points, strict=True), "o-", ms=4, label=label)
         axes.set_yscale("log")
