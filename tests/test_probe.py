@@ -43,7 +43,7 @@ def with_biases(family):
 def test_divergences_are_those_of_the_changed_model(family, left):
     model, batch = with_biases(family), little(left=left)
     # the four rows with most tokens, from their first tokens on
-    first = [ids[mask.bool()][:256] for ids, mask in zip(*batch.values(), strict=True)]
+    first = [ids[mask.bool()][:128] for ids, mask in zip(*batch.values(), strict=True)]
     first = [first[row] for row in (0, 2, 4, 1)]
     seen = {
         "input_ids": torch.nn.utils.rnn.pad_sequence(first, batch_first=True),
@@ -103,7 +103,7 @@ def test_a_weight_comes_back_after_an_error():
 def test_changes_of_all_layers_go_through_a_layer_together(monkeypatch, copies, runs):
     """As on a GPU, whose memory limits how many tokens are computed at once."""
     monkeypatch.setattr(probing, "has_room", lambda device, needed: True)
-    monkeypatch.setattr(probing, "_TOKENS_ON_GPU", copies * 4 * 256)
+    monkeypatch.setattr(probing, "_TOKENS_ON_GPU", copies * 4 * 128)
     model = tiny_model("mamba", num_hidden_layers=5)
     layers = {}  # a layer's weights
     for name, weight in model.named_parameters():

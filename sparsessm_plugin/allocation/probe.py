@@ -26,7 +26,7 @@ from sparsessm_plugin.cost import has_room, kept
 from sparsessm_plugin.families.in_turn import on_disk
 from sparsessm_plugin.training.divergence import divergences_from
 
-_ROWS, _LENGTH = 4, 256  # of the data that predictions are looked at with
+_ROWS, _LENGTH = 4, 128  # of the data that predictions are looked at with
 _TOGETHER = 8  # changes of one layer whose effects are computed in one batch
 # Tokens that a GPU computes together, and how many times the bytes of a layer's output it then
 # needs: the tensors of a mixer are twice as wide or wider, and some are float32.

@@ -23,7 +23,7 @@ _FLOAT = 4
 # convolution takes and gives, dt, the scan and its gate
 _OF_A_MIXER = 10
 _COPIES = 24  # bytes for each weight of the mixer that states are removed from: fits in float32
-_ROWS, _LENGTH = 4, 256  # that the allocation tries losses out on
+_ROWS, _LENGTH = 4, 128  # that the allocation tries losses out on
 _TOGETHER = 8
 
 
