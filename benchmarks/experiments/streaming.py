@@ -286,6 +286,7 @@ EXPERIMENT = Experiment(
     results={
         "streaming_cpu": CPU,
         "streaming_cpu_float32": CPU_FLOAT32,
+        "streaming_gpu": {"recipes": ["alog-50", "state-50"], "device": "cuda"},
         "streaming_cpu_7b": {"recipes": ["alog-50"], "samples": 4, "length": 128, "device": "cpu"},
     },
     quick={
