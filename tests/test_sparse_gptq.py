@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import sparsessm_plugin
-from sparsessm_plugin import SparseGPTQModifier
+from sparsessm_plugin import LayerRemovalModifier, SparseGPTQModifier
 from sparsessm_plugin.errors import SparseSSMError
 from sparsessm_plugin.modifiers.conflicts import check_modifiers
 from sparsessm_plugin.recipes import parse_recipe
@@ -337,6 +337,17 @@ def test_shared_weights_are_quantized_once_by_all_uses(family, pipeline, monkeyp
     if pipeline == "sequential":
         model.save_pretrained(tmp_path / "saved")
         check_reload(model, tmp_path / "saved")
+
+
+def test_a_use_that_a_removal_has_taken_is_not_waited_for(tmp_path):
+    """The recipe is prepared for both uses of the shared weights, of which one stays."""
+    kinds = ["linear_attention", "hybrid", "hybrid", "linear_attention"]
+    model = tiny_model("zamba2", num_hidden_layers=4, layers_block_type=kinds)
+    first = LayerRemovalModifier(keep=2, saliency="last", compensate="none")
+    run(model, [first, SparseGPTQModifier(ignore=IGNORE, **SCHEMES["W8A8"])])
+    assert on_the_grid(model.get_submodule("model.layers.1.shared_transformer.self_attn.q_proj"))
+    model.save_pretrained(tmp_path / "saved")
+    check_reload(model, tmp_path / "saved")
 
 
 @pytest.mark.parametrize(

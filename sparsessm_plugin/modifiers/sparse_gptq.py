@@ -155,13 +155,6 @@ class SparseGPTQModifier(GPTQModifier):
             check_recipe("initialize", self, state.model)
             self._batches = read_batches(who, state, kwargs.get("calib_data"))
         check_ranks(who, state.model, self._batches, self._settings())
-        modules = {name: m for name, (m, _) in quantized_weights(self, state.model).items()}
-        holders = weight_holders(state.model)
-        self._shared = [
-            [modules[name] for name in names]
-            for first, names in holders.items()
-            if first == names[0] and first in modules
-        ]
         return super().on_initialize(state, **kwargs)
 
     def on_sequential_epoch_end(
@@ -178,6 +171,14 @@ class SparseGPTQModifier(GPTQModifier):
         super().on_calibration_end(state, event, **kwargs)
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        # of the layers that stay: a removal may have come before
+        modules = {name: m for name, (m, _) in quantized_weights(self, state.model).items()}
+        holders = weight_holders(state.model)
+        self._shared = [
+            [modules[name] for name in names]
+            for first, names in holders.items()
+            if first == names[0] and first in modules
+        ]
         super().on_calibration_start(state, event, **kwargs)
         assert self._batches is not None
         note_ids(self, state, self._batches)
