@@ -77,6 +77,33 @@ def test_zeros_of_an_earlier_run_that_are_lost_are_told(
     assert "A_log: of" not in stderr
 
 
+def test_scales_of_a_quantization_are_no_zeros_that_are_lost(sparsessm, text_file, tmp_path):
+    """They are parameters that the model did not have, some of them zero."""
+    (tmp_path / "r.yaml").write_text(
+        "a_stage:\n  b_modifiers:\n    SparseGPTQModifier:\n"
+        '      {targets: [Linear], scheme: W8A8, ignore: [lm_head, "re:.*dt_proj$"]}\n'
+    )
+    run = ("prune", DEMO, "--recipe", tmp_path / "r.yaml", "--calibration", text_file)
+    code, _, stderr = sparsessm(*run, "--output", tmp_path / "out", *SHORT)
+    assert code == 0
+    assert "zeros that the model had" not in stderr
+
+
+def test_a_hybrid_may_lose_all_its_mixers(sparsessm, tmp_path):
+    saved_tiny_model(tmp_path / "dense", "nemotron_h")
+    (tmp_path / "r.yaml").write_text(
+        "a_stage:\n  b_modifiers:\n"
+        "    LayerRemovalModifier: {keep: 1, saliency: random, seed: 1, compensate: none}\n"
+    )
+    run = ("prune", tmp_path / "dense", "--recipe", tmp_path / "r.yaml", "--pipeline", "datafree")
+    code, _, stderr = sparsessm(*run, "--output", tmp_path / "out")
+    assert code == 0, stderr
+    report = json.loads((tmp_path / "out" / "sparsessm_report.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert report["after"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert not any(name.endswith("A_log") for name, _ in model.named_parameters())
+
+
 def test_tensors_keep_the_type_in_which_they_are_stored(sparsessm, text_file, tmp_path):
     """Of a checkpoint that stores some in bfloat16 and says float32: no byte more, no other bit."""
     dense, out = tmp_path / "dense", tmp_path / "out"

@@ -50,7 +50,8 @@ def warn_of_lost_zeros(before: dict[str, Any], after: dict[str, Any]) -> None:
         now = after["components"].get(kind)
         if now is None:
             continue
-        removed = part["parameters"] - now["parameters"]
+        # not below 0: a quantization adds scales
+        removed = max(0, part["parameters"] - now["parameters"])
         if part["zeros"] - removed - now["zeros"] > part["zeros"] / 100:
             show(
                 "warning",

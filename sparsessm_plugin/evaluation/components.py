@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsessm_plugin.criteria.values import MEMORYLESS
-from sparsessm_plugin.families import MixerAdapter, find_mixers
+from sparsessm_plugin.families import MixerAdapter, get_adapter, iter_mixers
 from sparsessm_plugin.families.in_turn import parameter_names, parameters_in_turn
 from sparsessm_plugin.families.shared_weights import first_names
 from sparsessm_plugin.selection.masks import count_true
@@ -95,9 +95,11 @@ class Inventory:
 def take_inventory(model: nn.Module) -> Inventory:
     """Count the parameters of a model by component.
 
-    :raises SparseSSMError: the model has no state-space mixer, or an unknown one
+    A removal of layers may have left no state-space mixer.
+
+    :raises SparseSSMError: the model has an unknown mixer
     """
-    mixers = find_mixers(model)
+    mixers = [get_adapter(mixer, name) for name, mixer in iter_mixers(model)]
     inventory = Inventory(mixers)
     for kind in _kinds(mixers):
         inventory.components[kind] = Component()
