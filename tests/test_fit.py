@@ -349,6 +349,8 @@ def test_targets_are_read():
     assert parse_target("memory=1.5GB").limit(2e9) == 1.5e9
     assert parse_target("memory=2MiB").limit(2e9) == 2 * 2**20
     assert parse_target("state=0.25").limit(8) == 2
+    assert parse_target("state=25e-2").limit(8) == 2
+    assert parse_target("parameters=2e7").limit(3e7) == 2e7
     assert parse_target("speed=1.5").limit(3) == 2
     assert [t.kind for t in parse_targets(["parameters=0.5,speed=2", "state=.5"])] == [
         *("parameters", "speed", "state")
@@ -682,6 +684,12 @@ def test_layers_that_suit_the_data_and_miss_the_target_are_said_with_the_nearest
     model = tiny_model("nemotron_h", layers_block_type=kinds)
     with pytest.raises(SparseSSMError, match=r"layers that suit .* no mix .*=0.55: the nearest is"):
         fit(model, batches(8), "parameters=0.55", minutes=0.01, axes=("layers", "mlp"))
+
+
+def test_mixes_that_miss_the_target_once_they_are_timed_are_said(monkeypatch):
+    monkeypatch.setattr("sparsessm_plugin.fitting.search.Search._best", lambda *_: [])
+    with pytest.raises(SparseSSMError, match=r"^the mixes that were predicted .* ask for less"):
+        fit(small_mamba(), batches(8), "state=0.5", minutes=0.01)
 
 
 def test_too_little_text_is_said_before_the_work():

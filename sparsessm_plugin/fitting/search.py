@@ -239,6 +239,10 @@ class Search:
                 self.prepared.check_reached(self.prepared.settings.targets)
             except SparseSSMError as error:
                 raise SparseSSMError(f"of the layers that suit the data, {error}") from error
+            raise SparseSSMError(
+                "the mixes that were predicted to reach the targets miss them once they are timed; "
+                "ask for less, or give more --minutes"
+            )
         if not best:
             raise SparseSSMError(
                 "none of the mixes that were to reach the targets could be made: "

@@ -55,7 +55,7 @@ def parse_target(text: str) -> Target:
         raise SparseSSMError(
             f"--target must be parameters, memory, state or speed = a number, got {shown(text)}"
         )
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)", value)
+    match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([A-Za-z]*)", value)
     number, unit = (float(match[1]), match[2].upper()) if match else (0.0, "")
     if kind == "speed":
         unit = "" if unit == "X" else unit  # 1.5x
