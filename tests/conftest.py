@@ -66,8 +66,8 @@ MOE_ROUNDING = 1e-6
 # where weights lie and by what a process has bound. On the CPU there is no such choice.
 GPU_ROUNDING = 5e-6
 # The same where modules round what they multiply: what another order of sums puts on the other side
-# of the middle between two values moves by a whole step, in 8 bits by 1/127 of a token's largest, and
-# what it is summed with in the layers after it moves others.
+# of the middle between two values moves by a whole step, in 8 bits by 1/127 of a token's largest,
+# and what later layers make of it moves others.
 GPU_STEPS = 0.03
 # Of sums of products, relative: a GPU makes them, and what they are made of, of numbers that TF32
 # has rounded by up to 2^-11, a few times one after the other.

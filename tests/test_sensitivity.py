@@ -15,7 +15,6 @@ from conftest import (
     nothing_left_behind,
     projections,
     record,
-    relative,
     run,
     state,
     tiny_model,
@@ -43,6 +42,7 @@ def same_choices(found, expected):
     choice moves what later stages see; of unlike masks half of the entries agree.
     """
     return float(((found == 0) == (expected == 0)).double().mean()) > 0.85
+
 
 UNIFORM = {"sparsity": 0.5, "solver": "sparsegpt", "allocation": "uniform", "target_output": "own"}
 
@@ -644,7 +644,7 @@ def test_projections_that_read_the_same_share_a_hessian_and_its_inverse(monkeypa
     [
         ({}, 2, 2),  # one a layer
         ({"allocation": "paper"}, 3, 1),  # traces of different layers are compared
-        ({"target_output": "half_way"}, 3, 2),  # which reads what enters the dense mixers
+        ({"target_output": "half_way"}, 2, 2),  # what enters the dense mixers is kept of all
     ],
 )
 def test_sparsities_follow_from_enough_tokens(monkeypatch, fields, read, passes):
@@ -700,10 +700,7 @@ def test_hessians_a_few_layers_at_a_time_change_nothing(monkeypatch):
     in_layers, at_once, apart = found
     for name, weight in at_once.items():
         assert torch.equal(in_layers[name], weight), name
-        if DEVICE == "cpu":
-            torch.testing.assert_close(apart[name], weight, rtol=1e-4, atol=1e-5)
-        else:
-            assert same_choices(apart[name], weight), name
+        torch.testing.assert_close(apart[name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_a_mixer_with_room_enters_each_batch_once(monkeypatch, family):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, assert_same_sums, batches, tiny_model
+from conftest import assert_same_sums, batches, tiny_model
 
 from sparsessm_plugin.allocation import losses as allocation
 from sparsessm_plugin.allocation.losses import LossMeter

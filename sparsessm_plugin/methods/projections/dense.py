@@ -79,14 +79,14 @@ def tokens_for(inputs: int) -> int:
     return TOKENS_AN_INPUT * min(inputs, CURVE_INPUTS)
 
 
-def enough_tokens(group: Sequence[PrunableWeight]) -> int | None:
-    """How many tokens of this rank say what zeros in these projections cost; None for all.
+def enough_tokens(projections: Sequence[PrunableWeight]) -> int | None:
+    """How many tokens of this rank say what zeros in all these projections cost; None for all.
 
     All where there are Linear layers outside of mixers: a router may send few to an expert.
     """
-    if any(p.adapter is None for p in group):
+    if any(p.adapter is None for p in projections):
         return None
-    widest = max((p.shape[-1] for p in group), default=0)
+    widest = max((p.shape[-1] for p in projections), default=0)
     return -(-tokens_for(widest) // distributed.world_size())
 
 
@@ -134,6 +134,7 @@ class DensePass:
         self._finite = finite
         self._who = who
         self._batch = 0  # number of the one that passes
+        self._summed = 0  # how many of them are summed up
         self._layers = LayerPass(model) if in_layers or on_disk(model) else None
 
     @torch.no_grad()
@@ -151,7 +152,8 @@ class DensePass:
         :param sums: where they are
         :param keep: mixers whose inputs are kept
         :param inputs_of: gives where, by name of the mixer
-        :param most_tokens: no further batch is read once so many tokens were
+        :param most_tokens: no further batch is summed up once so many tokens were, and none is
+            read unless inputs are kept
         """
         mixers = {p.adapter.name: p.adapter for p in group if p.adapter}
         linears = [p for p in group if p.adapter is None]
@@ -179,7 +181,9 @@ class DensePass:
                 forward_context(self._model),
                 quantization_disabled(self._model),
             ):
-                batches = _first(self._batches, most_tokens)
+                summed = _first(self._batches, most_tokens)
+                self._summed = len(summed)
+                batches = _first(self._batches, None) if keep else summed
                 if self._layers is not None and span is not None:
                     self._layers.run(batches, self._at, *span)
                 else:
@@ -241,7 +245,7 @@ class DensePass:
         self._finite.input(adapter.name, hidden_states)
         if keep is not None:
             keep.add(hidden_states, attention_mask)
-        if not members:
+        if not members or self._batch >= self._summed:
             return
         quantities = adapter.quantities(hidden_states, attention_mask)
         out_input = read_out(adapter, quantities)
@@ -262,7 +266,8 @@ class DensePass:
     ) -> None:
         x: Tensor = args[0]
         self._finite.input(projection.name, x)
-        sums.add(projection, x, mask_for(x, self._batches.mask(self._batch)))
+        if self._batch < self._summed:
+            sums.add(projection, x, mask_for(x, self._batches.mask(self._batch)))
 
 
 def _first(batches: Sequence[Any], most_tokens: int | None) -> list[Any]:

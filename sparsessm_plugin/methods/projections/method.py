@@ -169,14 +169,13 @@ class ProjectionPruning(MixerMethod[ProjectionSettings]):
         groups = layers or [[]]  # one empty group without allocation
         if varies and not in_layers:
             groups = in_groups(projections, self.settings.offload_hessians)
-        of_all = enough_tokens(projections) if in_layers else None
+        # the same for all groups, so that sparsities do not depend on the memory there is
+        most = enough_tokens(projections) if self.settings.allocation == "optimal" else None
         for group in groups:
             sums = HessianSums(self.settings.offload_hessians)
             with self.cost.stage("first_pass"):
                 own = {p.mixer for p in group} if in_layers else self._pending.keys()
                 adapters = [a for a in self._pending.values() if keep and a.name in own]
-                chooses = self.settings.allocation == "optimal" and not keep
-                most = (of_all if in_layers else enough_tokens(group)) if chooses else None
                 dense.run(group, sums, adapters, self._dense_inputs, most_tokens=most)
                 self._check_sums(group, sums.hessians)
             with self.cost.stage("allocate"):
