@@ -35,13 +35,17 @@ def cut(text: str, most: int = _SHOWN) -> str:
 
 
 def first_problem(error: Any, kind: str, fields: Iterable[str]) -> str:
-    """The first of pydantic's complaints as one line.
+    """The first of pydantic's complaints as one line; of an unknown field before all others.
+
+    A field that is missing may be the one that was misspelt.
 
     :param error: a ``pydantic.ValidationError``
     :param kind: what the fields belong to, for the message
     :param fields: names that are allowed
     """
-    problem = error.errors()[0]
+    problems = error.errors()
+    unknown = (problem for problem in problems if problem["type"] == "extra_forbidden")
+    problem = next(unknown, problems[0])
     where = ".".join([kind, *(str(part) for part in problem["loc"])])
     if problem["type"] == "extra_forbidden":
         allowed = sorted(fields)
@@ -50,5 +54,7 @@ def first_problem(error: Any, kind: str, fields: Iterable[str]) -> str:
         return f"unknown field {cut(where)}; {hint}allowed: {', '.join(allowed)}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":  # from our validators, which name the value
+        return f"{where}: {cut(message, _LONGEST)}"
+    if problem["type"] == "missing":
         return f"{where}: {cut(message, _LONGEST)}"
     return f"{where}: {cut(message, _LONGEST)}, got {shown(problem['input'])}"

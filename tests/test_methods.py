@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from conftest import DEVICE, FAMILIES, MAMBA1, Loader, batches, state, stock_process, tiny_model
+from conftest import (
+    DEVICE,
+    FAMILIES,
+    MAMBA1,
+    Loader,
+    batches,
+    relative,
+    state,
+    stock_process,
+    tiny_model,
+)
 from llmcompressor import active_session, oneshot
 from transformers import AutoModelForCausalLM
 
@@ -333,3 +343,27 @@ def test_wrong_batches_are_one_line(data, message):
 def test_a_name_is_no_model():
     with pytest.raises(SparseSSMError, match="takes a loaded model, got 'mamba-demo"):
         remove_states("mamba-demo-0.7m", batches(count=1), keep=4)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("family", ["mamba2", "qwen3_5"])
+def test_the_type_of_new_tensors_is_no_matter(family, default):
+    """A model is in float32 whatever torch.set_default_dtype says meanwhile."""
+    data, found = batches(count=3, length=20), []
+    for other in (torch.float32, default):
+        for change in (
+            lambda model: remove_states(model, data, keep=4, reconstruct_steps=2),
+            lambda model: prune_projections(model, data, sparsity=0.5, solver="sparsegpt"),
+        ):
+            model = tiny_model(family).to(DEVICE)
+            torch.set_default_dtype(other)
+            try:
+                change(model)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            found.append(state(model))
+    for name, weight in {**found[0], **found[1]}.items():
+        assert weight.dtype == torch.float32, name
+    for expected, given in zip(found[:2], found[2:], strict=True):
+        for name, weight in expected.items():
+            assert relative(given[name], weight) < 1e-3, name

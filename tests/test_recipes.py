@@ -94,6 +94,23 @@ quant_stage:
             with_fields("sparsty: 0.5"),
             ["unknown field SparseSSMModifier.sparsty", "did you mean sparsity?", "allowed: "],
         ),
+        (
+            with_fields("sparcity: 0.5").replace("SparseSSM", "GradientMagnitude"),
+            ["unknown field GradientMagnitudeModifier.sparcity", "did you mean sparsity?"],
+        ),
+        (
+            with_fields("sparsity: 0.5\n      loss_fn: true").replace(
+                "SparseSSM", "GradientMagnitude"
+            ),
+            ["GradientMagnitudeModifier.loss_fn", "got True"],
+        ),
+        (
+            with_fields("keep: 2\n      seed: 9223372036854775808").replace(
+                "SparseSSM", "LayerRemoval"
+            ),
+            ["LayerRemovalModifier.seed", "less than"],
+        ),
+        ("a: \0", ["not valid YAML", "special characters"]),
         (with_fields("sparsity: 1.5"), ["SparseSSMModifier.sparsity", "between 0 and 1", "1.5"]),
         (with_fields("sparsity: 0"), ["SparseSSMModifier.sparsity", "got 0.0"]),
         (with_fields("sparsity: yes"), ["SparseSSMModifier.sparsity", "number, got the boolean"]),
@@ -126,6 +143,8 @@ quant_stage:
                 ("block_size: 0", ["SparseGPTQModifier.block_size", "1, got 0"]),
                 ("dampening_frac: -1", ["SparseGPTQModifier.dampening_frac", "0, got -1"]),
                 ("dampening_frac: .nan", ["SparseGPTQModifier.dampening_frac", "finite"]),
+                ("dampening_frac: 1.5", ["SparseGPTQModifier.dampening_frac", "equal to 1"]),
+                ("weight_observer: x", ["SparseGPTQModifier.weight_observer", "minmax", "'x'"]),
                 ("dampening_frac: null", ["SparseGPTQModifier.dampening_frac", "number"]),
                 ("actorder: upward", ["SparseGPTQModifier.actorder", "static", "got 'upward'"]),
                 ("actorder: group", ["SparseGPTQModifier.actorder", "static", "got 'group'"]),

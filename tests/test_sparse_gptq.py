@@ -61,11 +61,10 @@ YAML = {
 }
 
 
-def run(model, recipe, **kwargs):
+def run(model, recipe, data=None, **kwargs):
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    return oneshot(
-        model=model, recipe=recipe, dataset=Loader(batches()), processor=tokenizer, **kwargs
-    )
+    loader = Loader(batches() if data is None else data)
+    return oneshot(model=model, recipe=recipe, dataset=loader, processor=tokenizer, **kwargs)
 
 
 def prune_by_hand(model):
@@ -337,6 +336,27 @@ def test_shared_weights_are_quantized_once_by_all_uses(family, pipeline, monkeyp
     if pipeline == "sequential":
         model.save_pretrained(tmp_path / "saved")
         check_reload(model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("family", ["granitemoehybrid", "falcon_h1"])
+def test_what_stands_at_padding_changes_nothing(family):
+    """Mixers leave it out by themselves, and attention and MLP do not."""
+    found = []
+    for filling in (0, 7):
+        data = batches(count=3, length=20, padded=True)
+        for batch in data:
+            batch["input_ids"][~batch["attention_mask"].bool()] = filling
+        model = tiny_model(family)
+        run(
+            model,
+            SparseGPTQModifier(ignore=[*IGNORE, "re:.*[.]experts[.]"], **SCHEMES["W8A8"]),
+            data,
+        )
+        found.append({n: w for n, w in state(model).items() if n.endswith("proj.weight")})
+    first, other = found
+    assert any("self_attn" in name for name in first)
+    for name, weight in first.items():
+        torch.testing.assert_close(other[name], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_a_use_that_a_removal_has_taken_is_not_waited_for(tmp_path):

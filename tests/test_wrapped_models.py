@@ -1,5 +1,6 @@
 """Models with something around them, models with code of their own, and models nobody needs."""
 
+import copy
 import gc
 import json
 import weakref
@@ -68,7 +69,12 @@ def compiled_in_place(model):
     return model
 
 
+def on_meta(model):
+    return copy.deepcopy(model).to("meta")
+
+
 WRAPPED = {
+    "on meta": (on_meta, "the model stands on the meta device"),
     "adapters": (with_adapters, "merge the adapters first"),
     "a layer": (with_a_layer_of_peft, "backbone.layers.1.mixer.in_proj is one of them"),
     "compiled": (torch.compile, "the model is compiled by torch.compile"),

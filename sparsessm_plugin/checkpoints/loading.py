@@ -213,8 +213,19 @@ def check_unwrapped(model: Any) -> None:
     With PEFT's adapters on it ``save_pretrained`` writes the adapters alone, and what was pruned is
     lost; a compiled model goes on with the code that it was compiled to.
 
-    :raises SparseSSMError: saying what is around the model and what to do
+    :raises SparseSSMError: saying what is around the model and what to do, or that it has no
+        weights as it stands on the meta device
     """
+    from compressed_tensors.offload import disable_onloading
+
+    from sparsessm_plugin.families.in_turn import on_disk
+
+    with disable_onloading():
+        parameters = list(model.parameters())
+    if parameters and all(p.is_meta for p in parameters) and not on_disk(model):
+        raise SparseSSMError(
+            "the model stands on the meta device and has no weights; load it with from_pretrained()"
+        )
     adapters = getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config")
     for name, module in model.named_modules():
         where = type(module).__module__

@@ -51,7 +51,7 @@ class LayerSettings(ModelRemovalSettings):
     reconstruct_steps: int = Field(default=150, ge=1)
     search_width: int = Field(default=8, ge=1)
     search_tokens: int = Field(default=32768, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @property
     def reads_data(self) -> bool:

@@ -44,6 +44,7 @@ from sparsessm_plugin.families import (
 from sparsessm_plugin.families.quantizable import check_quantized, quantized_weights
 from sparsessm_plugin.families.shared_weights import weight_holders
 from sparsessm_plugin.methods.base import MethodResult, MixerMethod, TargetSettings, Total, Watch
+from sparsessm_plugin.methods.projections.statistics import without_padding
 from sparsessm_plugin.methods.run import run
 from sparsessm_plugin.selection.masks import count_true
 from sparsessm_plugin.solvers.gptq import masked_gptq
@@ -232,6 +233,7 @@ class MaskedQuantization(MixerMethod[QuantizationSettings]):
                 f"{self._in_memory()}"
             )
         self._sequences[name] = self._sequences.get(name, 0) + (len(x) if x.ndim > 2 else 1)
+        x = without_padding(x, self.batches.mask(self.current_batch()))
         rows = 2**0.5 * x.flatten(0, -2).float().t()
         if name not in self._hessians:
             self._hessians[name] = torch.zeros(2 * rows.shape[:1], device=rows.device)

@@ -1,6 +1,6 @@
 """Quantize pruned weights by GPTQ without losing their zeros."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from llmcompressor.modifiers.gptq.helpers import (
     prepare_batch,
     update_batch_qparams,
 )
+from llmcompressor.observers import Observer
 from llmcompressor.utils.metric_logging import CompressionLogger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from sparsessm_plugin.checkpoints.saving import change_config
 from sparsessm_plugin.errors import SparseSSMError, shown
 from sparsessm_plugin.families.quantizable import check_quantized, quantized_weights
 from sparsessm_plugin.families.shared_weights import weight_holders
+from sparsessm_plugin.methods.projections.statistics import without_padding
 from sparsessm_plugin.methods.quantization import (
     QuantizationResult,
     QuantizedWeight,
@@ -107,7 +109,7 @@ class SparseGPTQModifier(GPTQModifier):
     """
 
     block_size: int = Field(default=128, ge=1)
-    dampening_frac: float = Field(default=0.01, ge=0.0, allow_inf_nan=False)
+    dampening_frac: float = Field(default=0.01, ge=0.0, le=1.0, allow_inf_nan=False)
 
     meaningless_fields: ClassVar[frozenset[str]] = MEANINGLESS
 
@@ -117,6 +119,7 @@ class SparseGPTQModifier(GPTQModifier):
     _done: set[int] = PrivateAttr(default_factory=set)
     _seen: set[int] = PrivateAttr(default_factory=set)
     _batches: CalibrationBatches | None = PrivateAttr(default=None)
+    _current_batch: Callable[[], int] | None = PrivateAttr(default=None)
 
     def __init__(self, **fields: Any):
         check_given(type(self).__name__, fields)
@@ -131,6 +134,17 @@ class SparseGPTQModifier(GPTQModifier):
         if order not in known:
             raise ValueError(f"must be static, weight or null, got {shown(order)}")
         return order
+
+    @field_validator("observer", "weight_observer", "input_observer", "output_observer")
+    @classmethod
+    def _check_observer(cls, observer: Any) -> Any:
+        # which LLM Compressor looks up once the first layer has been calibrated
+        given = list(observer.values()) if isinstance(observer, Mapping) else [observer]
+        known = sorted(Observer.registered_names())
+        for name in given:
+            if isinstance(name, str) and name not in known:
+                raise ValueError(f"must be one of {', '.join(known)}, got {shown(name)}")
+        return observer
 
     @model_validator(mode="after")
     def _check_scheme(self) -> "SparseGPTQModifier":
@@ -181,6 +195,7 @@ class SparseGPTQModifier(GPTQModifier):
         ]
         super().on_calibration_start(state, event, **kwargs)
         assert self._batches is not None
+        self._current_batch = lambda: state.current_batch_idx
         note_ids(self, state, self._batches)
 
     def calibrate_module(
@@ -204,7 +219,9 @@ class SparseGPTQModifier(GPTQModifier):
             self.release()
             raise
         self._seen.add(id(module))
-        super().calibrate_module(module, args, _output)
+        assert self._current_batch is not None
+        x = without_padding(args[0], self._batches.mask(self._current_batch()))
+        super().calibrate_module(module, (x, *args[1:]), _output)
 
     def check_model(self, model: nn.Module) -> None:
         """:func:`check_quantized` for this modifier.

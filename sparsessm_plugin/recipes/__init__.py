@@ -269,6 +269,8 @@ def _number_only(annotation: Any) -> bool:
     kinds, left = set(), [annotation]
     while left:
         kind = left.pop()
+        if isinstance(kind, list):  # what a Callable takes
+            continue
         kinds.add(kind)
         left += get_args(kind)
     return bool(kinds & {int, float}) and not kinds & {bool, Any}

@@ -187,6 +187,6 @@ def _written_out(node: Any, sizes: dict[int, int]) -> int:
 
 
 def _yaml_problem(error: Exception) -> str:
-    problem = getattr(error, "problem", None) or str(error) or "cannot be parsed"
+    problem = getattr(error, "problem", None) or " ".join(str(error).split()) or "cannot be parsed"
     mark = getattr(error, "problem_mark", None)
-    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else str(problem)
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem

@@ -42,14 +42,16 @@ def scan(
 
     :param gated: give y times the gate instead, in this dtype
     """
-    y = _run(quantities, statistics, torch.empty(0, 0, 0, 0), 0, gated is not None)
+    states = torch.empty(0, 0, 0, 0, dtype=torch.float32)
+    y = _run(quantities, statistics, states, 0, gated is not None)
     return y if gated is None else y.to(gated)
 
 
 def scan_states(quantities: MixerQuantities, every: int) -> tuple[Tensor, Tensor]:
     """Run the recurrence and keep states; see :func:`sparsessm_plugin.recurrence.scan_states`."""
     batch, length, channels = quantities.u.shape
-    states = torch.empty(batch, length // every, quantities.A.shape[1], channels)
+    shape = (batch, length // every, quantities.A.shape[1], channels)
+    states = torch.empty(shape, dtype=torch.float32)
     return _run(quantities, None, states, every), states.transpose(2, 3)
 
 

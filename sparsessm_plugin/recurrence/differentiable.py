@@ -149,10 +149,11 @@ class _CPUScan(torch.autograd.Function):
         u, dt, A, B, C, D, states = ctx.saved_tensors
         batch, length, channels = u.shape
         N, blocks = A.shape[1], -(-channels // BLOCK)
-        du, ddt = torch.empty(2, batch, length, channels)
+        du, ddt = torch.empty(2, batch, length, channels, dtype=torch.float32)
         # a block of channels sums for itself: the result depends on no number of threads
-        dB, dC = torch.empty(2, blocks, batch, length, N)
-        dA, dD = torch.zeros(channels, N, dtype=torch.float64), torch.zeros(channels)
+        dB, dC = torch.empty(2, blocks, batch, length, N, dtype=torch.float32)
+        dA = torch.zeros(channels, N, dtype=torch.float64)
+        dD = torch.zeros(channels, dtype=torch.float32)
         with threads_of_torch():
             _backward(
                 *(as_array(x) for x in (u, dt, A, B, C, D, dy, states.transpose(2, 3))),

@@ -241,8 +241,8 @@ def _in_group(sparsity: float, m: int) -> int:
 def _spread(order: Tensor, count: int) -> Tensor:
     """So many rows, or all, evenly over all in the order of what they matter."""
     count = min(count, len(order))
-    position = (torch.arange(count, device=order.device) + 0.5) * len(order) / count
-    return order[position.long()]
+    middles = 2 * torch.arange(count, device=order.device) + 1
+    return order[middles * len(order) // (2 * count)]
 
 
 def _losses(weight: Tensor, inverse: InverseCholesky) -> Tensor:

@@ -302,7 +302,8 @@ class Tuner:
         own = self.budget.elapsed()
         if not is_distributed():
             return own
-        seconds = torch.tensor([own * world_size() if rank() == 0 else 0.0])
+        mine = own * world_size() if rank() == 0 else 0.0
+        seconds = torch.tensor([mine], dtype=torch.float32)
         average("a tuning step", [*self._weights.gradients, seconds])
         return float(seconds)
 

@@ -94,6 +94,15 @@ def mask_for(x: Tensor, mask: Tensor | None) -> Tensor | None:
     return mask.flatten().to(x.device) if x.shape[:-1] == mask.flatten().shape else None
 
 
+def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The input of a Linear layer with zeros for what is padded, which sums of products skip.
+
+    :param mask: (b, L) of the batch, False at padding
+    """
+    own = mask_for(x, mask)
+    return x if own is None else x.masked_fill(~own[..., None], 0)
+
+
 def check_seen(name: str, tokens: int) -> None:
     """:raises SparseSSMError: there were none"""
     if tokens == 0:

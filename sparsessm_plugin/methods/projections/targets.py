@@ -1,5 +1,7 @@
 """Which weights of a model are pruned: projections of mixers, and Linear layers elsewhere."""
 
+import re
+
 from compressed_tensors.utils import match_named_modules
 from compressed_tensors.utils.match import match_name
 from torch import nn
@@ -50,6 +52,13 @@ def matching_projections(
         found, matched = named(pattern)
         if not found and not matched:
             raise SparseSSMError(f"{who}.ignore: {shown(pattern)} matches nothing in the model")
+        holders = {m for m in matched if any(n.startswith(f"{m}.") for n in known)}
+        if not found and holders:
+            name = min(holders)
+            raise SparseSSMError(
+                f"{who}.ignore: {shown(pattern)} matches {name}, which is no projection; for all "
+                f"below it write 're:{re.escape(name)}[.].*'"
+            )
         ignored |= found | matched
     names: set[str] = set()
     if not settings.targets:
