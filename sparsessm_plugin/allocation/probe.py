@@ -26,8 +26,8 @@ from sparsessm_plugin.cost import has_room, kept
 from sparsessm_plugin.families.in_turn import on_disk
 from sparsessm_plugin.training.divergence import divergences_from
 
-_ROWS, _LENGTH = 4, 128  # of the data that predictions are looked at with
-_TOGETHER = 8  # changes of one layer whose effects are computed in one batch
+PROBE_ROWS, PROBE_LENGTH = 4, 128  # of the data that predictions are looked at with
+TRIED_TOGETHER = 8  # changes of one layer whose effects are computed in one batch
 # Tokens that a GPU computes together, and how many times the bytes of a layer's output it then
 # needs: the tensors of a mixer are twice as wide or wider, and some are float32.
 _TOKENS_ON_GPU, _TIMES = 2**15, 16
@@ -88,7 +88,7 @@ class Probe:
 
         with undisturbed(self._model):
             for layer, members in groupby(names, layer_of):
-                for together in _parts(list(members), _TOGETHER if layer else 1):
+                for together in _parts(list(members), TRIED_TOGETHER if layer else 1):
                     logits = self._logits(layer, together, changed)
                     for name, each in zip(together, logits, strict=True):
                         found[name] = float(self._reference.divergence(each))
@@ -204,7 +204,7 @@ class LayerProbe:
                 assert self._predicted is not None
                 while self._streams:
                     stream = self._streams.pop(0)
-                    for part in _cut(stream, _TOGETHER):
+                    for part in _cut(stream, TRIED_TOGETHER):
                         logits = self._logits(part.output, len(part.names)).chunk(len(part.names))
                         names += part.names
                         found += [self._predicted.divergence(each) for each in logits]
@@ -232,7 +232,7 @@ class LayerProbe:
                 args, kwargs = self._pass_reference(layer)
             for stream in self._streams:
                 stream.output = self._through(layer, stream)
-            for together in _parts(list(changes), _TOGETHER):
+            for together in _parts(list(changes), TRIED_TOGETHER):
                 outputs = []
                 for changed in together:
                     with self._replaced(changed, changes[changed](changed)):
@@ -325,14 +325,14 @@ def _repeated(batch: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
 
 def _little_of(data: Iterable[Mapping[str, Any]], device: torch.device) -> dict[str, Tensor]:
     """A batch of a little of the data; all ranks make it together."""
-    rows = (row[:_LENGTH].tolist() for batch in data for row in unpadded_rows(batch))
+    rows = (row[:PROBE_LENGTH].tolist() for batch in data for row in unpadded_rows(batch))
     shares = distributed.gather("probe", _longest_rows(rows))
     return _padded(_longest_rows(row for part in shares for row in part), device)
 
 
 def _longest_rows(rows: Iterable[list[int]]) -> list[list[int]]:
     """Those with the most tokens; of equally long ones the first."""
-    return nlargest(_ROWS, rows, key=len)
+    return nlargest(PROBE_ROWS, rows, key=len)
 
 
 def _padded(rows: list[list[int]], device: torch.device) -> dict[str, Tensor]:

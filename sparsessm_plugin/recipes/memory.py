@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from sparsessm_plugin.allocation.probe import PROBE_LENGTH, PROBE_ROWS, TRIED_TOGETHER
 from sparsessm_plugin.calibration.replay import Replay
 from sparsessm_plugin.checkpoints.offloading import SHARD_BYTES
 from sparsessm_plugin.families import find_mixers, iter_mixers
@@ -23,8 +24,6 @@ _FLOAT = 4
 # convolution takes and gives, dt, the scan and its gate
 _OF_A_MIXER = 10
 _COPIES = 24  # bytes for each weight of the mixer that states are removed from: fits in float32
-_ROWS, _LENGTH = 4, 128  # that the allocation tries losses out on
-_TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,10 @@ def _tried(modifier: Any, mixers: list[Any], hidden: int, vocabulary: int, entry
     if not isinstance(modifier, ProjectionSettings) or modifier.allocation != "optimal":
         return 0
     kinds = len(mixers[0].projections)
-    positions = _ROWS * _LENGTH
+    positions = PROBE_ROWS * PROBE_LENGTH
     streams = _FLOAT * positions * hidden * (len(mixers) * kinds + 1)
     # of all changes of a layer as they come and in float32, and of the model as it is
-    predicted = ((entry + _FLOAT) * min(kinds, _TOGETHER) + _FLOAT) * positions * vocabulary
+    predicted = ((entry + _FLOAT) * min(kinds, TRIED_TOGETHER) + _FLOAT) * positions * vocabulary
     inputs = max(adapter.sizes.intermediate_size for adapter in mixers)
     return streams + max(predicted, 3 * 8 * inputs**2)
 
