@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsessm_plugin.criteria.values import MEMORYLESS
-from sparsessm_plugin.families import MixerAdapter, get_adapter, iter_mixers
+from sparsessm_plugin.families import MixerAdapter
 from sparsessm_plugin.families.in_turn import parameter_names, parameters_in_turn
+from sparsessm_plugin.families.registry import adapters_in
 from sparsessm_plugin.families.shared_weights import first_names
 from sparsessm_plugin.selection.masks import count_true
 
@@ -99,7 +100,7 @@ def take_inventory(model: nn.Module) -> Inventory:
 
     :raises SparseSSMError: the model has an unknown mixer
     """
-    mixers = [get_adapter(mixer, name) for name, mixer in iter_mixers(model)]
+    mixers = adapters_in(model)
     inventory = Inventory(mixers)
     for kind in _kinds(mixers):
         inventory.components[kind] = Component()

@@ -63,12 +63,20 @@ def iter_mixers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def adapters_in(model: nn.Module) -> list[MixerAdapter]:
+    """Adapters of the state-space mixers of a model or a layer, in its order; there may be none.
+
+    :raises SparseSSMError: one is of an unknown class
+    """
+    return [get_adapter(module, name) for name, module in iter_mixers(model)]
+
+
 def find_mixers(model: nn.Module) -> list[MixerAdapter]:
     """Adapters of all state-space mixers of a model, in model order.
 
     :raises SparseSSMError: the model has no mixer, or one of an unknown class
     """
-    adapters = [get_adapter(module, name) for name, module in iter_mixers(model)]
+    adapters = adapters_in(model)
     if not adapters:
         raise SparseSSMError(
             f"{type(model).__name__} has no state-space mixer; known: {', '.join(known_mixers())}"

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sparsessm_plugin.families import MixerAdapter, get_adapter, iter_mixers
+from sparsessm_plugin.families import MixerAdapter, iter_mixers
+from sparsessm_plugin.families.registry import adapters_in
 from sparsessm_plugin.recurrence.ssd import CHUNK
 from sparsessm_plugin.training.divergence import rows_at_once
 
@@ -95,7 +96,7 @@ def layer_numbers(model: nn.Module) -> list[float]:
 
 
 def _numbers(layer: nn.Module) -> float:
-    adapters = [get_adapter(mixer, name) for name, mixer in iter_mixers(layer)]
+    adapters = adapters_in(layer)
     inside = {id(p) for adapter in adapters for p in adapter.mixer.parameters()}
     total = sum(_of_mixer(adapter) for adapter in adapters)
     width = 0
