@@ -42,16 +42,14 @@ def scan(
 
     :param gated: give y times the gate instead, in this dtype
     """
-    states = torch.empty(0, 0, 0, 0, dtype=torch.float32)
-    y = _run(quantities, statistics, states, 0, gated is not None)
+    y = _run(quantities, statistics, room(0, 0, 0, 0), 0, gated is not None)
     return y if gated is None else y.to(gated)
 
 
 def scan_states(quantities: MixerQuantities, every: int) -> tuple[Tensor, Tensor]:
     """Run the recurrence and keep states; see :func:`sparsessm_plugin.recurrence.scan_states`."""
     batch, length, channels = quantities.u.shape
-    shape = (batch, length // every, quantities.A.shape[1], channels)
-    states = torch.empty(shape, dtype=torch.float32)
+    states = room(batch, length // every, quantities.A.shape[1], channels)
     return _run(quantities, None, states, every), states.transpose(2, 3)
 
 

@@ -33,8 +33,7 @@ def scan(quantities: DeltaQuantities, state: Tensor | None = None) -> tuple[Tens
         for x in (quantities.normalized_k, quantities.normalized_q)
     )
     y, last = room(batch, length, H, dv), room(batch, H, dk, dv)
-    none = torch.zeros(0, 0, 0, 0, dtype=torch.float32)
-    first = none if state is None else state.detach().float()
+    first = room(0, 0, 0, 0) if state is None else state.detach().float()
     with threads_of_torch():
         _scan(
             queries,

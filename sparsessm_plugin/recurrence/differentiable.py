@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from sparsessm_plugin.backends.choice import backend_for
+from sparsessm_plugin.backends.memory import room
 from sparsessm_plugin.backends.vectors import MATH, as_array, compiled, exp, threads_of_torch
 from sparsessm_plugin.recurrence import cpu, delta_rule, kernels, ssd
 from sparsessm_plugin.recurrence.cpu import BLOCK
@@ -149,9 +150,9 @@ class _CPUScan(torch.autograd.Function):
         u, dt, A, B, C, D, states = ctx.saved_tensors
         batch, length, channels = u.shape
         N, blocks = A.shape[1], -(-channels // BLOCK)
-        du, ddt = torch.empty(2, batch, length, channels, dtype=torch.float32)
+        du, ddt = room(2, batch, length, channels)
         # a block of channels sums for itself: the result depends on no number of threads
-        dB, dC = torch.empty(2, blocks, batch, length, N, dtype=torch.float32)
+        dB, dC = room(2, blocks, batch, length, N)
         dA = torch.zeros(channels, N, dtype=torch.float64)
         dD = torch.zeros(channels, dtype=torch.float32)
         with threads_of_torch():
