@@ -53,8 +53,7 @@ def first_problem(error: Any, kind: str, fields: Iterable[str]) -> str:
         hint = f"did you mean {close[0]}? " if close else ""
         return f"unknown field {cut(where)}; {hint}allowed: {', '.join(allowed)}"
     message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":  # from our validators, which name the value
-        return f"{where}: {cut(message, _LONGEST)}"
-    if problem["type"] == "missing":
+    # our validators name the value, and what is missing has none
+    if problem["type"] in ("value_error", "missing"):
         return f"{where}: {cut(message, _LONGEST)}"
     return f"{where}: {cut(message, _LONGEST)}, got {shown(problem['input'])}"

@@ -181,9 +181,8 @@ class DensePass:
                 forward_context(self._model),
                 quantization_disabled(self._model),
             ):
-                summed = _first(self._batches, most_tokens)
-                self._summed = len(summed)
-                batches = _first(self._batches, None) if keep else summed
+                batches = _first(self._batches, None if keep else most_tokens)
+                self._summed = len(_first(batches, most_tokens))
                 if self._layers is not None and span is not None:
                     self._layers.run(batches, self._at, *span)
                 else:

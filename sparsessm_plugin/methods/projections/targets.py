@@ -52,13 +52,13 @@ def matching_projections(
         found, matched = named(pattern)
         if not found and not matched:
             raise SparseSSMError(f"{who}.ignore: {shown(pattern)} matches nothing in the model")
-        holders = {m for m in matched if any(n.startswith(f"{m}.") for n in known)}
-        if not found and holders:
-            name = min(holders)
-            raise SparseSSMError(
-                f"{who}.ignore: {shown(pattern)} matches {name}, which is no projection; for all "
-                f"below it write 're:{re.escape(name)}[.].*'"
-            )
+        if not found:
+            holders = (m for m in matched if any(n.startswith(f"{m}.") for n in known))
+            if name := min(holders, default=None):
+                raise SparseSSMError(
+                    f"{who}.ignore: {shown(pattern)} matches {name}, which is no projection; for "
+                    f"all below it write 're:{re.escape(name)}[.].*'"
+                )
         ignored |= found | matched
     names: set[str] = set()
     if not settings.targets:
